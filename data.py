@@ -1,0 +1,614 @@
+"""Records -> prompts -> model inputs: what the model sees, for training, rollouts and evaluation alike.
+
+A record (one question about one image or video) becomes a `Prompt`: token ids with the vision tokens expanded, mRoPE
+positions, uint8 patches for the vision tower, and the same pixels once more in the form that vLLM takes. Each medium is
+decoded once, so trainer and vLLM cannot disagree about it. A prompt is never cut: what does not fit is skipped by name.
+
+    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3     # what training will see
+
+Where this departs from the release: timestamps are true for every video (theirs drift beyond max_frames / fps seconds);
+prompts that are too long are skipped and counted (theirs lose vision tokens from the right); wording of the prompts.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+
+PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
+TOKEN_PIXELS = PATCH * MERGE  # one vision token shows 32 x 32 pixels
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts: one instruction per task. Coordinates are 0-1000 of the width and height, times are seconds.
+
+THINK = "Think first, between <think> and </think>. Then write only the final answer between <answer> and </answer>"
+PROMPTS = {
+    "multiple choice": f"{THINK}: the letter of the right option.",
+    "numerical": f"{THINK}: one number.",
+    "math": f"{THINK}: the result, in LaTeX if it is not a plain number.",
+    "regression": f"{THINK}: your best estimate as one number.",
+    "OCR": f"{THINK}: the text exactly as it is written.",
+    "open-ended": f"{THINK}: a short text.",
+    "temporal grounding": f"{THINK}: the start and the end in seconds, as JSON "
+    'like {"time": [12.3, 25.7]}.',
+    "spatial grounding": f"{THINK}: the box as JSON in coordinates from 0 to 1000, x1 and y1 top left, "
+    'like {"boxes": [120, 250, 480, 700]}.',
+    "spatial-temporal grounding": f"{THINK}: the start and the end in seconds, and for each whole second between "
+    'them the box in coordinates from 0 to 1000, as JSON like {"time": [3.0, 4.6], '
+    '"boxes": {"3": [120, 250, 480, 700], "4": [130, 250, 490, 700]}}.',
+    "tracking": f"{THINK}: the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, as JSON "
+    'like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
+    "segmentation-image": f"{THINK}: the box, three points on the object and three beside it, in coordinates from 0 "
+    'to 1000, as JSON like {"boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
+    '"negative_points": [[90, 240], [500, 260], [300, 750]]}.',
+    "segmentation-video": f"{THINK}: a second at which the object is well seen, and for that frame its box, three "
+    "points on the object and three beside it, in coordinates from 0 to 1000, as JSON "
+    'like {"time": 4.0, "boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
+    '"negative_points": [[90, 240], [500, 260], [300, 750]]}.',
+}
+PROBLEM_TYPES = [task for task in PROMPTS if not task.startswith("segmentation")] + ["segmentation"]
+JSON_TYPES = PROBLEM_TYPES[PROBLEM_TYPES.index("temporal grounding") :]  # the answer is JSON
+
+
+def task_of(record):
+    """The key of a record's prompt and of its moving averages: problem_type, segmentation split by medium.
+
+    >>> task_of({"problem_type": "segmentation", "data_type": "video"})
+    'segmentation-video'
+    """
+    if record["problem_type"] == "segmentation":
+        return f"segmentation-{'image' if record['data_type'] == 'image' else 'video'}"
+    return record["problem_type"]
+
+
+def render_problem(record, prompts=PROMPTS):
+    """The user's turn: question, options, instruction. `<image>` and `<video>` still stand for the media."""
+    options = "\nOptions:\n" + "\n".join(record["options"]) if record.get("options") else ""
+    return f"{record['problem']}{options}\n{prompts[task_of(record)]}"
+
+
+def load_prompts(path):
+    """PROMPTS, or the table in a JSON file {task: instruction}, for a model that was trained with another wording."""
+    if path is None:
+        return PROMPTS
+    with open(path, encoding="utf-8") as file:
+        prompts = json.load(file)
+    if missing := [task for task in PROMPTS if not isinstance(prompts.get(task), str)]:
+        raise ValueError(f"{path}: no instruction for {', '.join(missing)}")
+    return prompts
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records: the release's three forms (RL, SFT, evaluation), JSON list or JSONL, become one.
+
+
+def load_records(path, media_root=None):
+    """Reads a JSON list or JSONL file of records into plain dicts of one form.
+
+    Returns a list of dicts with the record's own fields and: problem_id (str), problem (text with one placeholder per
+    medium), data_type, problem_type (None where an SFT record does not say), options (list), answer (str without tags,
+    None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT only), file and index (where it stood).
+    Raises ValueError naming file, record, field and value when a record is malformed.
+    """
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        if text.lstrip()[:1] == "[":
+            raws = json.loads(text)
+        else:
+            raws = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not raws:
+        raise ValueError(f"{path}: holds no records")
+    return [normalise(raw, str(path), index, root) for index, raw in enumerate(raws)]
+
+
+def normalise(raw, file, index, root):
+    """One raw record -> the form that load_records describes."""
+
+    def fail(field, expected):
+        value = raw.get(field) if isinstance(raw, dict) else raw
+        raise ValueError(f"{file}: record {index}: {field} is {str(value)[:80]!r}, expected {expected}")
+
+    if not isinstance(raw, dict):
+        fail("record", "an object")
+    record = {**raw, "file": file, "index": index, "problem_id": str(raw.get("problem_id", index))}
+
+    media = []
+    for kind in ("image", "video"):
+        paths = raw.get(kind + "s") or []
+        media += [{"type": kind, "path": path} for path in ([paths] if isinstance(paths, str) else paths)]
+    if not media and raw.get("path"):
+        media = [{"type": "image" if raw.get("data_type") == "image" else "video", "path": raw["path"]}]
+        if raw.get("additional_path"):
+            media.append({"type": "image", "path": raw["additional_path"]})
+    for medium in media:
+        if not isinstance(medium["path"], str):
+            fail(medium["type"] + "s", "a list of paths")
+        medium["path"] = os.path.normpath(os.path.join(root, medium["path"]))
+        if not medium["path"].startswith(root + os.sep):
+            raise ValueError(f"{file}: record {index}: {medium['path']!r} is outside the media folder {root!r}")
+    kinds = [medium["type"] for medium in media]
+    record["media"] = media
+    record.setdefault("data_type", kinds[0] if kinds else "text")
+
+    if "messages" in raw:
+        messages = raw["messages"]
+        if not (isinstance(messages, list) and len(messages) >= 2 and messages[-1].get("role") == "assistant"):
+            fail("messages", "a list of turns that ends with the assistant's")
+        record["messages"] = [dict(message) for message in messages]
+        turn = next(message for message in record["messages"] if message["role"] == "user")
+        turn["content"] = place_media(turn["content"], kinds, fail, "messages")
+        record["problem"], record["answer"] = turn["content"], None
+        record["media"] = in_text_order(media, turn["content"])
+        record.setdefault("problem_type", None)
+        record.setdefault("options", [])
+        return record
+
+    if raw.get("problem_type") not in PROBLEM_TYPES:
+        fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+    if not isinstance(raw.get("problem"), str):
+        fail("problem", "a text")
+    record["problem"] = place_media(raw["problem"], kinds, fail, "problem")
+    record["media"] = in_text_order(media, record["problem"])
+    record["options"] = [str(option) for option in raw.get("options") or []]
+    answer = raw.get("answer", raw.get("solution"))
+    if isinstance(answer, (dict, list)):
+        answer = json.dumps(answer)
+    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        fail("answer" if "answer" in raw or "solution" not in raw else "solution", "the true answer")
+    record["answer"] = str(answer).strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+    if raw["problem_type"] in JSON_TYPES:
+        try:
+            json.loads(record["answer"])
+        except json.JSONDecodeError:
+            fail("answer" if "answer" in raw else "solution", "JSON")
+    return record
+
+
+def place_media(text, kinds, fail, field):
+    """Puts the placeholders that are missing in front of the text; too many are an error.
+
+    >>> place_media("What is it?", ["image"], None, "problem")
+    '<image>What is it?'
+    """
+    for kind in ("video", "image"):
+        missing = kinds.count(kind) - text.count(f"<{kind}>")
+        if missing < 0:
+            fail(field, f"{kinds.count(kind)} <{kind}> placeholders, one per {kind}")
+        text = f"<{kind}>" * missing + text
+    return text
+
+
+def in_text_order(media, text):
+    """Media in the order of their placeholders, which is the order in which their pixels meet their tokens."""
+    queues = {kind: iter([medium for medium in media if medium["type"] == kind]) for kind in ("image", "video")}
+    return [next(queues[kind]) for kind in re.findall("<(image|video)>", text)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Media: files -> uint8 pixels.
+
+
+class MediaError(Exception):
+    """A record that cannot be used. `reason` is a short word for the counts, the message says what and where."""
+
+    def __init__(self, reason, message):
+        super().__init__(reason, message)
+        self.reason = reason
+
+    def __str__(self):
+        return self.args[1]
+
+
+class Limits(NamedTuple):
+    """How large media may be. Pixels are per image and per video frame; a prompt longer than its limit is skipped."""
+
+    image_min_pixels: int = 3136
+    image_max_pixels: int = 1024 * 1024
+    fps: float = 2.0
+    max_frames: int = 128
+    frame_min_pixels: int = 4 * 32 * 32
+    frame_max_pixels: int = 64 * 32 * 32
+    max_prompt_tokens: int = 16384
+
+
+def add_limits(parser, **defaults):
+    """The argparse group whose flags `limits_of` reads back; each script names the paper's values for its stage."""
+    group = parser.add_argument_group("media")
+    units = {
+        "image_min_pixels": "pixels per image, smaller ones are enlarged",
+        "image_max_pixels": "pixels per image, larger ones are shrunk",
+        "fps": "video frames per second",
+        "max_frames": "frames per video",
+        "frame_min_pixels": "pixels per video frame",
+        "frame_max_pixels": "pixels per video frame",
+        "max_prompt_tokens": "longer prompts are skipped and counted, never cut",
+    }
+    for name, value in Limits(**defaults)._asdict().items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{units[name]} (%(default)s)")
+
+
+def limits_of(args):
+    return Limits(**{name: getattr(args, name) for name in Limits._fields})
+
+
+def fit(height, width, min_pixels, max_pixels):
+    """The size that Qwen3-VL gives a picture: nearest multiples of 32 that keep the aspect within the pixel bounds.
+
+    >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 100 * 1024), fit(20, 20, 4096, 65536)
+    ((480, 640), (448, 224), (64, 64))
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise MediaError("aspect_ratio", f"{width} x {height} pixels: an aspect ratio over 200")
+    new_height = max(TOKEN_PIXELS, round(height / TOKEN_PIXELS) * TOKEN_PIXELS)
+    new_width = max(TOKEN_PIXELS, round(width / TOKEN_PIXELS) * TOKEN_PIXELS)
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height = max(TOKEN_PIXELS, math.floor(height / shrink / TOKEN_PIXELS) * TOKEN_PIXELS)
+        new_width = max(TOKEN_PIXELS, math.floor(width / shrink / TOKEN_PIXELS) * TOKEN_PIXELS)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / TOKEN_PIXELS) * TOKEN_PIXELS
+        new_width = math.ceil(width * grow / TOKEN_PIXELS) * TOKEN_PIXELS
+    return new_height, new_width
+
+
+def read_image(path, min_pixels=3136, max_pixels=1024 * 1024):
+    """An image file as RGB pixels, upright by its EXIF rotation, resized by `fit`. Returns uint8 (H, W, 3)."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError as error:
+        raise MediaError("missing_media", f"no file {path}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError("unreadable_image", f"{path}: {error}") from error
+    height, width = fit(image.height, image.width, min_pixels, max_pixels)
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+class Video(NamedTuple):
+    """Sampled frames. Frame i was frame indices[i] of `total`, shown at indices[i] / fps seconds."""
+
+    frames: np.ndarray  # uint8 (T, H, W, 3), T even
+    indices: list  # (T,)
+    fps: float
+    total: int
+
+
+def sample_positions(total, duration, fps, max_frames):
+    """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, even, evenly from first to last.
+
+    >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
+    [0, 4, 9, 13, 18, 22, 27, 31]
+    """
+    count = min(max(int(duration * fps), 4), max_frames) // 2 * 2
+    return np.linspace(0, total - 1, count).round().astype(int)
+
+
+def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, folder_fps=None):
+    """Frames of a video file, or of a folder of numbered pictures (which play at `folder_fps`, by default at `fps`).
+
+    The packets are listed first, without decoding, for the true time stamp of every frame. Then the decoder visits the
+    wanted frames in order and jumps to a key frame whenever one lies on the way. With a variable frame rate positions
+    are spread evenly in time, and indices are milliseconds at 1000 fps: time = index / fps holds for both.
+    """
+    if os.path.isdir(path):
+        return read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps)
+    try:
+        with av.open(path) as container:
+            if not container.streams.video:
+                raise MediaError("unreadable_video", f"{path}: no video stream")
+            stream = container.streams.video[0]
+            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None]
+            packets.sort()
+            if not packets:
+                raise MediaError("unreadable_video", f"{path}: no frames")
+            pts = np.array([p for p, _ in packets])  # (total,)
+            seconds = (pts - pts[0]) * float(stream.time_base)
+            step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean seconds per frame
+            duration = seconds[-1] + step
+            positions = sample_positions(len(pts), duration, fps, max_frames)
+            constant = np.abs(seconds - np.arange(len(pts)) * step).max() < step / 2
+            if not constant:
+                positions = np.array([np.abs(seconds - t).argmin() for t in np.linspace(0, seconds[-1], len(positions))])
+            keys = np.array([p for p, is_key in packets if is_key] or [pts[0]])
+            frames = decode_at(container, stream, pts[positions], keys, min_pixels, max_pixels)
+    except FileNotFoundError as error:
+        raise MediaError("missing_media", f"no file {path}") from error
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError("unreadable_video", f"{path}: {error}") from error
+    if len(frames) < len(positions):
+        raise MediaError("unreadable_video", f"{path}: ends before its frame {positions[len(frames)]}")
+    if constant:
+        return Video(np.stack(frames), positions.tolist(), 1 / step, len(pts))
+    return Video(np.stack(frames), (seconds[positions] * 1000).round().astype(int).tolist(), 1000.0, round(duration * 1000))
+
+
+def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
+    """The frames at the time stamps `wanted` (ascending, repeats allowed), as a list of uint8 (H, W, 3)."""
+    stream.thread_type = "AUTO"
+    container.seek(int(keys[0]), stream=stream)
+    decoder, reached, frames, size = container.decode(stream), keys[0], [], None
+    for target in wanted:
+        if frames and reached == target:  # the same frame once more
+            frames.append(frames[-1])
+            continue
+        key = keys[max(0, np.searchsorted(keys, target, side="right") - 1)]
+        if key > reached:
+            container.seek(int(key), stream=stream)
+            decoder = container.decode(stream)
+        for frame in decoder:
+            if frame.pts is not None and frame.pts >= target:
+                break
+        else:
+            return frames
+        reached = frame.pts
+        turns = round(frame.rotation / 90) % 4
+        if size is None:
+            height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
+            size = fit(height, width, min_pixels, max_pixels)
+        height, width = size[::-1] if turns % 2 else size
+        pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+        frames.append(np.ascontiguousarray(np.rot90(pixels, turns)))
+    return frames
+
+
+def read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps):
+    names = sorted(name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
+    names.sort(key=lambda name: int("".join(filter(str.isdigit, name)) or 0))
+    if not names:
+        raise MediaError("unreadable_video", f"{path}: no frames in this folder")
+    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
+    frames = [read_image(os.path.join(path, names[i]), min_pixels, max_pixels) for i in indices]
+    return Video(np.stack(frames), indices, float(folder_fps), len(names))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model inputs.
+
+
+@dataclass
+class Prompt:
+    """One prompt, ready for the trainer and for vLLM."""
+
+    record: dict
+    token_ids: list  # T ints, vision tokens expanded
+    positions: np.ndarray  # int64 (3, T), mRoPE: time, height, width
+    patches: torch.Tensor  # uint8 (P, 3 * 2 * 16 * 16), all media in the order of the text
+    grids: torch.Tensor  # int64 (M, 3): frames / 2, height / 16, width / 16 of each medium
+    vllm: dict  # what LLM.generate takes
+
+
+def patchify(frames):
+    """Pixels in the order in which Qwen3-VL's vision tower reads them: 2 x 2 neighbouring patches stand together.
+
+    frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16) and the grid (T/2, H/16, W/16).
+    """
+    time, height, width = frames.shape[0] // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
+    blocks = frames.reshape(time, TEMPORAL, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # time, row, column, row in token, column in token | c, t, y, x
+    return blocks.reshape(time * height * width, -1), (time, height, width)
+
+
+def mrope_positions(token_ids, vision_ids, grids):
+    """Qwen3-VL's positions: text counts on in all three rows; a frame spans its token grid and advances by its longer side.
+
+    token_ids: (T,). vision_ids: the ids of the image and video tokens. grids: (M, 3), one per medium.
+    Returns int64 (3, T). A video has one run of vision tokens per time step, since time stamps stand between them.
+    """
+    token_ids = np.asarray(token_ids)
+    frames = [(height // MERGE, width // MERGE) for time, height, width in grids for _ in range(time)]
+    is_vision = np.isin(token_ids, vision_ids)
+    edges = np.flatnonzero(np.diff(is_vision, prepend=False, append=False))  # starts and ends of the runs
+    rows, start, done = [], 0, 0
+    for (begin, end), (height, width) in zip(edges.reshape(-1, 2), frames, strict=True):
+        text = begin - done
+        rows.append(np.broadcast_to(np.arange(start, start + text), (3, text)))
+        start += text
+        if end - begin != height * width:
+            raise MediaError("token_mismatch", f"{end - begin} vision tokens for a frame of {height} x {width}")
+        y, x = np.divmod(np.arange(height * width), width)
+        rows.append(start + np.stack([np.zeros_like(y), y, x]))
+        start, done = start + max(height, width), end
+    text = len(token_ids) - done
+    rows.append(np.broadcast_to(np.arange(start, start + text), (3, text)))
+    return np.concatenate(rows, axis=1).astype(np.int64)
+
+
+def encode(record, processor, limits=Limits(), prompts=PROMPTS):
+    """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is longer than its limit.
+
+    The text is what Qwen3-VL's processor would write. Videos use the bare <|video_pad|> form, which gives
+    `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
+    """
+    tokenizer = processor.tokenizer
+    turns = record["messages"][:-1] if "messages" in record else [{"role": "user", "content": render_problem(record, prompts)}]
+    turns = [
+        {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace("<video>", "<|video_pad|>")}
+        for turn in turns
+    ]  # fmt: skip
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    patches, grids, expanded = [], [], {"image": [], "video": []}
+    vllm_data = {"image": [], "video": []}
+    for medium in record["media"]:
+        if medium["type"] == "image":
+            pixels = read_image(medium["path"], limits.image_min_pixels, limits.image_max_pixels)
+            rows, grid = patchify(np.stack([pixels, pixels]))  # a picture is a film of two equal frames
+            expanded["image"].append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
+            vllm_data["image"].append(Image.fromarray(pixels))
+        else:
+            bounds = limits.frame_min_pixels, limits.frame_max_pixels
+            video = read_video(medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=record.get("fps"))
+            rows, grid = patchify(video.frames)
+            frame = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2) + "<|vision_end|>"
+            seconds = np.array(video.indices).reshape(-1, TEMPORAL).mean(1) / video.fps
+            expanded["video"].append("".join(f"<{second:.1f} seconds>{frame}" for second in seconds))
+            metadata = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
+            metadata |= dict(video_backend="pyav", do_sample_frames=False)
+            vllm_data["video"].append((video.frames.transpose(0, 3, 1, 2), metadata))
+        patches.append(rows)
+        grids.append(grid)
+
+    full = text
+    for kind, texts in expanded.items():
+        parts = full.split(f"<|{kind}_pad|>")
+        if len(parts) != len(texts) + 1:
+            raise MediaError("token_mismatch", f"{len(parts) - 1} places for {len(texts)} {kind}s in the text")
+        full = "".join(part + medium for part, medium in zip(parts, texts + [""]))
+    token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
+    if len(token_ids) > limits.max_prompt_tokens:
+        raise MediaError("too_long", f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}")
+
+    vision_ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    return Prompt(
+        record=record,
+        token_ids=token_ids,
+        positions=mrope_positions(token_ids, vision_ids, grids),
+        patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.zeros(0, 3 * TEMPORAL * PATCH**2, dtype=torch.uint8),
+        grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
+        vllm=dict(
+            prompt=text,
+            multi_modal_data={kind: items for kind, items in vllm_data.items() if items},
+            mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False),
+        ),
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Feeding: which record next, decoded ahead of time.
+
+
+def data_order(count, seed, cursor=0, rank=0, world=1):
+    """Endless record indices of one rank: a fresh permutation every epoch, dealt to the ranks like cards.
+
+    The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all
+    ranks together have taken.
+    """
+    position, epoch = cursor + rank, None
+    while True:
+        if epoch != position // count:
+            epoch = position // count
+            permutation = np.random.default_rng([seed, epoch]).permutation(count)
+        yield int(permutation[position % count])
+        position += world
+
+
+class Skipped(NamedTuple):
+    reason: str
+    message: str
+
+
+class Decoder(torch.utils.data.Dataset):
+    """What the worker processes run: an index -> function(record), or Skipped."""
+
+    def __init__(self, records, function):
+        self.records, self.function = records, function
+
+    def __getitem__(self, index):
+        record = self.records[index]
+        try:
+            return self.function(record)
+        except MediaError as error:
+            return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
+
+
+def prefetch(records, function, order, workers):
+    """Yields function(records[i]) for each i in `order`, computed ahead by worker processes (0: in this process)."""
+    loader = torch.utils.data.DataLoader(
+        Decoder(records, function), sampler=order, batch_size=None, collate_fn=lambda item: item, num_workers=workers
+    )
+    return iter(loader)
+
+
+def take(stream, count, skipped, max_bad_share):
+    """The next `count` items less the unusable ones, which are named on the screen and counted in `skipped` by reason.
+
+    Raises RuntimeError when more than `max_bad_share` of all items so far (and of at least 200) were unusable.
+    """
+    items = []
+    for item in (next(stream) for _ in range(count)):
+        skipped["seen"] += 1
+        if isinstance(item, Skipped):
+            skipped[item.reason] += 1
+            print(f"skipped: {item.message}")
+        else:
+            items.append(item)
+    bad = skipped.total() - skipped["seen"]
+    if bad > max_bad_share * max(skipped["seen"], 200):
+        raise RuntimeError(f"{bad} of {skipped['seen']} records cannot be used: {dict(skipped)}; see --max-bad-share")
+    return items
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --peek: what training will see.
+
+
+def fold(text):
+    """Text with runs of vision tokens folded.
+
+    >>> fold("a <|image_pad|><|image_pad|> b")
+    'a <|image_pad|>x2 b'
+    """
+    return re.sub(r"(<\|(?:image|video)_pad\|>)+", lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", text)
+
+
+def contact_sheet(prompts, path, cell=160):
+    """Saves a PNG with one row per prompt: the pixels that the model sees, videos as up to eight frames with their seconds."""
+    sheet = Image.new("RGB", (8 * cell, len(prompts) * (cell + 16)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, prompt in enumerate(prompts):
+        cells = [("", image) for image in prompt.vllm["multi_modal_data"].get("image", [])]
+        for frames, metadata in prompt.vllm["multi_modal_data"].get("video", []):
+            for i in np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int):
+                seconds = metadata["frames_indices"][i] / metadata["fps"]
+                cells.append((f"{seconds:.2f} s", Image.fromarray(frames[i].transpose(1, 2, 0))))
+        for column, (label, image) in enumerate(cells[:8]):
+            scaled = ImageOps.contain(image, (cell - 4, cell - 4))
+            sheet.paste(scaled, (column * cell, row * (cell + 16) + 14))
+            draw.text((column * cell, row * (cell + 16)), f"{label} {image.width}x{image.height}", "black")
+    sheet.save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="record file")
+    parser.add_argument("--model", required=True, help="folder or hub id that has the processor")
+    parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
+    parser.add_argument("--prompts", help="JSON file that replaces the instructions")
+    parser.add_argument("--peek", type=int, default=3, help="records to show (%(default)s)")
+    parser.add_argument("--sheet", default="peek.png", help="where the picture goes (%(default)s)")
+    add_limits(parser)
+    args = parser.parse_args()
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(args.model)
+    records = load_records(args.file, args.media_root)
+    print(f"{args.file}: {len(records)} records: {dict(Counter(record['problem_type'] for record in records))}")
+    prompts = []
+    for record in records[: args.peek]:
+        prompt = encode(record, processor, limits_of(args), load_prompts(args.prompts))
+        prompts.append(prompt)
+        truth = record["messages"][-1]["content"] if "messages" in record else record["answer"]
+        print(f"\n--- record {record['index']}, {record['problem_id']}: {len(prompt.token_ids)} tokens, grids {prompt.grids.tolist()}")
+        print(fold(processor.tokenizer.decode(prompt.token_ids)) + truth)
+    contact_sheet(prompts, args.sheet)
+    print(f"\npixels: {args.sheet}")
+
+
+if __name__ == "__main__":
+    import cpu_compat  # noqa: F401  (before transformers)
+
+    main()

@@ -1,0 +1,554 @@
+"""Supervised cold start: one pass over chain-of-thought data, and the forward that reinforcement learning shares.
+
+    torchrun --nproc-per-node 2 sft.py --model runs/demo/toy/model --data runs/demo/toy/sft_*.json --dtype float32 ...  # laptop
+    torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct \\
+        --data onethinker_sft_image.json onethinker_sft_video.json --out runs/sft                             # 8 x 80 GB
+
+A training sequence is a `Group`: one prompt and its n responses, packed as [prompt | R1 | ... | Rn]. The prompt, with its
+thousands of vision tokens, is computed once; response i attends to the prompt and to itself. SFT is n = 1, the rollouts
+of reinforcement learning are n = 8, and both take their log-probabilities from `response_logps`.
+
+Where this departs from the release: a plain loop over FSDP2 in place of a forked trainer; the loss is the mean over all
+response tokens of the global batch, whatever the rank they are on; prompts are skipped when too long, never cut.
+"""
+
+import argparse
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from functools import partial
+from types import MethodType
+from typing import NamedTuple
+
+import cpu_compat  # noqa: F401  (before transformers)
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+import transformers
+from huggingface_hub import save_torch_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from data import Prompt, add_limits, data_order, encode, limits_of, load_records, prefetch, take
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The forward
+
+
+class Group(NamedTuple):
+    """One prompt and its responses: what is packed, trained, and kept together."""
+
+    prompt: Prompt
+    responses: list  # n lists of token ids, each with its end-of-turn token if it has one
+
+
+def pack(groups, device):
+    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] after each other, as a dict of
+
+    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3), segments [(prompt length, [response lengths])],
+    rows (R,): the row of the sequence that predicts each response token, targets (R,): that token.
+    R counts the response tokens in the order of the groups and their responses.
+    """
+    ids, positions, segments, rows = [], [], [], []
+    start = 0
+    for prompt, responses in groups:
+        ids += prompt.token_ids
+        positions.append(torch.from_numpy(prompt.positions))
+        first = int(prompt.positions.max()) + 1  # every response begins right after the prompt
+        last_prompt_row = start + len(prompt.token_ids) - 1
+        start += len(prompt.token_ids)
+        for response in responses:
+            ids += response
+            positions.append((first + torch.arange(len(response))).expand(3, -1))
+            rows += [last_prompt_row, *range(start, start + len(response) - 1)]  # token k is predicted by token k - 1
+            start += len(response)
+        segments.append((len(prompt.token_ids), [len(response) for response in responses]))
+    return dict(
+        ids=torch.tensor(ids, device=device),
+        positions=torch.cat(positions, dim=1).to(device),
+        patches=torch.cat([group.prompt.patches for group in groups]).to(device),
+        grids=torch.cat([group.prompt.grids for group in groups]).to(device),
+        segments=segments,
+        rows=torch.tensor(rows, device=device),
+        targets=torch.tensor([token for group in groups for response in group.responses for token in response], device=device),
+    )  # fmt: skip
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, segments, **_):
+    """Causal attention in which the responses of a group see their prompt and themselves, not each other.
+
+    query (1, H, T, D); key, value (1, Hkv, T, D); segments as `pack` gives them. Returns (1, T, H, D) and None.
+    The first response continues its prompt, so [prompt | R1] is one ordinary causal sequence; every other response asks
+    the keys [prompt | itself]. Two varlen calls on CUDA, SDPA sequence by sequence on a CPU.
+    """
+    queries, keys = [], []  # row indices of each attention sequence
+    start = 0
+    for prompt, responses in segments:
+        end = start + prompt + responses[0]
+        queries.append((start, end))
+        keys.append([(start, end)])
+        for length in responses[1:]:
+            queries.append((end, end + length))
+            keys.append([(start, start + prompt), (end, end + length)])
+            end += length
+        start = end
+    if query.is_cuda:
+        return varlen_attention(query, key, value, scaling, queries, keys), None
+    out = []
+    for (begin, end), spans in zip(queries, keys):
+        k = torch.cat([key[:, :, a:b] for a, b in spans], dim=2)
+        v = torch.cat([value[:, :, a:b] for a, b in spans], dim=2)
+        # A mask that is causal from the bottom right corner: the last query sees every key.
+        mask = None if len(spans) == 1 else torch.ones(end - begin, k.shape[2], dtype=torch.bool).tril(k.shape[2] - (end - begin))
+        out.append(F.scaled_dot_product_attention(query[:, :, begin:end], k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
+    return torch.cat(out, dim=2).transpose(1, 2), None  # fmt: skip
+
+
+def varlen_attention(query, key, value, scaling, queries, keys):
+    """The same on CUDA, where one kernel runs all sequences of a call: (1, H, T, D) -> (1, T, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+    out = torch.empty_like(query)
+    for shared in (False, True):  # first the prompts with their first responses, then the other responses
+        chosen = [i for i, spans in enumerate(keys) if (len(spans) > 1) == shared]
+        if not chosen:
+            continue
+        row_of = lambda spans: torch.cat([torch.arange(a, b) for a, b in spans]).to(query.device)  # noqa: E731
+        q_rows, k_rows = row_of([queries[i] for i in chosen]), row_of([span for i in chosen for span in keys[i]])
+        q_lengths = [queries[i][1] - queries[i][0] for i in chosen]
+        k_lengths = [sum(b - a for a, b in keys[i]) for i in chosen]
+        offsets = lambda lengths: torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=query.device)  # noqa: E731
+        part = varlen_attn(
+            query[q_rows], key[k_rows], value[k_rows], offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths),
+            scale=scaling, window_size=(-1, 0), enable_gqa=True,  # (-1, 0) is causal, aligned at the bottom right
+        )  # fmt: skip
+        out = out.index_copy(0, q_rows, part)
+    return out[None]
+
+
+def frame_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_):
+    """The vision tower's attention on CUDA: every frame attends to itself, all frames of all media in one call.
+
+    query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D) and None.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = varlen_attn(query, key, value, cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q), scale=scaling)
+    return out[None], None
+
+
+AttentionInterface.register("shared_prefix", shared_prefix_attention)
+AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # the segments say all there is to mask
+AttentionInterface.register("flash_frames", frame_attention)  # transformers passes whole films to names with "flash"
+
+
+def chunked_logps(hidden, weight, targets, temperature=1.0, chunk=2048):
+    """Log-probability of each target token, in float32, without ever holding more than `chunk` rows of logits.
+
+    hidden (R, E), weight (V, E), targets (R,). Returns (R,). Each chunk's logits are computed again in the backward pass.
+    """
+
+    def logps(rows, tokens):
+        logits = F.linear(rows.float(), weight.float()) / temperature  # (chunk, V)
+        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+    parts = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(logps, rows, tokens, use_reentrant=False) for rows, tokens in parts])
+
+
+def response_logps(model, batch, temperature=1.0):
+    """log p(response token | prompt, response so far) for all R response tokens of a packed batch. Returns (R,) float32.
+
+    The vision tower runs exactly once, also when there is nothing to see: under FSDP every rank must make the same calls.
+    """
+    visual, language = model.model.visual, model.model.language_model
+    ids, patches, grids = batch["ids"], batch["patches"], batch["grids"]
+    embeddings = language.embed_tokens(ids)  # (T, E)
+    seen = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)  # (T,)
+
+    blind = len(patches) == 0
+    if blind:  # a grey picture of one token, whose features are multiplied by zero below
+        patches = torch.full((4, visual.patch_embed.proj.weight[0].numel()), 128, dtype=torch.uint8, device=ids.device)
+        grids = torch.tensor([[1, 2, 2]], device=ids.device)
+    pixels = patches.to(embeddings.dtype) / 127.5 - 1  # Qwen3-VL's normalisation: mean 0.5, std 0.5
+    features = visual(pixels, grid_thw=grids, return_dict=True)
+    tokens, deepstack = features.pooler_output, features.deepstack_features  # (V, E), [(V, E)]
+    if blind:
+        embeddings = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack))
+        seen, deepstack = None, None
+    else:
+        assert seen.sum() == len(tokens), f"{seen.sum()} vision tokens, {len(tokens)} vision features"
+        embeddings = embeddings.masked_scatter(seen[:, None], tokens.to(embeddings.dtype))
+
+    hidden = language(
+        inputs_embeds=embeddings[None],
+        position_ids=batch["positions"][:, None],
+        visual_pos_masks=None if seen is None else seen[None],
+        deepstack_visual_embeds=deepstack,
+        use_cache=False,
+        segments=batch["segments"],
+    ).last_hidden_state[0]  # (T, E)
+    return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"], temperature)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Micro-batches
+
+
+def microbatches(groups, tokens_per_microbatch):
+    """Packs groups into lists of at most `tokens_per_microbatch` tokens, and gives every rank the same number of lists.
+
+    A group that is larger by itself is split by responses; each part computes the prompt once. A rank that needs fewer
+    lists than another gets empty ones, which `update` runs as a dummy: FSDP's collectives must match.
+    """
+    parts = []
+    for group in groups:
+        room = tokens_per_microbatch - len(group.prompt.token_ids)
+        responses, used = [], 0
+        for response in group.responses:
+            if responses and used + len(response) > room:
+                parts.append(Group(group.prompt, responses))
+                responses, used = [], 0
+            responses.append(response)
+            used += len(response)
+        parts.append(Group(group.prompt, responses))
+    bins = []  # [tokens, [part]], in order: the caller's per-token values follow the same order
+    for part in parts:
+        size = len(part.prompt.token_ids) + sum(map(len, part.responses))
+        if not bins or bins[-1][0] + size > tokens_per_microbatch:
+            bins.append([0, []])
+        bins[-1][0] += size
+        bins[-1][1].append(part)
+    count = global_max(len(bins))
+    return [members for _, members in bins] + [[]] * (count - len(bins))
+
+
+DUMMY = Group(
+    Prompt({}, [0], np.zeros((3, 1), np.int64), torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64), {}),
+    [[0]],
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Distributed: one process per device, FSDP2. A single process is a group of one, so there is no other code path.
+
+
+def init_distributed():
+    """Joins torchrun's process group (or makes a group of one). Returns rank, world size, device."""
+    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+        os.environ.setdefault(name, value)
+    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {torch.cuda.device_count()}: lower --nproc-per-node")
+        torch.cuda.set_device(local)
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    dist.init_process_group(backend)
+    return rank, world, device
+
+
+def global_sum(*values):
+    """Sums numbers over all ranks, in float64. One number in, one out; several in, a list out."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.tolist() if len(values) > 1 else total.item()
+
+
+def global_max(value):
+    largest = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return type(value)(largest.item())
+
+
+def load_model(path, device, dtype, trainable=True):
+    """A Hugging Face Qwen3-VL folder -> FSDP2-sharded model with float32 master weights that computes in `dtype`.
+
+    Only rank 0 reads the weights; the others are built empty and receive their shards by broadcast, so host memory holds
+    one copy of the model, not one per rank. `trainable=False`: frozen, weights kept in `dtype` (the KL reference).
+    """
+    config = AutoConfig.from_pretrained(path)
+    master = torch.float32 if trainable else dtype
+    weights = {}
+    if dist.get_rank() == 0:
+        weights = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master).state_dict()
+    with torch.device("meta"):
+        model = Qwen3VLForConditionalGeneration(config).to(master)
+    model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "flash_frames" if device.type == "cuda" else "sdpa"})
+    model.requires_grad_(trainable)
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    model.response_logps = MethodType(response_logps, model)
+    register_fsdp_forward_method(model, "response_logps")  # enters through the root, which gathers embeddings and head
+
+    model.to_empty(device=device)
+    for module in model.modules():  # rotary tables are in no checkpoint: to_empty leaves garbage in them
+        if hasattr(module, "original_inv_freq"):
+            fresh = type(module)(module.config)
+            module.inv_freq, module.original_inv_freq = fresh.inv_freq.to(device), fresh.original_inv_freq.to(device)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    model.tie_weights()
+    return model.train()
+
+
+def adamw(model, lr, weight_decay):
+    params = [param for param in model.parameters() if param.requires_grad]
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
+
+
+def optimizer_step(model, optimizer, grad_clip):
+    """Clips the global gradient norm and steps; a norm that is not finite skips the step, on all ranks alike.
+
+    Returns the norm before clipping (float; inf or nan when the step was skipped).
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).full_tensor().item()
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
+
+
+def save_checkpoint(out, model, optimizer, state, keep=2):
+    """Writes weights, optimiser state and `state` (JSON: step, cursor, ...) under a temporary name, then renames.
+
+    A checkpoint is there as a whole or not at all, and `latest` is replaced last.
+    """
+    final = os.path.join(out, "checkpoints", f"step-{state['step']:06d}")
+    temporary = final + ".tmp"
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+    dist.barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
+    if dist.get_rank() == 0:
+        write_json(os.path.join(temporary, "trainer_state.json"), state)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        with open(os.path.join(out, "checkpoints", "latest.tmp"), "w") as file:
+            file.write(os.path.basename(final))
+        os.replace(file.name, file.name.removesuffix(".tmp"))
+        for old in sorted(glob.glob(os.path.join(out, "checkpoints", "step-*[0-9]")))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(out, model, optimizer):
+    """Restores the newest checkpoint of a run folder in place and returns its state, or None where there is none."""
+    latest = os.path.join(out, "checkpoints", "latest")
+    if not os.path.exists(latest):
+        return None
+    with open(latest) as file:
+        folder = os.path.join(out, "checkpoints", file.read().strip())
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    with open(os.path.join(folder, "trainer_state.json")) as file:
+        return json.load(file)
+
+
+def full_weights(model):
+    """(Hugging Face name, whole bfloat16 or compute-dtype tensor) of every weight, one at a time, on every rank.
+
+    Cast before the gather: half the traffic. A tied head is left out, as in Hugging Face's own files.
+    """
+    for name, shard in model.state_dict().items():
+        if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            yield name, shard.to(torch.bfloat16).full_tensor()
+
+
+def export_model(model, processor, out):
+    """Writes a folder that transformers and vLLM load as it is: bfloat16 safetensors, config, processor, chat template."""
+    rank0 = dist.get_rank() == 0
+    weights = {}
+    for name, tensor in full_weights(model):
+        if rank0:
+            weights[name] = tensor.cpu()
+    if rank0:
+        save_torch_state_dict(weights, out)
+        model.config.dtype = torch.bfloat16
+        model.config.save_pretrained(out)
+        model.generation_config.save_pretrained(out)
+        processor.save_pretrained(out)
+    dist.barrier()
+
+
+def write_json(path, value):
+    with open(path, "w") as file:
+        json.dump(value, file, indent=1)
+
+
+def log_metrics(out, row):
+    """Appends one line to metrics.jsonl (rank 0)."""
+    if dist.get_rank() == 0:
+        with open(os.path.join(out, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def start_run(args):
+    """Makes the run folder and notes what reruns it: arguments, versions, commit."""
+    if dist.get_rank() == 0:
+        os.makedirs(args.out, exist_ok=True)
+        here = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        write_json(os.path.join(args.out, "args.json"), {**vars(args), "versions": versions, "commit": commit})
+
+
+class Stop:
+    """Notices SIGTERM, Ctrl-C and the end of --minutes. `now()` is the same on all ranks; ask it once a step."""
+
+    def __init__(self, minutes=None):
+        self.deadline = time.time() + 60 * minutes if minutes else math.inf
+        self.signalled = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, *_):
+        self.signalled = True
+
+    def now(self):
+        return bool(global_max(int(self.signalled or time.time() > self.deadline)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Supervised fine-tuning
+
+
+def training_pair(record, processor, limits):
+    """An SFT record -> Group of its prompt and its one response: the assistant's words and the end-of-turn token."""
+    prompt = encode(record, processor, limits)
+    prompt.vllm = None
+    text = record["messages"][-1]["content"]
+    response = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    return Group(prompt, [response])
+
+
+def learning_rate(step, steps, peak, warmup_share):
+    """Cosine with a linear warm-up.
+
+    >>> [round(learning_rate(step, steps=10, peak=1.0, warmup_share=0.2), 2) for step in range(0, 11, 2)]
+    [0.5, 1.0, 0.85, 0.5, 0.15, 0.0]
+    """
+    warmup = max(1, round(steps * warmup_share))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def update(model, optimizer, groups, args, device):
+    """One optimiser step on this rank's groups. Returns loss per token, tokens of the global batch, gradient norm."""
+    tokens = global_sum(sum(len(response) for group in groups for response in group.responses))
+    total = 0.0
+    for members in microbatches(groups, args.tokens_per_microbatch):
+        logps = model.response_logps(pack(members or [DUMMY], device))
+        loss = -logps.sum() / tokens * bool(members)
+        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+        total += loss.item()
+    return global_sum(total), int(tokens), optimizer_step(model, optimizer, args.grad_clip)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", required=True, help="Hugging Face folder or hub id of a Qwen3-VL")
+    group.add_argument("--data", nargs="+", required=True, help="SFT record files (JSON or JSONL)")
+    group.add_argument("--media-root", help="folder of the media paths (default: each file's own folder)")
+    group.add_argument("--out", required=True, help="run folder; the same command resumes from it")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
+    group.add_argument("--steps", type=int, help="optimiser steps, in place of --epochs")
+    group.add_argument("--minutes", type=float, help="stop and save after this time")
+    group.add_argument("--sequences-per-step", type=int, default=32, help="sequences per optimiser step, all ranks (%(default)s)")
+    group.add_argument("--tokens-per-microbatch", type=int, default=32768, help="tokens per forward and rank (%(default)s)")
+    group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (%(default)s)")
+    group.add_argument("--warmup-share", type=float, default=0.02, help="share of the steps (%(default)s)")
+    group.add_argument("--weight-decay", type=float, default=1e-6)
+    group.add_argument("--grad-clip", type=float, default=1.0, help="largest global gradient norm (%(default)s)")
+    group.add_argument("--train-vision", action="store_true", help="train the vision tower too (the paper freezes it)")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are always float32")
+    group.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass: less memory")
+    group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
+    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
+    add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
+    return parser.parse_args()  # fmt: skip
+
+
+def main():
+    args = parse_args()
+    rank, world, device = init_distributed()
+    torch.manual_seed(args.seed)
+
+    # Everything that can be wrong with the input is found before a model is loaded.
+    if args.sequences_per_step % world:
+        raise SystemExit(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
+    records = [record for path in args.data for record in load_records(path, args.media_root)]
+    if strangers := [record for record in records if "messages" not in record]:
+        raise SystemExit(f"{strangers[0]['file']}: record {strangers[0]['index']}: no messages, so it is no SFT record")
+    steps = args.steps or math.ceil(args.epochs * len(records) / args.sequences_per_step)
+    start_run(args)
+    processor = AutoProcessor.from_pretrained(args.model)
+
+    model = load_model(args.model, device, getattr(torch, args.dtype))
+    model.model.visual.requires_grad_(args.train_vision)
+    if args.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0)
+    if rank == 0:
+        print(f"{len(records)} records, {steps} steps of {args.sequences_per_step} sequences on {world} ranks, from step {state['step']}")
+
+    order = data_order(len(records), args.seed, state["cursor"], rank, world)
+    stream = prefetch(records, partial(training_pair, processor=processor, limits=limits_of(args)), order, args.workers)
+    skipped, stop = Counter(), Stop(args.minutes)
+    for step in tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=rank > 0, mininterval=2):
+        begin = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr, args.warmup_share)
+        groups = take(stream, args.sequences_per_step // world, skipped, args.max_bad_share)
+        loss, tokens, norm = update(model, optimizer, groups, args, device)
+        state = dict(step=step + 1, cursor=state["cursor"] + args.sequences_per_step)
+        row = dict(step=step + 1, loss=loss, tokens=tokens, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        row["tokens_per_second"] = tokens / (time.time() - begin)
+        log_metrics(args.out, row | {f"skipped/{reason}": count for reason, count in skipped.items()})
+        stopping = stop.now()
+        if (step + 1) % args.save_every == 0 or stopping or step + 1 == steps:
+            save_checkpoint(args.out, model, optimizer, state)
+        if stopping:
+            break
+    export_model(model, processor, args.out)
+    if rank == 0:
+        print(f"step {state['step']} of {steps}; model in {args.out}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,550 @@
+"""The toy world: a tiny random Qwen3-VL and records of all tasks over small pictures and videos, drawn in seconds.
+
+    python tests/toy.py runs/demo/toy                     # everything below, for the demo
+    python tests/toy.py DIR --sft 240 --rl 240 --eval 4   # small, for a test
+    python tests/toy.py --shuffle-media eval/ocr.json eval/ocr_shuffled.json    # same questions, other pictures
+
+    DIR/model/                              the real architecture with 0.7 M random weights, tokenizer, processor
+    DIR/sft_image.json, sft_video.json      the release's SFT form: rendered prompt, thinking, answer
+    DIR/rl_train.json                       the release's RL form
+    DIR/eval/<task>.json                    the release's evaluation form, 12 files
+    DIR/media/, DIR/eval/media/             96 x 96 PNG; 64 x 64 MP4 of 8 seconds at 4 fps
+
+Same seed, same bytes. A scene belongs to evaluation or to training by a hash of its content, so that no evaluation scene
+was ever trained on. No answer can be guessed from the question: which object is asked for is drawn at random, every video
+lasts 8 seconds, and wherever an answer is one of a few they come equally often. (Tracking is given its first box.)
+
+Made to be learned by a tiny model in minutes: big shapes, edges on a grid of 8 pixels, every word and every number one
+token. Objects move once a second, in jumps: sampled at 2 fps, each pair of frames, which is one time step of Qwen3-VL,
+then shows exactly one whole second.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import zlib
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data import render_problem  # noqa: E402
+
+COLOURS = {"red": (230, 40, 40), "green": (40, 200, 70), "blue": (60, 90, 255), "yellow": (240, 220, 50)}
+KINDS = ("circle", "square", "triangle")
+WORDS = ("BAG", "CAT", "DOG", "FOX", "HEN", "JAM", "LIP", "MUD", "OWL", "SKY", "VET", "ZIP")
+BACKGROUND = (24, 24, 28)
+IMAGE, VIDEO = 96, 64  # pixels a side
+GRID, SECONDS, FPS = 8, 8, 4
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+class Shape(NamedTuple):
+    colour: str
+    kind: str  # circle, square, triangle, bar, or a word in capitals
+    x: int  # pixels from the left, y from the top
+    y: int
+    w: int
+    h: int
+
+
+class Item(NamedTuple):
+    scene: tuple  # a tuple of shapes for each second; a picture has one
+    problem: str
+    thought: str
+    answer: object  # JSON for perception, else text
+    options: list = []
+    target: Shape = None  # what a mask is wanted of
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes, and how the text speaks of them.
+
+
+def some_shape(rng, side, colour=None, kind=None):
+    size = rng.choice((24, 32, 40) if side == IMAGE else (24, 32))
+    x, y = (rng.randrange(0, side - size + 1, GRID) for _ in "xy")
+    return Shape(colour or rng.choice(list(COLOURS)), kind or rng.choice(KINDS), x, y, size, size)
+
+
+def some_pair(rng, side):
+    """Two shapes that do not touch, of different colour and kind."""
+    looks = list(zip(rng.sample(list(COLOURS), 2), rng.sample(KINDS, 2), strict=True))
+    while True:
+        a, b = (some_shape(rng, side, *look) for look in looks)
+        if a.x + a.w < b.x or b.x + b.w < a.x or a.y + a.h < b.y or b.y + b.h < a.y:
+            return a, b
+
+
+def name(shape):
+    return f"{shape.colour} {shape.kind}"
+
+
+def coordinate(pixels, side):
+    return int(1000 * pixels / side + 0.5)
+
+
+def box(shape, side):
+    corners = shape.x, shape.y, shape.x + shape.w, shape.y + shape.h
+    return [coordinate(pixels, side) for pixels in corners]
+
+
+def points(shape, side):
+    """The middle and two points below it: inside a circle, a square and a triangle alike."""
+    x, y, s = shape.x + shape.w // 2, shape.y + shape.h // 2, shape.w // 8
+    return [[coordinate(px, side), coordinate(py, side)] for px, py in ((x, y), (x - s, y + 2 * s), (x + s, y + 2 * s))]
+
+
+def place(shape, side):
+    column = ("left", "centre", "right")[(shape.x + shape.w // 2) * 3 // side]
+    return f"{('top', 'middle', 'bottom')[(shape.y + shape.h // 2) * 3 // side]} {column}"
+
+
+def walk(shape, steps, direction):
+    """The shape once a second, moving one cell at a time and turning back at the edges of the video."""
+    dx, dy = direction
+    path = [shape]
+    while len(path) < steps:
+        x, y = path[-1].x, path[-1].y
+        dx = dx if 0 <= x + dx * GRID <= VIDEO - shape.w else -dx
+        dy = dy if 0 <= y + dy * GRID <= VIDEO - shape.h else -dy
+        path.append(shape._replace(x=x + dx * GRID, y=y + dy * GRID))
+    return path
+
+
+def some_span(rng, longest=4):
+    """A start and an end in whole seconds: visible from the one until just before the other."""
+    start, length = rng.choice([(s, n) for n in range(1, longest + 1) for s in range(SECONDS - n + 1)])
+    return start, start + length
+
+
+def shown(*shapes_and_spans):
+    """A video in which each shape stands still and is visible during its span."""
+    return tuple(
+        tuple(shape for shape, (start, end) in shapes_and_spans if start <= t < end) for t in range(SECONDS)
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often.
+
+
+def multiple_choice(rng, turn):
+    letter = turn % 4
+    if turn // 4 % 2:
+        right, options = rng.choice(list(DIRECTIONS)), list(DIRECTIONS)
+        dx, dy = DIRECTIONS[right]
+        steps = rng.randint(3, 5)
+        across, size = rng.randrange(0, VIDEO - 24 + 1, GRID), 24
+        along = rng.randrange(0, VIDEO - 24 - (steps - 1) * GRID + 1, GRID)
+        along = along if dx + dy > 0 else VIDEO - 24 - along
+        x, y = (along, across) if dx else (across, along)
+        shape = Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), x, y, size, size)
+        path = walk(shape, steps, (dx, dy))
+        scene = tuple((path[min(t, steps - 1)],) for t in range(SECONDS))
+        problem, thought = f"Which way does the {shape.kind} move?", f"The {shape.kind} moves {right}"
+    else:
+        a, b = some_pair(rng, IMAGE)
+        right, options = a.colour, list(COLOURS)
+        scene = (tuple(rng.sample((a, b), 2)),)
+        problem, thought = f"Which colour is the {a.kind}?", f"The {a.kind} is {a.colour}, the {b.kind} is {b.colour}"
+    options.remove(right)
+    rng.shuffle(options)
+    options.insert(letter, right)
+    options = [f"{mark}. {option}" for mark, option in zip("ABCD", options, strict=True)]
+    return Item(scene, problem, f"{thought}, option {'ABCD'[letter]}.", "ABCD"[letter], options)
+
+
+def cells(rng, counts):
+    """As many shapes of each colour as asked for, in cells of 32 pixels. Returns the picture and the cells by colour."""
+    places = rng.sample(range(9), sum(counts.values()))
+    colours = [colour for colour, count in counts.items() for _ in range(count)]
+    shapes = [
+        Shape(colour, rng.choice(KINDS), cell % 3 * 32 + 4, cell // 3 * 32 + 4, 24, 24)
+        for colour, cell in zip(colours, places, strict=True)
+    ]
+    return (tuple(sorted(shapes, key=lambda shape: (shape.y, shape.x))),)
+
+
+def numerical(rng, turn):
+    count = 1 + turn % 5
+    asked, other = rng.sample(list(COLOURS), 2)
+    scene = cells(rng, {asked: count, other: rng.randint(0, 4)})
+    rows = [sum(shape.colour == asked and shape.y // 32 == row for shape in scene[0]) for row in range(3)]
+    thought = f"{rows[0]} in the top row, {rows[1]} in the middle, {rows[2]} at the bottom."
+    return Item(scene, f"How many {asked} shapes are there?", thought, str(count))
+
+
+def math(rng, turn):
+    r, b = (2, 3, 5)[turn % 3], (2, 3, 4)[turn // 3 % 3]
+    first, second = rng.sample(list(COLOURS), 2)
+    scene = cells(rng, {first: r, second: b})
+    problem = f"Divide the square root of the number of {first} shapes by the number of {second} shapes."
+    return Item(scene, problem, f"I see {r} {first} and {b} {second} shapes.", rf"\frac{{\sqrt{{{r}}}}}{{{b}}}")
+
+
+def regression(rng, turn):
+    length = 2 + turn % 10
+    start, line = rng.randint(0, 12 - length), rng.randint(0, 10)
+    x, y, w, h = (start, line, length, 2) if rng.random() < 0.5 else (line, start, 2, length)
+    bar = Shape(rng.choice(list(COLOURS)), "bar", x * GRID, y * GRID, w * GRID, h * GRID)
+    thought = f"The bar goes from {start} to {start + length}."
+    return Item(((bar,),), "The picture is 12 units wide and high. How long is the bar?", thought, str(length))
+
+
+def ocr(rng, turn):
+    words = rng.sample(WORDS, 2)
+    scene = (tuple(Shape(rng.choice(list(COLOURS)), word, rng.randrange(0, 9, 4), y, 88, 48) for word, y in zip(words, (0, 48))),)  # fmt: skip
+    return Item(scene, "What is written here?", "There are two words, one above the other.", " ".join(words))
+
+
+def open_ended(rng, turn):
+    """A caption in reading order."""
+    a, b = (shape._replace(w=32, h=32) for shape in some_pair(rng, IMAGE))
+    near, far, along = rng.choice((0, 8, 16)), rng.choice((48, 56, 64)), rng.randrange(0, 65, GRID)
+    if turn % 2:
+        a, b = a._replace(x=along, y=near), b._replace(x=along, y=far)
+        thought, relation = "One shape is over the other.", "above"
+    else:
+        a, b = a._replace(x=near, y=along), b._replace(x=far, y=along)
+        thought, relation = "The two shapes are side by side.", "beside"
+    return Item(((a, b),), "Describe the picture.", thought, f"{name(a)} {relation} {name(b)}")
+
+
+def temporal_grounding(rng, turn):
+    a, b = some_pair(rng, VIDEO)
+    start, end = some_span(rng)
+    scene = shown((a, (start, end)), (b, some_span(rng)))
+    thought = f"The {name(a)} comes at {start} and is gone at {end}."
+    return Item(scene, f"When is the {name(a)} visible?", thought, {"time": [start, end]})
+
+
+def spatial_grounding(rng, turn):
+    a, b = some_pair(rng, IMAGE)
+    thought = f"The {name(a)} is at the {place(a, IMAGE)}."
+    return Item((tuple(rng.sample((a, b), 2)),), f"Where is the {name(a)}?", thought, {"boxes": box(a, IMAGE)})
+
+
+def spatial_temporal_grounding(rng, turn):
+    shape, (start, end), way = some_shape(rng, VIDEO), some_span(rng), rng.choice(list(DIRECTIONS))
+    path = dict(zip(range(start, end), walk(shape, end - start, DIRECTIONS[way]), strict=True))
+    scene = tuple((path[t],) if t in path else () for t in range(SECONDS))
+    answer = {"time": [start, end], "boxes": {str(t): box(path[t], VIDEO) for t in path}}
+    thought = f"The {name(shape)} comes at {start} and is gone at {end}."
+    return Item(scene, f"When and where is the {name(shape)} visible?", thought, answer)
+
+
+def tracking(rng, turn):
+    shape, dx, dy = some_shape(rng, VIDEO), rng.choice((-1, 1)), rng.choice((-1, 0, 1))
+    path = walk(shape, SECONDS, (dx, dy) if rng.random() < 0.5 else (dy, dx))
+    scene = tuple((shape,) for shape in path)
+    problem = f"Track the object whose box in the first frame is {json.dumps(box(shape, VIDEO), separators=(',', ':'))}."
+    thought = f"The {name(shape)} goes from the {place(path[0], VIDEO)} to the {place(path[-1], VIDEO)}."
+    return Item(scene, problem, thought, {"boxes": {str(t + 1): box(path[t], VIDEO) for t in range(SECONDS)}})
+
+
+def segmentation_image(rng, turn):
+    a, b = some_pair(rng, IMAGE)
+    answer = {"boxes": box(a, IMAGE), "positive_points": points(a, IMAGE), "negative_points": points(b, IMAGE)}
+    thought = f"The {name(a)} is at the {place(a, IMAGE)}, the {name(b)} at the {place(b, IMAGE)}."
+    return Item((tuple(rng.sample((a, b), 2)),), f"Segment the {name(a)}.", thought, answer, target=a)
+
+
+def segmentation_video(rng, turn):
+    a, b = some_pair(rng, VIDEO)
+    start, end = some_span(rng)
+    answer = {"time": start, "boxes": box(a, VIDEO), "positive_points": points(a, VIDEO)}
+    answer |= {"negative_points": points(b, VIDEO)}
+    thought = f"The {name(a)} comes at {start} at the {place(a, VIDEO)}, the {name(b)} is at the {place(b, VIDEO)}."
+    return Item(shown((a, (start, end)), (b, (0, SECONDS))), f"Segment the {name(a)}.", thought, answer, target=a)
+
+
+TASKS = {
+    "multiple choice": multiple_choice,
+    "numerical": numerical,
+    "math": math,
+    "regression": regression,
+    "OCR": ocr,
+    "open-ended": open_ended,
+    "temporal grounding": temporal_grounding,
+    "spatial grounding": spatial_grounding,
+    "spatial-temporal grounding": spatial_temporal_grounding,
+    "tracking": tracking,
+    "segmentation-image": segmentation_image,
+    "segmentation-video": segmentation_video,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scenes -> files.
+
+
+def draw(shapes, side, background=BACKGROUND):
+    image = Image.new("RGB", (side, side), background)
+    pen = ImageDraw.Draw(image)
+    for shape in shapes:
+        x1, y1, x2, y2 = shape.x, shape.y, shape.x + shape.w - 1, shape.y + shape.h - 1
+        colour = COLOURS[shape.colour]
+        if shape.kind == "circle":
+            pen.ellipse((x1, y1, x2, y2), fill=colour)
+        elif shape.kind == "triangle":
+            pen.polygon(((x1, y2), (x2, y2), (x1 + shape.w // 2, y1), (x1 + shape.w // 2 - 1, y1)), fill=colour)
+        elif shape.kind in WORDS:
+            centre = x1 + shape.w / 2, y1 + shape.h / 2
+            pen.text(centre, shape.kind, colour, ImageFont.load_default(36), anchor="mm", stroke_width=1)
+        else:
+            pen.rectangle((x1, y1, x2, y2), fill=colour)
+    return image
+
+
+def file_name(scene):
+    """A name by content: equal scenes share their file."""
+    return f"{zlib.crc32(repr(scene).encode()):08x}{'.png' if len(scene) == 1 else '.mp4'}"
+
+
+def for_evaluation(scene):
+    return zlib.crc32(repr(scene).encode()) % 8 == 0
+
+
+def write_media(scene, folder):
+    path = Path(folder, file_name(scene))
+    if len(scene) == 1:
+        draw(scene[0], IMAGE).save(path)
+        return
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"crf": "8", "preset": "ultrafast", "threads": "1"})
+        stream.width = stream.height = VIDEO
+        stream.pix_fmt = "yuv420p"
+        for shapes in scene:
+            for _ in range(FPS):
+                container.mux(stream.encode(av.VideoFrame.from_image(draw(shapes, VIDEO))))
+        container.mux(stream.encode())
+
+
+def masks(item):
+    """`segmentation_output` of an evaluation record: COCO run lengths of the asked object, by frame for a video."""
+    side = IMAGE if len(item.scene) == 1 else VIDEO
+    rles = []
+    for shapes in item.scene:
+        drawn = np.asarray(draw([s for s in shapes if s == item.target], side, (0, 0, 0))).any(-1)
+        rle = coco.encode(np.asfortranarray(drawn, dtype=np.uint8))
+        rles.append({"size": [side, side], "counts": rle["counts"].decode()})
+    if len(rles) == 1:
+        return {"frames": [0], "segmentation_rle": rles[0]}
+    frames = list(range(SECONDS * FPS))
+    return {"frames": frames, "segmentation_rle": {str(frame): rles[frame // FPS] for frame in frames}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Items -> records in the release's three forms.
+
+
+def records_of(split, task, count, seed):
+    """`count` items of a task and their records. Split: sft, rl or eval."""
+    rng, items, records = random.Random(f"{seed}/{split}/{task}"), [], []
+    for turn in range(count):
+        item = TASKS[task](rng, turn)
+        while for_evaluation(item.scene) != (split == "eval"):
+            item = TASKS[task](rng, turn)
+        data_type, path = "image" if len(item.scene) == 1 else "video", f"media/{file_name(item.scene)}"
+        answer = item.answer if isinstance(item.answer, str) else json.dumps(item.answer, separators=(",", ":"))
+        answer = f"<answer>{answer}</answer>"
+        record = {
+            "problem_id": f"{split}-{task.replace(' ', '-')}-{turn}",
+            "problem": f"<{data_type}>{item.problem}",
+            "data_type": data_type,
+            "problem_type": task.split("-")[0] if task.startswith("segmentation") else task,
+            "options": item.options,
+            "data_source": "toy",
+        }
+        if split == "sft":
+            user = {"role": "user", "content": render_problem(record)}
+            assistant = {"role": "assistant", "content": f"<think>{item.thought}</think>{answer}"}
+            record = {"messages": [user, assistant], f"{data_type}s": [path]}
+        elif split == "rl":
+            record |= {"answer": answer, f"{data_type}s": [path]}
+        else:
+            record |= {"solution": answer, "path": path}
+            if item.target:
+                side = IMAGE if data_type == "image" else VIDEO
+                record |= {"resolution": {"width": side, "height": side}, "fps": FPS}
+                record["segmentation_output"] = masks(item)
+        items.append(item)
+        records.append(record)
+    return items, records
+
+
+def write_json(path, records):
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+def write_world(folder, seed, sft, rl, per_task):
+    """All records and media. sft and rl count records, per_task evaluation records of each task. Returns the texts."""
+    train = {"sft": [], "rl": []}
+    scenes, texts = {}, set()  # (folder, file name) -> scene
+    for split, total in (("sft", sft), ("rl", rl), ("eval", per_task * len(TASKS))):
+        for i, task in enumerate(TASKS):
+            count = total // len(TASKS) + (i < total % len(TASKS))
+            items, records = records_of(split, task, count, seed)
+            home = folder / "eval" if split == "eval" else folder
+            (home / "media").mkdir(parents=True, exist_ok=True)
+            scenes.update({(home / "media", file_name(item.scene)): item.scene for item in items})
+            for item, record in zip(items, records, strict=True):
+                texts |= {turn["content"] for turn in record.get("messages", [])}
+                texts |= {f"{item.thought}\n{record.get('answer', '')}", render_problem(record)} if split == "rl" else set()
+            if split == "eval":
+                write_json(home / f"{task.lower().replace(' ', '_').replace('-', '_')}.json", records)
+            else:
+                train[split] += records
+    for records in train.values():
+        random.Random(seed).shuffle(records)
+    write_json(folder / "sft_image.json", [record for record in train["sft"] if "images" in record])
+    write_json(folder / "sft_video.json", [record for record in train["sft"] if "videos" in record])
+    write_json(folder / "rl_train.json", train["rl"])
+    jobs = [(scene, home) for (home, _), scene in scenes.items()]
+    with Pool(os.cpu_count()) as pool:
+        list(tqdm(pool.imap_unordered(write_job, jobs, chunksize=16), "toy media", len(jobs), unit="file"))
+    return sorted(texts)
+
+
+def write_job(job):
+    write_media(*job)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tiny model.
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+PIECES = r"<\d+\.\d seconds>|</?(?:think|answer)>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+|<|\s"  # one token each
+CHAT = """{% for turn in messages %}<|im_start|>{{ turn.role }}
+{% if turn.content is string %}{{ turn.content }}{% else %}{% for part in turn.content %}\
+{% if 'image' in part.type %}<|vision_start|><|image_pad|><|vision_end|>\
+{% elif 'video' in part.type %}<|video_pad|>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def write_model(folder, seed, texts):
+    """A Qwen3-VL with random weights in the folder, with a byte-level BPE that knows every piece of the texts."""
+    import cpu_compat  # noqa: F401
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        GenerationConfig,
+        PreTrainedTokenizerFast,
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLProcessor,
+        Qwen3VLVideoProcessor,
+    )
+
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    numbers = [str(coordinate(px, side)) for side in (IMAGE, VIDEO) for px in range(0, side + 1, 2)]
+    stamps = [f"<{t / 10} seconds>" for t in range(SECONDS * 10 + 1)]
+    corpus = texts + [f"{n} {n}" for n in numbers] + stamps + ["user\nassistant\nsystem\n"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=9999, special_tokens=list(SPECIAL), initial_alphabet=alphabet, show_progress=False)  # fmt: skip
+    bpe.train_from_iterator(corpus, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT, model_max_length=32768
+    )
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
+
+    config = Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=32768,
+            rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[6, 5, 5], mrope_interleaved=True),
+            tie_word_embeddings=True, pad_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"], bos_token_id=None,
+        ),
+        vision_config=dict(
+            depth=2, hidden_size=64, intermediate_size=128, num_heads=2, patch_size=16, spatial_merge_size=2,
+            temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=256, deepstack_visual_indexes=[0],
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"], tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    model.save_pretrained(folder)
+
+    tile = 32 * 32
+    half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=16)
+    image_processor = Qwen2VLImageProcessor(**half, size=dict(shortest_edge=4 * tile, longest_edge=1024 * tile))
+    video_size = dict(shortest_edge=4 * tile, longest_edge=768 * tile)  # of all frames together
+    video_processor = Qwen3VLVideoProcessor(**half, size=video_size, fps=2, cap_pixels_per_frame=False)
+    Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT).save_pretrained(folder)
+    return sum(weights.numel() for weights in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def shuffle_media(source, target, seed):
+    """Writes the records of `source` with media exchanged among records of the same task and medium; none keeps its own.
+
+    The question and the truth stay. A model that still scores well on `target` does not look.
+    """
+    records = json.loads(Path(source).read_text(encoding="utf-8"))
+    groups = {}
+    for record in records:
+        field = next(field for field in ("path", "images", "videos") if field in record)
+        groups.setdefault((record.get("problem_type"), record.get("data_type"), field), []).append(record)
+    for (task, _, field), group in groups.items():
+        media = [record[field] for record in group]
+        order = sorted({str(medium) for medium in media})
+        random.Random(seed).shuffle(order)
+        group.sort(key=lambda record: order.index(str(record[field])))  # equal media stand together ...
+        most = max(map(media.count, media))
+        if 2 * most > len(group):
+            raise ValueError(f"{source}: {len(group)} records of {task}, {most} of them with the same medium")
+        media = [record[field] for record in group]
+        for i, record in enumerate(group):  # ... so that turning by the longest run gives each another one
+            record[field] = media[(i + most) % len(group)]
+    move = partial(moved, Path(source).resolve().parent, Path(target).resolve().parent)
+    for record in records:
+        for field in {"path", "images", "videos"} & set(record):
+            record[field] = [move(p) for p in record[field]] if isinstance(record[field], list) else move(record[field])
+    write_json(Path(target), records)
+
+
+def moved(old_home, new_home, path):
+    return os.path.relpath(old_home / path, new_home)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
+    parser.add_argument("--sft", type=int, default=4000, help="SFT records in all (%(default)s)")
+    parser.add_argument("--rl", type=int, default=4000, help="RL records in all (%(default)s)")
+    parser.add_argument("--eval", type=int, default=40, help="evaluation records per task (%(default)s)")
+    parser.add_argument("--shuffle-media", nargs=2, metavar=("IN", "OUT"), help="exchange the media of a JSON file; OUT beside IN")
+    args = parser.parse_args()
+    if args.shuffle_media:
+        shuffle_media(*args.shuffle_media, args.seed)
+        return
+    if args.folder is None:
+        parser.error("the folder to write to is missing")
+    texts = write_world(args.folder, args.seed, args.sft, args.rl, args.eval)
+    parameters = write_model(args.folder / "model", args.seed, texts)
+    print(f"{args.folder}: {args.sft} SFT and {args.rl} RL records, {args.eval} evaluation records for each of "
+          f"{len(TASKS)} tasks, a model of {parameters:,} parameters")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
