@@ -22,6 +22,7 @@ from typing import NamedTuple
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageOps
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
@@ -339,6 +340,7 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
 def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
     """The frames at the time stamps `wanted` (ascending, repeats allowed), as a list of uint8 (H, W, 3)."""
     stream.thread_type = "AUTO"
+    scaler = VideoReformatter()  # one for all frames: it keeps its tables
     container.seek(int(keys[0]), stream=stream)
     decoder, reached, frames, size = container.decode(stream), keys[0], [], None
     for target in wanted:
@@ -360,7 +362,7 @@ def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
             height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
             size = fit(height, width, min_pixels, max_pixels)
         height, width = size[::-1] if turns % 2 else size
-        pixels = frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC")
+        pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
         frames.append(np.ascontiguousarray(np.rot90(pixels, turns)))
     return frames
 
@@ -533,22 +535,23 @@ def prefetch(records, function, order, workers):
     return iter(loader)
 
 
-def take(stream, count, skipped, max_bad_share):
-    """The next `count` items less the unusable ones, which are named on the screen and counted in `skipped` by reason.
+def take(stream, count, tally, max_bad_share):
+    """The next `count` items less the unusable ones, which are named on the screen and counted.
 
-    Raises RuntimeError when more than `max_bad_share` of all items so far (and of at least 200) were unusable.
+    tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>". Raises RuntimeError when
+    more than `max_bad_share` of all records so far (and of at least 200) were unusable.
     """
     items = []
     for item in (next(stream) for _ in range(count)):
-        skipped["seen"] += 1
+        tally["records"] += 1
         if isinstance(item, Skipped):
-            skipped[item.reason] += 1
+            tally[f"skipped/{item.reason}"] += 1
             print(f"skipped: {item.message}")
         else:
             items.append(item)
-    bad = skipped.total() - skipped["seen"]
-    if bad > max_bad_share * max(skipped["seen"], 200):
-        raise RuntimeError(f"{bad} of {skipped['seen']} records cannot be used: {dict(skipped)}; see --max-bad-share")
+    bad = tally.total() - tally["records"]
+    if bad > max_bad_share * max(tally["records"], 200):
+        raise RuntimeError(f"too many records cannot be used (see --max-bad-share): {dict(tally)}")
     return items
 
 

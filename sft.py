@@ -158,21 +158,21 @@ AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  
 AttentionInterface.register("flash_frames", frame_attention)  # transformers passes whole films to names with "flash"
 
 
-def chunked_logps(hidden, weight, targets, temperature=1.0, chunk=2048):
+def chunked_logps(hidden, weight, targets, chunk=2048):
     """Log-probability of each target token, in float32, without ever holding more than `chunk` rows of logits.
 
     hidden (R, E), weight (V, E), targets (R,). Returns (R,). Each chunk's logits are computed again in the backward pass.
     """
 
     def logps(rows, tokens):
-        logits = F.linear(rows.float(), weight.float()) / temperature  # (chunk, V)
+        logits = F.linear(rows.float(), weight.float())  # (chunk, V)
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     parts = zip(hidden.split(chunk), targets.split(chunk))
     return torch.cat([checkpoint(logps, rows, tokens, use_reentrant=False) for rows, tokens in parts])
 
 
-def response_logps(model, batch, temperature=1.0):
+def response_logps(model, batch):
     """log p(response token | prompt, response so far) for all R response tokens of a packed batch. Returns (R,) float32.
 
     The vision tower runs exactly once, also when there is nothing to see: under FSDP every rank must make the same calls.
@@ -204,7 +204,7 @@ def response_logps(model, batch, temperature=1.0):
         use_cache=False,
         segments=batch["segments"],
     ).last_hidden_state[0]  # (T, E)
-    return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"], temperature)
+    return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -372,23 +372,22 @@ def load_checkpoint(out, model, optimizer):
         return json.load(file)
 
 
-def full_weights(model):
-    """(Hugging Face name, whole bfloat16 or compute-dtype tensor) of every weight, one at a time, on every rank.
+def full_weights(model, dtype):
+    """(Hugging Face name, whole tensor in `dtype`) of every weight, one at a time, on every rank.
 
-    Cast before the gather: half the traffic. A tied head is left out, as in Hugging Face's own files.
+    Cast before the gather: half the traffic. A tied head comes under both its names: vLLM packs the head separately.
     """
     for name, shard in model.state_dict().items():
-        if not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            yield name, shard.to(torch.bfloat16).full_tensor()
+        yield name, shard.to(dtype).full_tensor()
 
 
 def export_model(model, processor, out):
     """Writes a folder that transformers and vLLM load as it is: bfloat16 safetensors, config, processor, chat template."""
     rank0 = dist.get_rank() == 0
     weights = {}
-    for name, tensor in full_weights(model):
-        if rank0:
-            weights[name] = tensor.cpu()
+    for name, tensor in full_weights(model, torch.bfloat16):
+        if rank0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
+            weights[name] = tensor.cpu().clone()  # a gathered tensor may be a view of a padded one
     if rank0:
         save_torch_state_dict(weights, out)
         model.config.dtype = torch.bfloat16
@@ -528,17 +527,17 @@ def main():
 
     order = data_order(len(records), args.seed, state["cursor"], rank, world)
     stream = prefetch(records, partial(training_pair, processor=processor, limits=limits_of(args)), order, args.workers)
-    skipped, stop = Counter(), Stop(args.minutes)
+    tally, stop = Counter(), Stop(args.minutes)
     for step in tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=rank > 0, mininterval=2):
         begin = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup_share)
-        groups = take(stream, args.sequences_per_step // world, skipped, args.max_bad_share)
+        groups = take(stream, args.sequences_per_step // world, tally, args.max_bad_share)
         loss, tokens, norm = update(model, optimizer, groups, args, device)
         state = dict(step=step + 1, cursor=state["cursor"] + args.sequences_per_step)
         row = dict(step=step + 1, loss=loss, tokens=tokens, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         row["tokens_per_second"] = tokens / (time.time() - begin)
-        log_metrics(args.out, row | {f"skipped/{reason}": count for reason, count in skipped.items()})
+        log_metrics(args.out, row | tally)
         stopping = stop.now()
         if (step + 1) % args.save_every == 0 or stopping or step + 1 == steps:
             save_checkpoint(args.out, model, optimizer, state)

@@ -1,0 +1,117 @@
+"""Asks a model about one image or video: prints its thinking, then its answer.
+
+    python infer.py --model runs/rl --image cat.jpg --task "spatial grounding" "the cat on the left"
+    python infer.py --model runs/rl --video street.mp4 --task "multiple choice" "Who crosses first?" --options "a dog" "a man"
+
+The prompt is written as in training (data.encode) and the answer is read as in evaluation (rewards.find_answer). The exit
+code is 1 when the answer says nothing in the terms of the task, 2 when the request itself cannot be used.
+"""
+
+import argparse
+import os
+import re
+import sys
+
+import cpu_compat  # noqa: F401  (before transformers)
+from transformers import AutoProcessor
+
+from data import PROMPTS, MediaError, add_limits, encode, limits_of, load_prompts, place_media
+from evaluate import readable
+from rewards import find_answer
+from rl_ema_grpo import generate, make_engine, text_of
+from sft import init_distributed
+
+VIDEO_TASKS = ("temporal grounding", "spatial-temporal grounding", "tracking", "segmentation-video")
+
+
+def refuse(message):
+    """Ends the run before a model is loaded: one sentence."""
+    print(f"infer.py: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", nargs="?")
+    parser.add_argument("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
+    medium = parser.add_mutually_exclusive_group()
+    medium.add_argument("--image", help="image file")
+    medium.add_argument("--video", help="video file, or a folder of numbered frames")
+    parser.add_argument(
+        "--task", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)'
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=[], help="the options of a multiple choice; letters are added if missing"
+    )
+    parser.add_argument("--list-tasks", action="store_true", help="print the tasks with their instructions, and end")
+    parser.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
+    parser.add_argument("--max-response-tokens", type=int, default=8192, help="per answer (%(default)s)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
+    add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=32768)
+    args = parser.parse_args()
+    if args.list_tasks:
+        print("\n".join(f"{task}\n    {instruction}" for task, instruction in PROMPTS.items()))
+        sys.exit(0)
+    return args
+
+
+def record_of(args):
+    """The request as a record, the form in which training and evaluation have their questions."""
+    kind, path = ("image", args.image) if args.image else ("video", args.video)
+    task = f"segmentation-{kind}" if args.task == "segmentation" else args.task
+    if not (args.model and path and args.question):
+        refuse("--model, a question, and --image or --video are needed")
+    if task not in PROMPTS:
+        refuse(f"--task is {args.task!r}, expected one of {', '.join(PROMPTS)}")
+    if not os.path.exists(path):
+        refuse(f"--{kind}: no file {path}")
+    if kind == "image" and task in VIDEO_TASKS or kind == "video" and task == "segmentation-image":
+        refuse(f"--task {task!r} does not go with --{kind}")
+    if (task == "multiple choice") != bool(args.options):
+        refuse("--options are needed for a multiple choice, and only there")
+    options = args.options
+    if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
+        options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    return dict(
+        problem_id="0",
+        problem_type=task.removesuffix(f"-{kind}") if task.startswith("segmentation") else task,
+        data_type=kind,
+        problem=place_media(
+            args.question, [kind], lambda *_: refuse(f"more than one <{kind}> in the question"), "question"
+        ),
+        options=options,
+        media=[dict(type=kind, path=os.path.abspath(path))],
+    )
+
+
+def main():
+    args = parse_args()
+    record = record_of(args)
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+        prompt = encode(record, processor, limits_of(args), load_prompts(args.prompts))
+    except (OSError, ValueError, MediaError) as error:
+        refuse(error)
+
+    init_distributed()  # a group of one: the engine expects torchrun's surroundings
+    length = len(prompt.token_ids) + args.max_response_tokens
+    llm = make_engine(
+        args.model, args.dtype, length, {kind: int(kind == record["data_type"]) for kind in ("image", "video")}, seed=0
+    )
+    rollout = generate(llm, [prompt], [0], 1, args.max_response_tokens, processor.tokenizer, temperature=0.0)[0]
+    llm.llm_engine.engine_core.shutdown()
+
+    text = text_of(rollout, 0, processor.tokenizer)
+    thinking, closed, _ = text.rpartition("</think>")
+    answer = find_answer(text)
+    print(f"thinking: {(thinking if closed else text).replace('<think>', '').strip()}")
+    print(f"answer: {answer if closed or answer != text.strip() else ''}")
+    if not rollout.finished[0]:
+        print(f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)", file=sys.stderr)
+    if not readable(record, answer):
+        print(f"infer.py: this answer cannot be read for the task {args.task!r}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

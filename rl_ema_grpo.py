@@ -1,0 +1,646 @@
+"""EMA-GRPO: reinforcement learning on many tasks at once, each task's advantages divided by its own moving reward std.
+
+    torchrun --nproc-per-node 2 rl_ema_grpo.py --model runs/demo/sft --data runs/demo/toy/rl_train.json --dtype float32 ...  # laptop
+    torchrun --nproc-per-node 8 rl_ema_grpo.py --model runs/sft --data onethinker_rl_train.json --out runs/rl        # 8 x 80 GB
+
+Every rank holds a shard of the trainer and a whole vLLM engine. A step, numbered as in the code:
+
+    1 sync       the trainer's weights go to the engines
+    2 roll out   each rank samples n responses to each of its own prompts
+    3 grade      rewards; groups that are all right or all wrong teach nothing and are dropped; 2-3 again until enough are kept
+    4 advantages (reward - mean of its group) / moving std of its task
+    5 old logps  of the groups that will be updated after the policy has moved
+    6 update     a few clipped policy-gradient steps
+    7 log, 8 save
+
+Where this departs from the paper (arXiv 2512.03043) and the release:
+ 1. Advantages are clipped at 5 as the paper says; the release divides a group with any |A| > 5 by its own std instead.
+ 2. A task's first batch sets its moments (as released; the paper is silent), and they survive a restart (released: lost).
+ 3. Clip range 0.2 / 0.3 and a mean over all response tokens (as released; the paper writes a symmetric clip and a mean
+    over sequences). No KL term unless --kl-coef is set (the paper says 0.01, the released configuration switches it off).
+ 4. Groups that dynamic sampling finds beyond --prompts-per-step are trained on, not thrown away.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import cpu_compat
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoProcessor
+
+from data import Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, take, task_of
+from rewards import Grader
+from sft import (
+    DUMMY, Group, Stop, adamw, export_model, full_weights, global_max, global_sum, init_distributed, load_checkpoint,
+    load_model, log_metrics, microbatches, optimizer_step, pack, save_checkpoint, start_run,
+)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The method
+
+
+class EMAStd:
+    """Moving mean and second moment of each task's rewards, and the std that follows (paper, EMA-GRPO).
+
+    >>> ema = EMAStd()
+    >>> ema.update("QA", [0.0, 1.0])               # the first batch of a task is taken as it is
+    >>> ema.std("QA")
+    0.5
+    >>> ema.update("QA", [1.0, 1.0])               # m1 = 0.99 * 0.5 + 0.01 * 1, m2 likewise
+    >>> round(ema.std("QA"), 6)
+    0.499975
+    """
+
+    def __init__(self, decay=0.99, floor=1e-3):
+        self.decay, self.floor = decay, floor
+        self.moments = {}  # task -> [mean of R, mean of R^2]
+
+    def update(self, task, rewards):
+        """Takes in all rewards of one task in one batch, of all ranks. Raises ValueError on none or non-finite ones."""
+        rewards = np.asarray(rewards, dtype=np.float64)
+        if not (len(rewards) and np.isfinite(rewards).all()):
+            raise ValueError(f"rewards of {task!r} must be finite numbers, at least one: {rewards.tolist()[:8]}")
+        batch = [float(rewards.mean()), float((rewards**2).mean())]
+        old = self.moments.get(task, batch)
+        self.moments[task] = [self.decay * m + (1 - self.decay) * b for m, b in zip(old, batch)]
+
+    def std(self, task):
+        """sqrt(m2 - m1^2), at least `floor`. KeyError for a task never seen."""
+        m1, m2 = self.moments[task]
+        return max(math.sqrt(max(m2 - m1**2, 0.0)), self.floor)
+
+    def state_dict(self):
+        return {task: list(moments) for task, moments in self.moments.items()}
+
+    def load_state_dict(self, state):
+        self.moments = {task: list(moments) for task, moments in state.items()}
+
+
+def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
+    """A = (R - mean of its group) / scale, clipped to [-clip, clip]; one float per response, in the order given.
+
+    rewards, groups, tasks: parallel lists with one entry per response, in any order: reward, id of the prompt, task.
+    The moments in `ema` take in this batch first. The scale is
+        ema_grpo  the task's moving std: all groups of a task are weighed alike, and all tasks come out at a like size
+        grpo      the group's own std (unbiased) + 1e-6: blows up groups whose rewards hardly differ
+        dr_grpo   1: tasks with small rewards drown beside tasks with large ones
+
+    >>> [round(a, 3) for a in advantages([1, 0, 0, 0], ["p"] * 4, ["QA"] * 4, EMAStd())]      # std of 1, 0, 0, 0: 0.433
+    [1.732, -0.577, -0.577, -0.577]
+    >>> advantages([1, 0, 0, 0], ["p"] * 4, ["QA"] * 4, EMAStd(), "dr_grpo")
+    [0.75, -0.25, -0.25, -0.25]
+    """
+    by_task, by_group = defaultdict(list), defaultdict(list)
+    for reward, group, task in zip(rewards, groups, tasks, strict=True):
+        by_task[task].append(reward)
+        by_group[group].append(reward)
+    for task, values in by_task.items():
+        ema.update(task, values)
+    result = []
+    for reward, group, task in zip(rewards, groups, tasks):
+        values = by_group[group]
+        if method == "ema_grpo":
+            scale = ema.std(task)
+        elif method == "grpo":
+            scale = (np.std(values, ddof=1) if len(values) > 1 else 0.0) + 1e-6
+        elif method == "dr_grpo":
+            scale = 1.0
+        else:
+            raise ValueError(f"method is {method!r}, expected ema_grpo, grpo or dr_grpo")
+        result.append(float(np.clip((reward - np.mean(values)) / scale, -clip, clip)))
+    return result
+
+
+def policy_loss(
+    logps, old_logps, advantages, clip_low=0.2, clip_high=0.3, dual_clip=3.0,
+    ref_logps=None, kl_coef=0.0, rollout_logps=None, tis_cap=None,
+):  # fmt: skip
+    """The loss of each response token, to be averaged over all response tokens of the mini-batch, and what was clipped.
+
+    logps, old_logps, advantages and, where used, ref_logps and rollout_logps: (R,) float32. Returns losses (R,), clipped
+    (R,) bool. old_logps is the trainer before this mini-batch's step; where nothing has moved yet, pass logps.detach():
+    the ratio is 1, the loss is the mean of -A, near 0, and the gradient is the policy gradient all the same.
+    """
+    ratio = torch.exp(logps - old_logps)
+    gain = ratio * advantages
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    surrogate = torch.min(gain, bounded)  # PPO: no reward for moving further than the clip range
+    # Dual clip: a bad token that has become much more likely would have an unbounded loss; stop at dual_clip * |A|.
+    surrogate = torch.where(advantages < 0, torch.max(surrogate, dual_clip * advantages), surrogate)
+    losses = -surrogate
+    if tis_cap is not None:  # truncated importance sampling: vLLM sampled from a slightly different policy
+        losses = losses * torch.exp(old_logps - rollout_logps).clamp(max=tis_cap).detach()
+    if kl_coef > 0:  # k3 estimator of KL(policy || reference): unbiased, never negative
+        difference = ref_logps - logps
+        losses = losses + kl_coef * (torch.exp(difference) - difference - 1)
+    return losses, bounded < gain
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rollouts: a vLLM engine in every rank
+
+
+@dataclass
+class Rollout:
+    """One prompt's group of n responses. Lists are parallel, one entry per response."""
+
+    prompt: Prompt
+    responses: list  # n lists of token ids, with the end-of-turn token where the model wrote one
+    logps: list  # n lists of vLLM's log-probabilities of these tokens
+    finished: list  # n bools: ended by itself
+    scores: list = field(default_factory=list)  # n rewards.Score
+    advantages: list = field(default_factory=list)  # n floats
+
+    @property
+    def group(self):
+        return Group(self.prompt, self.responses)
+
+
+def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
+    """A vLLM engine inside this process, on this rank's device, that generates without any collective.
+
+    media_per_prompt: {"image": most images of one prompt, "video": most videos}.
+    """
+    from vllm import LLM
+
+    cpu_compat.register_qwen3_vl()
+    if torch.cuda.is_available():
+        device = dict(
+            enable_sleep_mode=True,
+            kv_cache_memory_bytes=24 << 30,
+            compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 128},
+        )
+    else:
+        # No chunks: after half a prompt vLLM winds a seeded generator back, which a CPU generator cannot do.
+        device = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(max_model_len, 8192))
+    random_state = torch.get_rng_state()  # LLM() reseeds torch's global generator
+    llm = LLM(
+        path,
+        tensor_parallel_size=1,
+        distributed_executor_backend="external_launcher",
+        seed=seed,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        enable_prefix_caching=True,
+        limit_mm_per_prompt=media_per_prompt,
+        mm_processor_cache_gb=0,
+        hf_overrides={"head_dtype": "float32"},  # logits in float32, like the trainer's
+        logprobs_mode="raw_logprobs",
+        use_tqdm_on_load=False,
+        **device,
+    )
+    torch.set_rng_state(random_state)
+    return llm
+
+
+def sync_weights(llm, weights):
+    """Gives the engine the trainer's weights, and makes it forget everything that it computed with the old ones.
+
+    weights: iterator of (Hugging Face name, whole tensor). The loader casts to the engine's dtype.
+    """
+    llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
+    llm.reset_prefix_cache()
+    llm.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()  # without this one the engine later dies of an "Encoder cache miss"
+
+
+def release_kv_cache(llm):
+    """Frees the engine's key-value pool for the trainer. GPU only: CPU builds cannot."""
+    if torch.cuda.is_available():
+        while llm.llm_engine.engine_core.engine_core.scheduler.has_requests():
+            llm.llm_engine.step()  # finished requests linger for a step, and the pause below would be refused
+        llm.sleep(level=0)
+        llm.release_kv_cache_memory()
+
+
+def restore_kv_cache(llm):
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])
+
+
+def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
+    """n responses to each prompt -> list of Rollout, ungraded. seeds: one int per prompt.
+
+    Vision tokens are banned: a sampled <|image_pad|> would claim the pixels of the prompt in the trainer's forward.
+    """
+    from vllm import SamplingParams
+
+    banned = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    banned = {token: -100.0 for token in tokenizer.convert_tokens_to_ids(banned)}
+    settings = [
+        SamplingParams(
+            n=n, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed,
+            logprobs=0, detokenize=False, logit_bias=banned,
+        )
+        for seed in seeds
+    ]  # fmt: skip
+    rollouts = []
+    outputs = llm.generate([prompt.vllm for prompt in prompts], settings, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM and the trainer read different prompts"
+        samples = output.outputs
+        rollouts.append(
+            Rollout(
+                prompt,
+                responses=[list(sample.token_ids) for sample in samples],
+                logps=[[step[token].logprob for step, token in zip(sample.logprobs, sample.token_ids)] for sample in samples],
+                finished=[sample.finish_reason == "stop" for sample in samples],
+            )
+        )  # fmt: skip
+    return rollouts
+
+
+def text_of(rollout, i, tokenizer):
+    """Response i as text, without its end-of-turn token. Other special tokens stay visible: they break the format."""
+    return tokenizer.decode(rollout.responses[i][: -1 if rollout.finished[i] else None])
+
+
+def grade(rollouts, grader, tokenizer):
+    """Fills in the scores of every response."""
+    pairs = [(rollout.prompt.record, text_of(rollout, i, tokenizer)) for rollout in rollouts for i in range(len(rollout.responses))]
+    scores = iter(grader.score(pairs))
+    for rollout in rollouts:
+        rollout.scores = [next(scores) for _ in rollout.responses]
+
+
+def teaches(rollout):
+    """Dynamic sampling (DAPO): a group whose answers are all right or all wrong has no gradient worth its forward."""
+    return 0.01 < np.mean([score.accuracy for score in rollout.scores]) < 0.99
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The update
+
+
+def deal_minibatches(counts, rank, parts):
+    """Splits the groups of all ranks into min(parts, groups) mini-batches of near-equal size; groups stay on their rank.
+
+    counts: groups held by each rank. Returns for `rank` one list of its own group indices per mini-batch.
+
+    >>> deal_minibatches([3, 1], rank=0, parts=2), deal_minibatches([3, 1], rank=1, parts=2)
+    ([[0], [1, 2]], [[0], []])
+    """
+    everyone = sorted((i, r) for r, count in enumerate(counts) for i in range(count))  # alternating ranks
+    parts = min(parts, len(everyone))
+    edges = [part * len(everyone) // max(parts, 1) for part in range(parts + 1)]
+    return [[i for i, r in everyone[a:b] if r == rank] for a, b in zip(edges, edges[1:])]
+
+
+@torch.no_grad()
+def current_logps(model, groups, tokens_per_microbatch, device):
+    """Log-probabilities of all response tokens under the current weights: (R,) float32, on the CPU."""
+    parts = []
+    for members in microbatches(groups, tokens_per_microbatch):
+        logps = model.response_logps(pack(members or [DUMMY], device))
+        parts.append(logps[: sum(len(response) for group in members for response in group.responses)].cpu())
+    model.reshard()  # the root keeps its gathered weights after a forward without backward
+    return torch.cat(parts)
+
+
+def per_token(rollouts, values):
+    """One number per response -> one per response token, (R,). values: Rollout -> n floats."""
+    pairs = [(value, len(response)) for rollout in rollouts for value, response in zip(values(rollout), rollout.responses)]
+    return torch.repeat_interleave(
+        torch.tensor([value for value, _ in pairs], dtype=torch.float32), torch.tensor([length for _, length in pairs], dtype=torch.int64)
+    )  # fmt: skip
+
+
+def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
+    """One optimiser step on this rank's share of a mini-batch.
+
+    old_logps, ref_logps: (R,) or None, where None means: as the policy is now, and not used. Returns a dict of numbers
+    that hold for all ranks together.
+    """
+    advantage = per_token(rollouts, lambda rollout: rollout.advantages)  # (R,)
+    rollout_logps = torch.tensor([logp for rollout in rollouts for response in rollout.logps for logp in response])  # (R,)
+    tokens = global_sum(len(advantage))
+    sums = np.zeros(3)  # loss, clipped tokens, |trainer - vLLM|
+    done = 0
+    for members in microbatches([rollout.group for rollout in rollouts], args.tokens_per_microbatch):
+        batch = pack(members or [DUMMY], device)
+        logps = model.response_logps(batch)
+        if not members:  # nothing left here while other ranks still work: keep FSDP company
+            (0 * logps.sum()).backward()
+            continue
+        at = slice(done, done := done + len(logps))
+        old = logps.detach() if old_logps is None else old_logps[at].to(device)
+        sampled = rollout_logps[at].to(device)
+        losses, clipped = policy_loss(
+            logps, old, advantage[at].to(device), args.clip_low, args.clip_high, args.dual_clip,
+            ref_logps[at].to(device) if ref_logps is not None else None, args.kl_coef, sampled, args.tis_cap,
+        )  # fmt: skip
+        loss = losses.sum() / tokens  # the mean over all response tokens of the mini-batch, whatever their rank
+        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+        sums += [loss.item(), clipped.sum().item(), (old - sampled).abs().sum().item()]
+    loss, clipped, gap = global_sum(*sums)
+    norm = optimizer_step(model, optimizer, args.grad_clip)
+    return dict(loss=loss, clip_share=clipped / tokens, logp_gap=gap / tokens, grad_norm=norm, tokens=tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what")
+    group.add_argument("--model", required=True, help="Hugging Face folder or hub id of a Qwen3-VL, usually the SFT run")
+    group.add_argument("--data", nargs="+", required=True, help="RL record files (JSON or JSONL)")
+    group.add_argument("--media-root", help="folder of the media paths (default: each file's own folder)")
+    group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
+    group.add_argument("--out", required=True, help="run folder; the same command resumes from it")
+    group.add_argument("--eval-data", nargs="+", default=[], help="held-out record files to answer greedily during the run")
+    group.add_argument("--eval-every", type=int, default=50, help="steps between such evaluations (%(default)s)")
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", choices=["ema_grpo", "grpo", "dr_grpo"], default="ema_grpo")
+    group.add_argument("--ema-decay", type=float, default=0.99, help="of the moving reward moments, per step (%(default)s)")
+    group.add_argument("--advantage-clip", type=float, default=5.0)
+    group.add_argument("--clip-low", type=float, default=0.2, help="ratio above 1 - this (%(default)s)")
+    group.add_argument("--clip-high", type=float, default=0.3, help="ratio below 1 + this (%(default)s)")
+    group.add_argument("--dual-clip", type=float, default=3.0, help="largest ratio of a token with a negative advantage (%(default)s)")
+    group.add_argument("--kl-coef", type=float, default=0.0, help="weight of the KL to the starting model; 0 loads no reference")
+    group.add_argument("--tis-cap", type=float, help="cap of the trainer / vLLM importance weight (default: no such weight)")
+    group = parser.add_argument_group("training")
+    group.add_argument("--steps", type=int, default=200, help="rollout batches (%(default)s)")
+    group.add_argument("--minutes", type=float, help="stop and save after this time")
+    group.add_argument("--prompts-per-step", type=int, default=128, help="kept groups per step, all ranks (%(default)s)")
+    group.add_argument("--rollouts-per-prompt", type=int, default=8, help="responses per group (%(default)s)")
+    group.add_argument("--updates-per-step", type=int, default=4, help="optimiser steps per rollout batch (%(default)s)")
+    group.add_argument("--max-rounds", type=int, default=20, help="rounds of dynamic sampling per step (%(default)s)")
+    group.add_argument("--max-response-tokens", type=int, default=4096)
+    group.add_argument("--tokens-per-microbatch", type=int, default=32768, help="tokens per forward and rank (%(default)s)")
+    group.add_argument("--lr", type=float, default=2e-6, help="constant learning rate (%(default)s)")
+    group.add_argument("--weight-decay", type=float, default=1e-2)
+    group.add_argument("--grad-clip", type=float, default=1.0, help="largest global gradient norm (%(default)s)")
+    group.add_argument("--seed", type=int, default=0)
+    group = parser.add_argument_group("machine")
+    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute of trainer and vLLM; master weights are float32")
+    group.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass: less memory")
+    group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
+    group.add_argument("--grade-seconds", type=float, default=10.0, help="a grading that takes longer scores 0 (%(default)s)")
+    group.add_argument("--polar-url", help="vLLM server of the POLAR reward model, for open-ended answers (default: ROUGE)")
+    group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (%(default)s)")
+    group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
+    group.add_argument("--wandb", help="also log to this Weights & Biases project")
+    add_limits(parser)
+    return parser.parse_args()  # fmt: skip
+
+
+def refuse(message):
+    """Ends the run before anything heavy has started: one sentence, from one rank."""
+    if dist.get_rank() == 0:
+        print(f"rl_ema_grpo.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def check(args, world):
+    """Everything that can be wrong with the input, before a model is loaded. Returns records, held-out records, processor."""
+    if args.prompts_per_step % world:
+        refuse(f"--prompts-per-step {args.prompts_per_step} does not divide among {world} ranks")
+    if args.rollouts_per_prompt < 2:
+        refuse(f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from")
+    try:
+        records, held_out = (
+            [record for path in paths for record in load_records(path, args.media_root)] for paths in (args.data, args.eval_data)
+        )
+        load_prompts(args.prompts)
+        processor = AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        refuse(error)
+    if strangers := [record for record in records + held_out if record["answer"] is None]:
+        refuse(f"{strangers[0]['file']}: record {strangers[0]['index']}: an SFT record (messages), where answers are needed")
+    return records, held_out, processor
+
+
+@contextmanager
+def timed(seconds, phase):
+    start = time.time()
+    yield
+    seconds[phase] += time.time() - start
+
+
+def gather(value):
+    """One small Python object per rank -> the list of all, on every rank."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def evaluate_greedily(llm, records, encode_record, grader, tokenizer, args, rank, world):
+    """Mean held-out accuracy per task: {"eval/<task>": accuracy}. Unusable records count 0."""
+    mine = records[rank::world]
+    prompts = take(prefetch(mine, encode_record, iter(range(len(mine))), 0), len(mine), Counter(), 1.0)
+    rollouts = generate(llm, prompts, [0] * len(prompts), 1, args.max_response_tokens, tokenizer, temperature=0.0)
+    grade(rollouts, grader, tokenizer)
+    right, total = Counter(), Counter(task_of(record) for record in records)
+    for part in gather([(task_of(rollout.prompt.record), rollout.scores[0].accuracy) for rollout in rollouts]):
+        for task, accuracy in part:
+            right[task] += accuracy
+    return {f"eval/{task}": right[task] / total[task] for task in sorted(total)}
+
+
+def main():
+    args = parse_args()
+    rank, world, device = init_distributed()
+    records, held_out, processor = check(args, world)
+    start_run(args)
+    torch.manual_seed(args.seed)
+    limits, tokenizer = limits_of(args), processor.tokenizer
+    encode_record = partial(encode, processor=processor, limits=limits, prompts=load_prompts(args.prompts))
+    n, parts = args.rollouts_per_prompt, args.updates_per_step
+
+    # Trainer, reference, engine, in this order: the engine measures what memory is left.
+    dtype = getattr(torch, args.dtype)
+    model = load_model(args.model, device, dtype)
+    if args.recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    reference = load_model(args.model, device, dtype, trainable=False) if args.kl_coef > 0 else None
+    state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0, keep_rate=1.0, moments={})
+    ema = EMAStd(args.ema_decay)
+    ema.load_state_dict(state["moments"])
+    cursor, keep_rate = state["cursor"], state["keep_rate"]
+
+    stream = prefetch(records, encode_record, data_order(len(records), args.seed, cursor, rank, world), args.workers)
+    grader = Grader(seconds=args.grade_seconds, polar_url=args.polar_url)
+    media = [Counter(medium["type"] for medium in record["media"]) for record in records + held_out]
+    media_per_prompt = {kind: max(counts[kind] for counts in media) for kind in ("image", "video")}
+    llm = make_engine(args.model, args.dtype, limits.max_prompt_tokens + args.max_response_tokens, media_per_prompt, args.seed + rank)
+
+    if rank == 0:
+        print(
+            f"{len(records)} records; {args.prompts_per_step} prompts x {n} rollouts = {args.prompts_per_step * n} responses a step"
+            f" on {world} ranks; {parts} optimiser steps of about {args.prompts_per_step // parts} prompts; from step {state['step']}"
+        )  # fmt: skip
+        if args.wandb:
+            import wandb
+
+            wandb.init(project=args.wandb, config=vars(args))
+    tally, stop = Counter(), Stop(args.minutes)
+
+    for step in range(state["step"], args.steps):
+        begin, seconds = time.time(), Counter()
+
+        # 1 sync
+        with timed(seconds, "sync"):
+            sync_weights(llm, full_weights(model, dtype))
+            restore_kv_cache(llm)
+        row = dict(step=step + 1)
+        if held_out and step % args.eval_every == 0:
+            with timed(seconds, "eval"):
+                row |= evaluate_greedily(llm, held_out, encode_record, grader, tokenizer, args, rank, world)
+
+        # 2 roll out and 3 grade, until all ranks together have kept enough groups
+        kept, seen, kept_everywhere, seen_everywhere, rounds = [], [], 0, 0, 0
+        while kept_everywhere < args.prompts_per_step and rounds < args.max_rounds:
+            missing = (args.prompts_per_step - kept_everywhere) / max(keep_rate, 0.1)  # prompts to draw, all ranks
+            size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
+            with timed(seconds, "data"):
+                prompts = take(stream, size, tally, args.max_bad_share)
+            seeds = [args.seed + (cursor + rank + i * world) * n for i in range(len(prompts))]
+            cursor += size * world
+            with timed(seconds, "generate"):
+                rollouts = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)
+            with timed(seconds, "grade"):
+                grade(rollouts, grader, tokenizer)
+            new = [rollout for rollout in rollouts if teaches(rollout)]
+            kept, seen, rounds = kept + new, seen + rollouts, rounds + 1
+            new_everywhere, drawn_everywhere = global_sum(len(new), len(rollouts))
+            kept_everywhere, seen_everywhere = kept_everywhere + int(new_everywhere), seen_everywhere + int(drawn_everywhere)
+            keep_rate = 0.5 * keep_rate + 0.5 * new_everywhere / max(drawn_everywhere, 1)
+        release_kv_cache(llm)
+
+        # 4 advantages: every rank sees all rewards (a few kB), so that all ranks hold the same moments
+        mine = [
+            (score.reward, (rank, i), task_of(rollout.prompt.record)) for i, rollout in enumerate(kept) for score in rollout.scores
+        ]
+        everyone = gather(mine)
+        flat = [entry for part in everyone for entry in part]
+        if flat:
+            rewards, groups, tasks = zip(*flat)
+            result = advantages(rewards, groups, tasks, ema, args.method, args.advantage_clip)
+            first = sum(len(part) for part in everyone[:rank])
+            for i, rollout in enumerate(kept):
+                rollout.advantages = result[first + i * n : first + (i + 1) * n]
+
+        # 5 old log-probabilities: the first mini-batch is updated by the very policy that computes them, so it needs none
+        counts = [len(part) // n for part in everyone]
+        minibatches = [[kept[i] for i in part] for part in deal_minibatches(counts, rank, parts)]
+        old_logps = [None] * len(minibatches)
+        ref_logps = [None] * len(minibatches)
+        with timed(seconds, "old_logps"):
+            for k, minibatch in enumerate(minibatches):
+                members = [rollout.group for rollout in minibatch]
+                if k > 0:
+                    old_logps[k] = current_logps(model, members, args.tokens_per_microbatch, device)
+                if reference is not None:
+                    ref_logps[k] = current_logps(reference, members, args.tokens_per_microbatch, device)
+
+        # 6 update
+        with timed(seconds, "update"):
+            updates = [
+                update(model, optimizer, minibatch, old, ref, args, device)
+                for minibatch, old, ref in zip(minibatches, old_logps, ref_logps)
+            ]
+        if not updates and rank == 0:
+            print(f"step {step + 1}: no group of {seen_everywhere} was kept after {rounds} rounds; nothing to learn from")
+
+        # 7 log
+        seconds["step"] = time.time() - begin
+        row |= summarise(seen, updates, ema, seconds, tally, grader)
+        row |= dict(kept_share=kept_everywhere / max(seen_everywhere, 1), groups=kept_everywhere, rounds=rounds)
+        log_metrics(args.out, row)
+        if rank == 0:
+            print(step_line(row, args.steps), flush=True)
+            save_samples(args.out, step + 1, seen, tokenizer)
+            if args.wandb:
+                wandb.log(row, step=step + 1)
+
+        # 8 save
+        state = dict(step=step + 1, cursor=cursor, keep_rate=keep_rate, moments=ema.state_dict())
+        stopping = stop.now()
+        if (step + 1) % args.save_every == 0 or stopping or step + 1 == args.steps:
+            save_checkpoint(args.out, model, optimizer, state)
+        if stopping:
+            break
+
+    export_model(model, processor, args.out)
+    grader.close()
+    llm.llm_engine.engine_core.shutdown()
+    if rank == 0:
+        print(f"step {state['step']} of {args.steps}; model in {args.out}")
+    dist.destroy_process_group()
+
+
+def summarise(seen, updates, ema, seconds, tally, grader):
+    """The numbers of one step, over all ranks: see the glossary in the README. `seen`: this rank's graded rollouts."""
+    rows = [
+        (task_of(rollout.prompt.record), score.reward, score.accuracy, len(response), finished)
+        for rollout in seen
+        for score, response, finished in zip(rollout.scores, rollout.responses, rollout.finished)
+    ]
+    ranks = gather((rows, tally | Counter({f"grader/{what}": count for what, count in grader.counts.items()})))
+    rows = [row for part, _ in ranks for row in part]
+    by_task = defaultdict(list)
+    for row in rows:
+        by_task[row[0]].append(row)
+    mean = lambda rows, column: float(np.mean([row[column] for row in rows])) if rows else 0.0  # noqa: E731
+    tokens = sum(row[3] for row in rows)
+    result = dict(
+        reward=mean(rows, 1),
+        accuracy=mean(rows, 2),
+        response_tokens=mean(rows, 3),
+        finished_share=mean(rows, 4),
+        tokens_per_second=tokens / seconds["step"],
+        gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_host_gb(),
+    )
+    if updates:
+        result |= {key: float(np.mean([u[key] for u in updates])) for key in ("loss", "clip_share", "grad_norm")}
+        result["logp_gap"] = updates[0]["logp_gap"]  # before anything moved: only vLLM against the trainer
+        result["skipped/updates"] = sum(not math.isfinite(u["grad_norm"]) for u in updates)
+    for task, part in sorted(by_task.items()):
+        result |= {f"reward/{task}": mean(part, 1), f"accuracy/{task}": mean(part, 2)}
+    result |= {f"std/{task}": ema.std(task) for task in sorted(ema.moments)}
+    result |= {f"seconds/{phase}": value for phase, value in seconds.items()}
+    return result | sum((counts for _, counts in ranks), Counter())
+
+
+def peak_host_gb():
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def step_line(row, steps):
+    """The step on one line, for the screen."""
+    phases = " ".join(f"{phase} {row.get(f'seconds/{phase}', 0):.1f}" for phase in ("sync", "generate", "grade", "old_logps", "update"))
+    return (
+        f"step {row['step']:4d}/{steps}  reward {row['reward']:.3f}  accuracy {row['accuracy']:.3f}  kept {row['kept_share']:.2f}"
+        f"  tokens {row['response_tokens']:5.1f}  finished {row['finished_share']:.2f}  grad {row.get('grad_norm', 0):.2f}"
+        f"  gap {row.get('logp_gap', 0):.1e}  {row['tokens_per_second']:.0f} tok/s  {row['gb']:.1f} GB  {row['seconds/step']:.1f} s ({phases})"
+    )  # fmt: skip
+
+
+def save_samples(out, step, rollouts, tokenizer, count=3):
+    """Appends a few of the step's rollouts with their reward parts to rollouts.jsonl."""
+    with open(os.path.join(out, "rollouts.jsonl"), "a") as file:
+        for rollout in random.Random(step).sample(rollouts, min(count, len(rollouts))):
+            record = rollout.prompt.record
+            entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record), answer=record["answer"])
+            entry |= dict(response=text_of(rollout, 0, tokenizer), **rollout.scores[0]._asdict())
+            file.write(json.dumps(entry | dict(advantage=rollout.advantages[0] if rollout.advantages else None)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
