@@ -22,6 +22,7 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 import sys
 import zlib
 from datetime import timedelta
@@ -48,6 +49,7 @@ METRICS = {  # task -> metric -> part of an answer's score, threshold
     "segmentation-image": {"box_mIoU": ("iou", None)},  # of the box that prompts SAM2; masks come later
     "segmentation-video": {"box_mIoU": ("iou", None)},
 }
+TROUBLES = ("unreadable", "cut off", "skipped")  # no answer in it, stopped by --max-response-tokens, no media
 
 
 def parts_of(task, record, answer):
@@ -92,19 +94,19 @@ def readable(record, answer):
     return kind not in rewards.JSON_TYPES or rewards.structure(record, answer) > 0
 
 
-def resampled_means(values, name, resamples=2000):
-    """Bootstrap: the column means of `values` (n, m) over `resamples` draws of n rows with replacement -> (resamples, m).
+def resampled_means(columns, name, resamples=2000):
+    """Bootstrap: the means of the columns (m, n) over `resamples` draws of n rows with replacement -> (resamples, m).
 
     All columns see the same draws, which is what makes a comparison of columns paired. The seed comes from the name, so
     that a benchmark has the same draws everywhere and two benchmarks have independent ones.
     """
-    n, rng, means = len(values), np.random.default_rng(zlib.crc32(name.encode())), []
-    block = max(1, 10**7 // n)  # draws at a time: bounds the memory
+    columns = [np.array(column, dtype=np.float64) for column in columns]
+    rng, means = np.random.default_rng(zlib.crc32(name.encode())), []
+    n = len(columns[0])
+    block = max(1, 10**6 // n)  # draws at a time: bounds the memory
     for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        draws = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        counts = np.bincount(draws.ravel(), minlength=size * n).reshape(size, n)  # how often each row was drawn
-        means.append(counts @ np.asarray(values, dtype=np.float64) / n)
+        draws = rng.integers(n, size=(min(block, resamples - start), n), dtype=np.int32)
+        means.append(np.stack([column.take(draws).mean(1) for column in columns], axis=1))
     return np.concatenate(means)
 
 
@@ -118,50 +120,44 @@ def metrics_of(name, lines):
     """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}.
 
     accuracy, then the metrics of the records' task, then the shares of what went wrong. A file with several tasks gets each
-    one's metrics over its own records, named "mIoU (temporal grounding)".
+    one's metrics over its own records, named like "mIoU (temporal grounding)".
     """
-    groups = [(lines, {"accuracy": [line["accuracy"] for line in lines]})]  # (lines, {metric: one value per line})
+    result = {}
+
+    def add(metric, values):
+        result[metric] = interval(np.mean(values), resampled_means([values], name)[:, 0], n=len(values))
+
+    add("accuracy", [line["accuracy"] for line in lines])
     tasks = sorted({line["parts"]["task"] for line in lines})
     for task in tasks:
         own = [line for line in lines if line["parts"]["task"] == task]
-        columns = {"accuracy": [line["accuracy"] for line in own]} if len(tasks) > 1 else {}
+        suffix = f" ({task})" if len(tasks) > 1 else ""
+        if suffix:
+            add("accuracy" + suffix, [line["accuracy"] for line in own])
         for metric, (part, least) in METRICS.get(task, {}).items():
             values = [line["parts"][part] for line in own]
-            columns[metric] = values if least is None else [float(value >= least) for value in values]
-        groups.append((own, {f"{key} ({task})" if len(tasks) > 1 else key: column for key, column in columns.items()}))
-    troubles = ("unreadable", "cut_off", "skipped")
-    groups.append((lines, {trouble: [float(trouble in line["trouble"]) for line in lines] for trouble in troubles}))
-
-    result = {}
-    for own, columns in groups:
-        if columns:
-            values = np.array(list(columns.values()), dtype=np.float64).T  # (n, metrics)
-            means = resampled_means(values, name)
-            for i, metric in enumerate(columns):
-                result[metric] = interval(values[:, i].mean(), means[:, i], n=len(own))
+            add(metric + suffix, values if least is None else [value >= least for value in values])
+    for trouble in TROUBLES:
+        add(trouble, [trouble in line["trouble"] for line in lines])
     return result
 
 
 def print_results(results):
-    """The table on the screen: one line per metric, in percent, the counts of what went wrong beside the accuracy."""
-    width = max(len(name) for name in [*results, "mean over benchmarks"])
+    """The table on the screen: one line per metric, in percent, and beside the accuracy how many answers had trouble."""
+    width = max(map(len, [*results, "mean over benchmarks"]))
     deep = max(len(metric) for metrics in results.values() for metric in metrics)
     print(f"\n{'benchmark':{width}}  {'n':>6}  {'metric':{deep}}  percent  95% interval")
     for name, metrics in results.items():
-        troubles = [(key, metrics[key]) for key in ("unreadable", "cut_off", "skipped")]
-        notes = "  ".join(
-            f"{round(cell['value'] * cell['n'])} {key.replace('_', ' ')}" for key, cell in troubles if cell["value"]
-        )
         for metric, cell in metrics.items():
-            if metric in dict(troubles):
+            if metric in TROUBLES:
                 continue
-            first = (name, cell["n"], notes) if metric == "accuracy" else ("", "", "")
-            bounds = f"[{100 * cell['low']:5.1f}, {100 * cell['high']:5.1f}]"
-            print(
-                f"{first[0]:{width}}  {first[1]:>6}  {metric:{deep}}  {100 * cell['value']:7.1f}  {bounds}  {first[2]}".rstrip()
-            )
+            row = f"{100 * cell['value']:7.1f}  [{100 * cell['low']:5.1f}, {100 * cell['high']:5.1f}]"
+            if metric == "accuracy":
+                counts = {trouble: round(metrics[trouble]["value"] * cell["n"]) for trouble in TROUBLES}
+                row += "".join(f"  {count} {trouble}" for trouble, count in counts.items() if count)
+            print(f"{name if metric == 'accuracy' else '':{width}}  {cell['n']:6}  {metric:{deep}}  {row}")
     mean = 100 * np.mean([metrics["accuracy"]["value"] for metrics in results.values()])
-    print(f"{'mean over benchmarks':{width}}  {'':6}  {'accuracy':{deep}}  {mean:7.1f}")
+    print(f"{'mean over benchmarks':{width}}  {len(results):6}  {'accuracy':{deep}}  {mean:7.1f}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,19 +193,21 @@ def write_whole(path, text):
     os.replace(path + ".tmp", path)
 
 
+def append(path, line):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def merge_parts(out, name):
-    """Moves what the ranks have written for a benchmark into <benchmark>.jsonl, in position order. Returns {position: line}."""
-    path = os.path.join(out, name + ".jsonl")
-    lines, parts = (
-        read_lines(path),
-        sorted(glob.glob(os.path.join(glob.escape(os.path.join(out, "parts", name)), "*.jsonl"))),
-    )
-    for part in parts:
+    """Moves what the ranks have written for a benchmark into <benchmark>.jsonl, in position order -> {position: line}."""
+    path, folder = os.path.join(out, name + ".jsonl"), os.path.join(out, "parts", name)
+    lines = read_lines(path)
+    for part in sorted(glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))):
         lines |= read_lines(part)
     lines = dict(sorted(lines.items()))
     write_whole(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
-    for part in parts:  # only now: a kill in between leaves every line in at least one place
-        os.remove(part)
+    shutil.rmtree(folder, ignore_errors=True)  # only now: a kill in between leaves every line in at least one place
     return lines
 
 
@@ -248,6 +246,8 @@ def check(args):
 
     if not (args.model and args.data and args.out):
         refuse("--model, --data and --out are needed (or --compare with the --out folders of earlier runs)")
+    if not os.path.isdir(args.model) and args.model.count("/") != 1:
+        refuse(f"--model {args.model}: no such folder, and no hub id of the form owner/name")
     benchmarks, paths = {}, {}
     try:
         for path in args.data:
@@ -256,9 +256,12 @@ def check(args):
                 refuse(f"--data: {paths[name]} and {path} would both be the benchmark {name!r}: rename one")
             benchmarks[name], paths[name] = load_records(path, args.media_root), path
         prompts = load_prompts(args.prompts)
-        processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         refuse(error)
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        refuse(f"--model {args.model}: {error}")
     for name, records in benchmarks.items():
         if strangers := [record for record in records if record["answer"] is None]:
             refuse(f"{paths[name]}: record {strangers[0]['index']}: an SFT record (messages), where answers are needed")
@@ -276,7 +279,7 @@ def check(args):
         with open(path, "rb") as file:
             settings["data"][name] = hashlib.sha256(file.read()).hexdigest()
     if old := read_json_file(os.path.join(args.out, "settings.json")):
-        other = [key for key in settings if key != "data" and settings[key] != old[key]]
+        other = [key for key in settings if key != "data" and settings[key] != old.get(key)]
         other += [
             f"{name} data" for name in paths if old["data"].get(name, settings["data"][name]) != settings["data"][name]
         ]
@@ -328,7 +331,7 @@ def answer(chunk, llm, grader, tokenizer, max_tokens):
             continue
         rollout = next(rollouts)
         if rollout.finished[0] or len(rollout.responses[0]) >= max_tokens:
-            given.append((name, record, text_of(rollout, 0, tokenizer), [] if rollout.finished[0] else ["cut_off"]))
+            given.append((name, record, text_of(rollout, 0, tokenizer), [] if rollout.finished[0] else ["cut off"]))
 
     answers = [rewards.find_answer(response) for _, _, response, _ in given]  # None for None
     accuracies = grader.accuracies([(record, answer) for (_, record, _, _), answer in zip(given, answers)])
@@ -360,7 +363,6 @@ def evaluate(args):
         start_run(args)
         write_whole(os.path.join(args.out, "settings.json"), json.dumps(settings, indent=1))
         for name in benchmarks:
-            os.makedirs(os.path.join(args.out, "parts", name), exist_ok=True)
             merge_parts(args.out, name)
     dist.barrier(group=patient)
     todo, count = [], sum(map(len, benchmarks.values()))
@@ -371,7 +373,7 @@ def evaluate(args):
     mine, failed, killed = todo[rank::world], 0, 0
     if rank == 0:
         print(
-            f"{count} records in {len(benchmarks)} benchmarks, {count - len(todo)} answered before; {len(todo)} to answer on {world} ranks"
+            f"{count} records in {len(benchmarks)} benchmarks: {len(todo)} to answer on {world} ranks, the others are there"
         )
 
     # 2 Each rank answers its share, and writes as it goes.
@@ -381,30 +383,28 @@ def evaluate(args):
         stream = prefetch([record for _, record in mine], make_prompt, range(len(mine)), args.workers)
         kinds = [[medium["type"] for medium in record["media"]] for _, record in todo]
         media_per_prompt = {kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")}
-        llm = make_engine(
-            args.model, args.dtype, limits.max_prompt_tokens + args.max_response_tokens, media_per_prompt, seed=0
-        )
+        length = limits.max_prompt_tokens + args.max_response_tokens
+        llm = make_engine(args.model, args.dtype, length, media_per_prompt, seed=0)
         items = ((name, record, prompt) for (name, record), prompt in zip(mine, stream))
-        with (
-            rewards.Grader(seconds=args.grade_seconds) as grader,
-            tqdm(total=len(mine), disable=rank > 0, unit="record") as bar,
-        ):
+        bar = tqdm(total=len(mine), disable=rank > 0, unit="record", desc="rank 0's share")
+        with rewards.Grader(seconds=args.grade_seconds) as grader:
             for chunk in chunked(items, args.prompts_per_chunk):
                 lines = answer(chunk, llm, grader, tokenizer, args.max_response_tokens)
                 for name, line in lines:
-                    with open(os.path.join(args.out, "parts", name, f"{rank}.jsonl"), "a", encoding="utf-8") as file:
-                        file.write(json.dumps(line) + "\n")
+                    append(os.path.join(args.out, "parts", name, f"{rank}.jsonl"), line)
                 failed += len(chunk) - len(lines)
                 bar.update(len(chunk))
             killed = sum(grader.counts.values())
+        bar.close()
     dist.barrier(group=patient)
     failed, killed = (sum(counts) for counts in zip(*gather((failed, killed))))
 
     # 3 Merge and sum up.
     if rank == 0:
         lines = {name: list(merge_parts(args.out, name).values()) for name in benchmarks}
+        shutil.rmtree(os.path.join(args.out, "parts"), ignore_errors=True)
         if killed:
-            print(f"{killed} answers took longer than {args.grade_seconds} s to grade and count 0")
+            print(f"{killed} answers could not be graded in {args.grade_seconds} s and count 0")
         if failed:
             print(f"evaluate.py: {failed} generations failed; the same command tries them again", file=sys.stderr)
         else:
@@ -451,11 +451,11 @@ def compare_models(models):
     for name in shared:
         if any(models[model][name][0] != models[names[0]][name][0] for model in names):
             raise ValueError(f"{name}: the models did not answer the same records")
-        accuracies = np.array([models[model][name][1] for model in names]).T  # (n, models)
-        values.append(accuracies.mean(0))
+        accuracies = np.array([models[model][name][1] for model in names])  # (models, n)
+        values.append(accuracies.mean(1))
         means.append(resampled_means(accuracies, name))
         report["benchmarks"][name] = {
-            model: interval(values[-1][i], means[-1][:, i], n=len(accuracies)) for i, model in enumerate(names)
+            model: interval(values[-1][i], means[-1][:, i], n=accuracies.shape[1]) for i, model in enumerate(names)
         }
     value, mean = np.mean(values, axis=0), np.mean(means, axis=0)  # (models,), (resamples, models)
     for i, model in enumerate(names):
@@ -495,6 +495,7 @@ def compare(args):
         write_whole(args.out, json.dumps(report, indent=1))
 
 
+# fmt: off
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what")
@@ -502,33 +503,24 @@ def parse_args():
     group.add_argument("--data", nargs="+", help="record files with answers, one per benchmark")
     group.add_argument("--media-root", help="folder of the media paths (default: each file's own folder)")
     group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
-    group.add_argument(
-        "--out", help="folder for the outputs, the same command goes on there; with --compare a JSON file"
-    )
+    group.add_argument("--out", help="folder for the outputs, the same command goes on there; with --compare a JSON file")
     group.add_argument("--max-response-tokens", type=int, default=8192, help="per answer (%(default)s)")
-    group = parser.add_argument_group("compare")
-    group.add_argument(
-        "--compare", nargs="+", metavar="DIR", help="--out folders of models to put side by side, in order"
-    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--compare", nargs="+", metavar="DIR", help="--out folders of models to put side by side, in order")
     group.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
     group = parser.add_argument_group("machine")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
     group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
-    group.add_argument(
-        "--prompts-per-chunk", type=int, default=256, help="prompts per rank between two writes (%(default)s)"
-    )
-    group.add_argument(
-        "--grade-seconds", type=float, default=10.0, help="an answer that takes longer to grade counts 0 (%(default)s)"
-    )
-    group.add_argument(
-        "--max-bad-share", type=float, default=0.05, help="largest share of missing media in a file (%(default)s)"
-    )
+    group.add_argument("--prompts-per-chunk", type=int, default=256, help="prompts per rank between two writes (%(default)s)")
+    group.add_argument("--grade-seconds", type=float, default=10.0, help="an answer that takes longer to grade counts 0 (%(default)s)")
+    group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of missing media in a file (%(default)s)")
     if not any(word.startswith("--compare") for word in sys.argv):
-        # Brings torch, which a comparison need not wait for.
+        # Brings torch, which a comparison need not wait for. 128 frames of 256 tokens per pair are 16,384 tokens and the text.
         from data import add_limits
 
-        add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=32768)
+        add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=20480)
     return parser.parse_args()
+# fmt: on
 
 
 if __name__ == "__main__":

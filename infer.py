@@ -13,9 +13,11 @@ import re
 import sys
 
 import cpu_compat  # noqa: F401  (before transformers)
+
+# isort: split
 from transformers import AutoProcessor
 
-from data import PROMPTS, MediaError, add_limits, encode, limits_of, load_prompts, place_media
+import data
 from evaluate import readable
 from rewards import find_answer
 from rl_ema_grpo import generate, make_engine, text_of
@@ -30,6 +32,7 @@ def refuse(message):
     sys.exit(2)
 
 
+# fmt: off
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?")
@@ -37,22 +40,19 @@ def parse_args():
     medium = parser.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or a folder of numbered frames")
-    parser.add_argument(
-        "--task", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)'
-    )
-    parser.add_argument(
-        "--options", nargs="+", default=[], help="the options of a multiple choice; letters are added if missing"
-    )
+    parser.add_argument("--task", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)')
+    parser.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question; letters are added if missing")
     parser.add_argument("--list-tasks", action="store_true", help="print the tasks with their instructions, and end")
     parser.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
     parser.add_argument("--max-response-tokens", type=int, default=8192, help="per answer (%(default)s)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
-    add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=32768)
+    data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=20480)
     args = parser.parse_args()
     if args.list_tasks:
-        print("\n".join(f"{task}\n    {instruction}" for task, instruction in PROMPTS.items()))
+        print("\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items()))
         sys.exit(0)
     return args
+# fmt: on
 
 
 def record_of(args):
@@ -61,8 +61,10 @@ def record_of(args):
     task = f"segmentation-{kind}" if args.task == "segmentation" else args.task
     if not (args.model and path and args.question):
         refuse("--model, a question, and --image or --video are needed")
-    if task not in PROMPTS:
-        refuse(f"--task is {args.task!r}, expected one of {', '.join(PROMPTS)}")
+    if not os.path.isdir(args.model) and args.model.count("/") != 1:
+        refuse(f"--model {args.model}: no such folder, and no hub id of the form owner/name")
+    if task not in data.PROMPTS:
+        refuse(f"--task is {args.task!r}, expected one of {', '.join(data.PROMPTS)}")
     if not os.path.exists(path):
         refuse(f"--{kind}: no file {path}")
     if kind == "image" and task in VIDEO_TASKS or kind == "video" and task == "segmentation-image":
@@ -72,13 +74,12 @@ def record_of(args):
     options = args.options
     if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
         options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    placed = data.place_media(args.question, [kind], lambda *_: refuse(f"<{kind}> stands twice in the question"), None)
     return dict(
         problem_id="0",
-        problem_type=task.removesuffix(f"-{kind}") if task.startswith("segmentation") else task,
+        problem_type="segmentation" if task.startswith("segmentation") else task,
         data_type=kind,
-        problem=place_media(
-            args.question, [kind], lambda *_: refuse(f"more than one <{kind}> in the question"), "question"
-        ),
+        problem=placed,
         options=options,
         media=[dict(type=kind, path=os.path.abspath(path))],
     )
@@ -89,23 +90,27 @@ def main():
     record = record_of(args)
     try:
         processor = AutoProcessor.from_pretrained(args.model)
-        prompt = encode(record, processor, limits_of(args), load_prompts(args.prompts))
-    except (OSError, ValueError, MediaError) as error:
+    except (OSError, ValueError) as error:
+        refuse(f"--model {args.model}: {error}")
+    try:
+        prompt = data.encode(record, processor, data.limits_of(args), data.load_prompts(args.prompts))
+    except (OSError, ValueError, data.MediaError) as error:
         refuse(error)
 
     init_distributed()  # a group of one: the engine expects torchrun's surroundings
     length = len(prompt.token_ids) + args.max_response_tokens
-    llm = make_engine(
-        args.model, args.dtype, length, {kind: int(kind == record["data_type"]) for kind in ("image", "video")}, seed=0
-    )
+    media = {"image": int(record["data_type"] == "image"), "video": int(record["data_type"] == "video")}
+    llm = make_engine(args.model, args.dtype, length, media, seed=0)
     rollout = generate(llm, [prompt], [0], 1, args.max_response_tokens, processor.tokenizer, temperature=0.0)[0]
     llm.llm_engine.engine_core.shutdown()
 
     text = text_of(rollout, 0, processor.tokenizer)
-    thinking, closed, _ = text.rpartition("</think>")
     answer = find_answer(text)
-    print(f"thinking: {(thinking if closed else text).replace('<think>', '').strip()}")
-    print(f"answer: {answer if closed or answer != text.strip() else ''}")
+    if "<think>" in text:
+        thinking, closed, _ = text.partition("<think>")[2].rpartition("</think>")
+        print(f"thinking: {(thinking if closed else text.partition('<think>')[2]).strip()}")
+        answer = answer if closed else None  # it ran out of tokens while thinking
+    print(f"answer: {answer or ''}")
     if not rollout.finished[0]:
         print(f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)", file=sys.stderr)
     if not readable(record, answer):

@@ -125,8 +125,8 @@ def truth_of(record):
     >>> truth_of({"solution": "<answer>B</answer>"})
     'B'
     """
-    truth = record.get("answer", record.get("solution"))
-    truth = truth if isinstance(truth, str) else "" if truth is None else json.dumps(truth)
+    truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
+    truth = truth if isinstance(truth, str) else json.dumps(truth)
     return truth.partition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in truth else truth.strip()
 
 
@@ -159,13 +159,13 @@ def read_choice(text, options=()):
     'B'
     """
     text = _plain(text[:2000].replace("**", "")).strip("$\"' ")
-    whole, body = {}, {}  # the options' texts with and without their letters
-    for i, option in enumerate(options or ()):
-        match = re.match(r"(?:\(?([A-Z])[).:] ?)?(.*)", " ".join(str(option).split()))
-        letter = match[1] or chr(ord("A") + i)
-        whole[match[0].casefold().rstrip(".")] = body[match[2].casefold().rstrip(".")] = letter
-    name, match = text.casefold().rstrip("."), _CHOICE.match(text)
-    return (len(name) > 1 and whole.get(name)) or (match[1].upper() if match else body.get(name))
+    name, match, whole, body = text.casefold().rstrip("."), _CHOICE.match(text), {}, {}
+    for letter, option in zip("abcdefghijklmnopqrstuvwxyz", options or ()):
+        option = " ".join(str(option).split()).casefold().rstrip(".")
+        whole[option] = body[re.sub(rf"^\(?{letter}[).:] ?", "", option)] = letter.upper()
+    if len(name) > 1 and name in whole:  # all of an option's text, which may itself look like a letter
+        return whole[name]
+    return match[1].upper() if match else body.get(name)
 
 
 _NUMBER = re.compile(
@@ -257,7 +257,7 @@ def _parse_math(text):
     from math_verify import parse
 
     text = _plain(text).replace("\\$", "")
-    if text.count("$") < 2 and not any(mark in text for mark in ("\\(", "\\[", "\\boxed")):
+    if text.count("$") < 2 and "\\(" not in text and "\\[" not in text:
         text = "$" + text.replace("$", "") + "$"
     return parse(text)
 

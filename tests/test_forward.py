@@ -1,0 +1,213 @@
+"""The packed shared-prefix forward against transformers, one sequence at a time."""
+
+import argparse
+import doctest
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3VLForConditionalGeneration
+
+import data
+import rl_ema_grpo
+import sft
+from conftest import run
+
+
+@pytest.fixture(scope="module")
+def groups(toy, processor):
+    """Two images, two videos and a text, each with three responses; the first is the record's own."""
+    records = data.load_records(toy / "sft_image.json")[:2] + data.load_records(toy / "sft_video.json")[:2]
+    text = {**records[0], "media": [], "messages": [dict(turn) for turn in records[0]["messages"]]}
+    text["messages"][0]["content"] = text["messages"][0]["content"].replace("<image>", "")
+    pairs = [sft.training_pair(record, processor, data.Limits()) for record in [*records, text]]
+    rng = random.Random(0)
+    noise = lambda: [rng.randrange(10, 500) for _ in range(rng.randint(1, 30))]  # noqa: E731
+    return [sft.Group(pair.prompt, [*pair.responses, noise(), noise()]) for pair in pairs]
+
+
+def load(toy, packed):
+    model = Qwen3VLForConditionalGeneration.from_pretrained(toy / "model", dtype=torch.float32).train()
+    if packed:
+        model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
+    return model
+
+
+def plain_logps(model, prompt, response):
+    """Log-probabilities of a response by transformers' own forward: no packing, no sharing, its own positions."""
+    ids = torch.tensor([prompt.token_ids + response])
+    config = model.config
+    kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
+    pixels = prompt.patches.float() / 127.5 - 1
+    media = {}
+    if (kinds == 1).any():
+        media = dict(pixel_values=pixels, image_grid_thw=prompt.grids)
+    if (kinds == 2).any():
+        media = dict(pixel_values_videos=pixels, video_grid_thw=prompt.grids)
+    logits = model(input_ids=ids, mm_token_type_ids=kinds, **media).logits[0, -len(response) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+
+
+def test_packed_forward_equals_one_at_a_time(toy, groups, seeded):
+    """A wrong mask, position, row or pixel order anywhere in the forward: log-probs and every gradient must agree."""
+    ours, plain = load(toy, packed=True), load(toy, packed=False)
+    logps = sft.response_logps(ours, sft.pack(groups, "cpu"))
+    expected = torch.cat([plain_logps(plain, prompt, response) for prompt, responses in groups for response in responses])
+    assert (logps - expected).abs().max() < 5e-6
+    weights = torch.randn(len(logps))
+    (logps * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
+        assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm() + 1e-7, name
+
+
+def test_text_alone_runs_the_vision_tower_without_effect(toy, groups):
+    """A micro-batch without pictures that skips the vision tower hangs FSDP; one that leaks the dummy changes the text."""
+    model = load(toy, packed=True)
+    calls = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    logps = sft.response_logps(model, sft.pack(groups[-1:], "cpu"))
+    expected = plain_logps(load(toy, packed=False), groups[-1].prompt, groups[-1].responses[0])
+    assert len(calls) == 1
+    assert (logps[: len(expected)] - expected).abs().max() < 5e-6
+    logps.sum().backward()
+    assert model.model.visual.patch_embed.proj.weight.grad.abs().max() == 0
+
+
+@torch.no_grad()
+def test_prompts_keep_their_own_pictures(toy, groups):
+    """Patches that are packed in another order than the prompts give each prompt its neighbour's picture."""
+    model = load(toy, packed=True)
+    alone = torch.cat([sft.response_logps(model, sft.pack([group], "cpu")) for group in groups])
+    together = sft.response_logps(model, sft.pack(groups, "cpu"))
+    assert (alone - together).abs().max() < 5e-6
+    first, second = groups[0], groups[1]
+    swapped = [
+        sft.Group(data.Prompt(**{**vars(a.prompt), "patches": b.prompt.patches, "grids": b.prompt.grids}), a.responses)
+        for a, b in ((first, second), (second, first))
+    ]
+    wrong = sft.response_logps(model, sft.pack(swapped, "cpu"))
+    assert (wrong - together[: len(wrong)]).abs().max() > 1e-4  # the pictures do matter
+
+
+def test_end_of_turn_is_trained_and_nothing_else_is_added(toy, processor, groups):
+    """EOS left out where it doubles as padding: the model never stops. Prompt tokens or padding in the loss."""
+    eos = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    batch = sft.pack(groups, "cpu")
+    responses = [response for group in groups for response in group.responses]
+    assert batch["targets"].tolist() == sum(responses, [])
+    assert all(group.responses[0][-1] == eos and eos not in group.responses[0][:-1] for group in groups)
+    assert len(batch["ids"]) == sum(len(group.prompt.token_ids) for group in groups) + sum(map(len, responses))
+    end = len(groups[0].responses[0]) - 1  # where the first response's EOS is predicted
+    assert batch["targets"][end] == eos
+    model = load(toy, packed=True)
+    sft.response_logps(model, batch)[end].backward()
+    assert model.lm_head.weight.grad[eos].abs().max() > 0
+
+
+def test_positions_and_patches_match_transformers(toy, processor):
+    """Our own mRoPE positions, patch order and token expansion against the library's processor and get_rope_index."""
+    model = load(toy, packed=False)
+    for record in (data.load_records(toy / "sft_image.json")[0], data.load_records(toy / "sft_video.json")[0]):
+        prompt = data.encode(record, processor)
+        kinds = [medium["type"] for medium in record["media"]]
+        media = prompt.vllm["multi_modal_data"]
+        extra = {}
+        if "video" in media:
+            frames, metadata = media["video"][0]
+            metadata = {key: metadata[key] for key in ("fps", "frames_indices", "total_num_frames")}
+            extra = dict(videos=[torch.from_numpy(frames.copy())], video_metadata=[metadata], do_sample_frames=False)
+        else:
+            extra = dict(images=media["image"])
+        theirs = processor(text=[prompt.vllm["prompt"]], do_resize=False, return_tensors="pt", **extra)
+        assert theirs["input_ids"][0].tolist() == prompt.token_ids
+        suffix = "_videos" if "video" in kinds else ""
+        assert torch.allclose(theirs["pixel_values" + suffix], prompt.patches.float() / 127.5 - 1, atol=1e-6)
+        grids = {("video" if suffix else "image") + "_grid_thw": prompt.grids}
+        positions, _ = model.model.get_rope_index(theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"], **grids)
+        assert np.array_equal(positions[:, 0].numpy(), prompt.positions)
+
+
+def test_chunked_logps_in_value_and_gradient(seeded):
+    """A chunk boundary that drops or repeats a row."""
+    hidden, weight = torch.randn(70, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (70,))
+    got = sft.chunked_logps(hidden, weight, targets, chunk=32)
+    expected = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(got, expected, atol=1e-6)
+    scale = torch.randn(70)
+    ours = torch.autograd.grad((got * scale).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """This process as a process group of one."""
+    sft.init_distributed()
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_doctests():
+    """Examples in the docstrings that no longer hold."""
+    assert doctest.testmod(sft).failed == doctest.testmod(data).failed == 0
+
+
+def test_microbatches_lose_nothing(alone, groups):
+    """A group over the budget that is cut, dropped or reordered; the caller's per-token values rely on the order."""
+    for budget in (1, 100, 250, 10**6):
+        parts = [part for members in sft.microbatches(groups, budget) for part in members]
+        assert sum((part.responses for part in parts), []) == sum((group.responses for group in groups), [])
+        assert all(part.prompt in [group.prompt for group in groups] for part in parts)
+        for members in sft.microbatches(groups, budget):
+            size = sum(len(part.prompt.token_ids) + sum(map(len, part.responses)) for part in members)
+            assert size <= budget or (len(members) == 1 and len(members[0].responses) == 1)
+
+
+def test_first_on_policy_step(alone, toy, groups, seeded):
+    """Before anything moved the ratio is 1: nothing is clipped, the loss is the mean of -A, yet the gradient is not 0."""
+    model = sft.load_model(toy / "model", torch.device("cpu"), torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = argparse.Namespace(
+        tokens_per_microbatch=300, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0, tis_cap=None, grad_clip=1.0
+    )
+    responses = [[[7, 8, 9, 10], [11, 12, 13, 14]] for _ in groups]  # equal lengths: advantages cancel in the mean
+    rollouts = []
+    for group, pair in zip(groups, responses):
+        logps = model.response_logps(sft.pack([sft.Group(group.prompt, pair)], "cpu")).detach()
+        rollouts.append(
+            rl_ema_grpo.Rollout(group.prompt, pair, [logps[:4].tolist(), logps[4:].tolist()], [True, True], advantages=[1.0, -1.0])
+        )
+    result = rl_ema_grpo.update(model, optimizer, rollouts, None, None, settings, torch.device("cpu"))
+    assert result["tokens"] == 8 * len(groups)
+    assert abs(result["loss"]) < 1e-6
+    assert result["clip_share"] == 0
+    assert result["logp_gap"] < 1e-5
+    assert result["grad_norm"] > 0.01
+    # The same rollouts once more through stored log-probabilities: the same ratio, the same gradient.
+    old = rl_ema_grpo.current_logps(model, [rollout.group for rollout in rollouts], 300, torch.device("cpu"))
+    again = rl_ema_grpo.update(model, optimizer, rollouts, old, None, settings, torch.device("cpu"))
+    assert again == pytest.approx(result, abs=1e-5)
+
+
+def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):
+    """Losses averaged per rank or per micro-batch, or a rank with fewer micro-batches that falls out of step."""
+    for ranks in (1, 2):
+        run("tests/ranks.py", toy, tmp_path / str(ranks), ranks=ranks)
+    one, two = (torch.load(tmp_path / str(ranks) / "steps.pt", weights_only=True) for ranks in (1, 2))
+    assert one["numbers"] == pytest.approx(two["numbers"], rel=1e-5)  # losses, norms, token counts
+    for key in ("sft", "rl"):
+        for name, gradient in one[key].items():
+            assert (gradient - two[key][name]).norm() <= 1e-5 * gradient.norm() + 1e-7, f"{key} {name}"
+    assert one["resumed"] and two["resumed"]
+
+
+def test_more_ranks_than_gpus_is_said_at_once(monkeypatch):
+    """The release waits forever when there are too few GPUs."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="rank .* wants GPU 1, but this machine has 1"):
+        sft.init_distributed()
