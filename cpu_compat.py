@@ -8,6 +8,7 @@ gets declarations of the two operators that it wants to annotate.
 import importlib
 import os
 import sys
+import warnings
 
 import torch
 
@@ -15,6 +16,7 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports usage by default
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")  # vLLM's own, twice a rank
 
 if torch.version.cuda is None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

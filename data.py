@@ -83,6 +83,8 @@ def load_prompts(path):
         return PROMPTS
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
+    if not isinstance(prompts, dict):
+        raise ValueError(f"{path}: expected an object {{task: instruction}}")
     if missing := [task for task in PROMPTS if not isinstance(prompts.get(task), str)]:
         raise ValueError(f"{path}: no instruction for {', '.join(missing)}")
     return prompts
@@ -429,13 +431,13 @@ def mrope_positions(token_ids, vision_ids, grids):
     return np.concatenate(rows, axis=1).astype(np.int64)
 
 
-def encode(record, processor, limits=Limits(), prompts=PROMPTS):
+def encode(record, processor, limits=None, prompts=PROMPTS):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is longer than its limit.
 
     The text is what Qwen3-VL's processor would write. Videos use the bare <|video_pad|> form, which gives
     `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, limits = processor.tokenizer, limits or Limits()
     turns = record["messages"][:-1] if "messages" in record else [{"role": "user", "content": render_problem(record, prompts)}]
     turns = [
         {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace("<video>", "<|video_pad|>")}

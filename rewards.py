@@ -83,9 +83,11 @@ def find_answer(text):
     '{"time": [1, 2]}'
     >>> find_answer("The answer is B.")
     'The answer is B.'
+    >>> find_answer("<think>It could be B") is None
+    True
     """
-    if not isinstance(text, str):
-        return None
+    if not isinstance(text, str) or ("<think>" in text and "</think>" not in text and "<answer>" not in text):
+        return None  # cut off in mid-thought: a thought is no answer
     text = text.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0].strip()
     if text.startswith("```") and text.endswith("```"):
         text = re.sub(r"^\w*\s", "", text.strip("`")).strip()

@@ -42,7 +42,7 @@ from transformers import AutoProcessor
 from data import Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, take, task_of
 from rewards import Grader
 from sft import (
-    DUMMY, Group, Stop, adamw, export_model, full_weights, global_max, global_sum, init_distributed, load_checkpoint,
+    DUMMY, Group, Stop, adamw, export_model, full_weights, global_sum, init_distributed, load_checkpoint,
     load_model, log_metrics, microbatches, optimizer_step, pack, save_checkpoint, start_run,
 )  # fmt: skip
 
@@ -577,10 +577,9 @@ def main():
 
     export_model(model, processor, args.out)
     grader.close()
-    llm.llm_engine.engine_core.shutdown()
     if rank == 0:
         print(f"step {state['step']} of {args.steps}; model in {args.out}")
-    dist.destroy_process_group()
+    llm.llm_engine.engine_core.shutdown()  # ends the process group too
 
 
 def summarise(seen, updates, ema, seconds, tally, grader):

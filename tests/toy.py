@@ -41,7 +41,7 @@ from data import render_problem  # noqa: E402
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 70), "blue": (60, 90, 255), "yellow": (240, 220, 50)}
 KINDS = ("circle", "square", "triangle")
 WORDS = ("BAG", "CAT", "DOG", "FOX", "HEN", "JAM", "LIP", "MUD", "OWL", "SKY", "VET", "ZIP")
-BACKGROUND = (24, 24, 28)
+BACKGROUND = (128, 128, 128)  # 0 after normalisation: only shapes speak
 IMAGE, VIDEO = 96, 64  # pixels a side
 GRID, SECONDS, FPS = 16, 8, 4
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
@@ -194,18 +194,19 @@ def math(rng, turn):
 
 def regression(rng, turn):
     length = 2 + turn % 10
-    start, line = rng.randint(0, 12 - length), rng.randint(0, 10)
-    x, y, w, h = (start, line, length, 2) if rng.random() < 0.5 else (line, start, 2, length)
-    bar = Shape(rng.choice(list(COLOURS)), "bar", x * 8, y * 8, w * 8, h * 8)
+    start, line = rng.randint(0, 12 - length), rng.randint(0, 4)
+    bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
     thought = f"The bar goes from {start} to {start + length}."
     return Item(((bar,),), "The picture is 12 units wide and high. How long is the bar?", thought, str(length))
 
 
 def ocr(rng, turn):
-    words = rng.sample(WORDS, 2)
-    colours, indents = rng.choices(list(COLOURS), k=2), rng.choices((0, 4, 8), k=2)
-    lines = tuple(Shape(colours[i], words[i], indents[i], 48 * i, 88, 48) for i in range(2))
-    return Item((lines,), "What is written here?", "There are two words, one above the other.", " ".join(words))
+    word, line = WORDS[turn % len(WORDS)], rng.randint(0, 2)
+    sign = Shape(rng.choice(list(COLOURS)), word, 0, line * 32, 96, 32)
+    around = [Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, other * 32, 32, 32)
+              for other in range(3) if other != line]  # fmt: skip
+    thought = f"The word stands in the {('top', 'middle', 'bottom')[line]} row."
+    return Item(((sign, *around),), "Which word is written here?", thought, word)
 
 
 def open_ended(rng, turn):
@@ -300,8 +301,9 @@ def draw(shapes, side, background=BACKGROUND):
         elif shape.kind == "triangle":
             pen.polygon(((x1, y2), (x2, y2), (x1 + shape.w // 2, y1), (x1 + shape.w // 2 - 1, y1)), fill=colour)
         elif shape.kind in WORDS:
-            centre = x1 + shape.w / 2, y1 + shape.h / 2
-            pen.text(centre, shape.kind, colour, ImageFont.load_default(36), anchor="mm", stroke_width=1)
+            for i, letter in enumerate(shape.kind):  # a letter for each vision token
+                centre = x1 + 32 * i + 16, y1 + 16
+                pen.text(centre, letter, colour, ImageFont.load_default(32), anchor="mm", stroke_width=1)
         else:
             pen.rectangle((x1, y1, x2, y2), fill=colour)
     return image
@@ -474,9 +476,11 @@ def write_model(folder, seed, texts):
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
-    with torch.no_grad():  # at 0.02 both drown in what the layers add to them, and learning starts later
-        model.get_input_embeddings().weight.mul_(5)
-        model.model.visual.pos_embed.weight.mul_(20)
+    # Weights of std 0.02 suit wide layers; here they would drown tokens, pictures and positions, and learning starts late.
+    for name, weight in model.named_parameters():
+        std = 0.1 if "embed_tokens" in name else 0.5 if "pos_embed" in name else weight[0].numel() ** -0.5
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=std)
     model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
     model.save_pretrained(folder)
 
