@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in our own process: torchrun owns the ranks
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in our process: torchrun owns the ranks
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports usage by default
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

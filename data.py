@@ -39,8 +39,7 @@ PROMPTS = {
     "regression": f"{THINK}: your best estimate as one number.",
     "OCR": f"{THINK}: the text exactly as it is written.",
     "open-ended": f"{THINK}: a short text.",
-    "temporal grounding": f"{THINK}: the start and the end in seconds, as JSON "
-    'like {"time": [12.3, 25.7]}.',
+    "temporal grounding": f'{THINK}: the start and the end in seconds, as JSON like {{"time": [12.3, 25.7]}}.',
     "spatial grounding": f"{THINK}: the box as JSON in coordinates from 0 to 1000, x1 and y1 top left, "
     'like {"boxes": [120, 250, 480, 700]}.',
     "spatial-temporal grounding": f"{THINK}: the start and the end in seconds, and for each whole second between "
@@ -240,7 +239,9 @@ def add_limits(parser, **defaults):
         "max_prompt_tokens": "longer prompts are skipped and counted, never cut",
     }
     for name, value in Limits(**defaults)._asdict().items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{units[name]} (%(default)s)")
+        group.add_argument(
+            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{units[name]} (%(default)s)"
+        )
 
 
 def limits_of(args):
@@ -325,7 +326,9 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
             positions = sample_positions(len(pts), duration, fps, max_frames)
             constant = np.abs(seconds - np.arange(len(pts)) * step).max() < step / 2
             if not constant:
-                positions = np.array([np.abs(seconds - t).argmin() for t in np.linspace(0, seconds[-1], len(positions))])
+                positions = np.array(
+                    [np.abs(seconds - t).argmin() for t in np.linspace(0, seconds[-1], len(positions))]
+                )
             keys = np.array([p for p, is_key in packets if is_key] or [pts[0]])
             frames = decode_at(container, stream, pts[positions], keys, min_pixels, max_pixels)
     except FileNotFoundError as error:
@@ -336,7 +339,9 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
         raise MediaError("unreadable_video", f"{path}: ends before its frame {positions[len(frames)]}")
     if constant:
         return Video(np.stack(frames), positions.tolist(), 1 / step, len(pts))
-    return Video(np.stack(frames), (seconds[positions] * 1000).round().astype(int).tolist(), 1000.0, round(duration * 1000))
+    return Video(
+        np.stack(frames), (seconds[positions] * 1000).round().astype(int).tolist(), 1000.0, round(duration * 1000)
+    )
 
 
 def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
@@ -402,7 +407,9 @@ def patchify(frames):
     """
     time, height, width = frames.shape[0] // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
     blocks = frames.reshape(time, TEMPORAL, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
-    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # time, row, column, row in token, column in token | c, t, y, x
+    blocks = blocks.transpose(
+        0, 2, 5, 3, 6, 8, 1, 4, 7
+    )  # time, row, column, row in token, column in token | c, t, y, x
     return blocks.reshape(time * height * width, -1), (time, height, width)
 
 
@@ -438,7 +445,11 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
     """
     tokenizer, limits = processor.tokenizer, limits or Limits()
-    turns = record["messages"][:-1] if "messages" in record else [{"role": "user", "content": render_problem(record, prompts)}]
+    turns = (
+        record["messages"][:-1]
+        if "messages" in record
+        else [{"role": "user", "content": render_problem(record, prompts)}]
+    )
     turns = [
         {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace("<video>", "<|video_pad|>")}
         for turn in turns
@@ -607,7 +618,9 @@ def main():
         prompt = encode(record, processor, limits_of(args), load_prompts(args.prompts))
         prompts.append(prompt)
         truth = record["messages"][-1]["content"] if "messages" in record else record["answer"]
-        print(f"\n--- record {record['index']}, {record['problem_id']}: {len(prompt.token_ids)} tokens, grids {prompt.grids.tolist()}")
+        print(
+            f"\n--- record {record['index']}, {record['problem_id']}: {len(prompt.token_ids)} tokens, grids {prompt.grids.tolist()}"
+        )
         print(fold(processor.tokenizer.decode(prompt.token_ids)) + truth)
     contact_sheet(prompts, args.sheet)
     print(f"\npixels: {args.sheet}")

@@ -320,9 +320,7 @@ def answer(chunk, llm, grader, tokenizer, max_tokens):
     from rl_ema_grpo import generate, text_of
 
     prompts = [prompt for *_, prompt in chunk if isinstance(prompt, Prompt)]
-    rollouts = iter(
-        generate(llm, prompts, [0] * len(prompts), 1, max_tokens, tokenizer, temperature=0.0) if prompts else []
-    )
+    rollouts = iter(generate(llm, prompts, [0] * len(prompts), 1, max_tokens, tokenizer, temperature=0.0))
     given = []  # (benchmark, record, response, what went wrong)
     for name, record, prompt in chunk:
         if not isinstance(prompt, Prompt):

@@ -33,7 +33,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-import cpu_compat
+import cpu_compat  # before transformers
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,9 +44,24 @@ from transformers import AutoProcessor
 from data import Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, take, task_of
 from rewards import Grader
 from sft import (
-    DUMMY, Group, Stop, adamw, export_model, full_weights, global_sum, init_distributed, load_checkpoint,
-    load_model, log_metrics, microbatches, optimizer_step, pack, save_checkpoint, start_run,
-)  # fmt: skip
+    DUMMY,
+    Group,
+    Stop,
+    adamw,
+    export_model,
+    forget_metrics_after,
+    full_weights,
+    global_sum,
+    init_distributed,
+    load_checkpoint,
+    load_model,
+    log_metrics,
+    microbatches,
+    optimizer_step,
+    pack,
+    save_checkpoint,
+    start_run,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The method
@@ -246,6 +263,8 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
         for seed in seeds
     ]  # fmt: skip
     rollouts = []
+    if not prompts:  # every record of this round was skipped
+        return rollouts
     outputs = llm.generate([prompt.vllm for prompt in prompts], settings, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
         assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM and the trainer read different prompts"
@@ -268,7 +287,11 @@ def text_of(rollout, i, tokenizer):
 
 def grade(rollouts, grader, tokenizer):
     """Fills in the scores of every response."""
-    pairs = [(rollout.prompt.record, text_of(rollout, i, tokenizer)) for rollout in rollouts for i in range(len(rollout.responses))]
+    pairs = [
+        (rollout.prompt.record, text_of(rollout, i, tokenizer))
+        for rollout in rollouts
+        for i in range(len(rollout.responses))
+    ]
     scores = iter(grader.score(pairs))
     for rollout in rollouts:
         rollout.scores = [next(scores) for _ in rollout.responses]
@@ -310,7 +333,9 @@ def current_logps(model, groups, tokens_per_microbatch, device):
 
 def per_token(rollouts, values):
     """One number per response -> one per response token, (R,). values: Rollout -> n floats."""
-    pairs = [(value, len(response)) for rollout in rollouts for value, response in zip(values(rollout), rollout.responses)]
+    pairs = [
+        (value, len(response)) for rollout in rollouts for value, response in zip(values(rollout), rollout.responses)
+    ]
     return torch.repeat_interleave(
         torch.tensor([value for value, _ in pairs], dtype=torch.float32), torch.tensor([length for _, length in pairs], dtype=torch.int64)
     )  # fmt: skip
@@ -323,7 +348,7 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
     that hold for all ranks together.
     """
     advantage = per_token(rollouts, lambda rollout: rollout.advantages)  # (R,)
-    rollout_logps = torch.tensor([logp for rollout in rollouts for response in rollout.logps for logp in response])  # (R,)
+    sampled = torch.tensor([logp for rollout in rollouts for response in rollout.logps for logp in response])  # (R,)
     tokens = global_sum(len(advantage))
     sums = np.zeros(3)  # loss, clipped tokens, |trainer - vLLM|
     done = 0
@@ -335,14 +360,14 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
             continue
         at = slice(done, done := done + len(logps))
         old = logps.detach() if old_logps is None else old_logps[at].to(device)
-        sampled = rollout_logps[at].to(device)
+        rollout_logps = sampled[at].to(device)
         losses, clipped = policy_loss(
             logps, old, advantage[at].to(device), args.clip_low, args.clip_high, args.dual_clip,
-            ref_logps[at].to(device) if ref_logps is not None else None, args.kl_coef, sampled, args.tis_cap,
+            ref_logps[at].to(device) if ref_logps is not None else None, args.kl_coef, rollout_logps, args.tis_cap,
         )  # fmt: skip
         loss = losses.sum() / tokens  # the mean over all response tokens of the mini-batch, whatever their rank
         (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
-        sums += [loss.item(), clipped.sum().item(), (old - sampled).abs().sum().item()]
+        sums += [loss.item(), clipped.sum().item(), (old - rollout_logps).abs().sum().item()]
     loss, clipped, gap = global_sum(*sums)
     norm = optimizer_step(model, optimizer, args.grad_clip)
     return dict(loss=loss, clip_share=clipped / tokens, logp_gap=gap / tokens, grad_norm=norm, tokens=tokens)
@@ -352,6 +377,7 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
 # The run
 
 
+# fmt: off
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what")
@@ -394,7 +420,8 @@ def parse_args():
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
     group.add_argument("--wandb", help="also log to this Weights & Biases project")
     add_limits(parser)
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
+# fmt: on
 
 
 def refuse(message):
@@ -412,14 +439,16 @@ def check(args, world):
         refuse(f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from")
     try:
         records, held_out = (
-            [record for path in paths for record in load_records(path, args.media_root)] for paths in (args.data, args.eval_data)
+            [record for path in paths for record in load_records(path, args.media_root)]
+            for paths in (args.data, args.eval_data)
         )
         load_prompts(args.prompts)
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         refuse(error)
-    if strangers := [record for record in records + held_out if record["answer"] is None]:
-        refuse(f"{strangers[0]['file']}: record {strangers[0]['index']}: an SFT record (messages), where answers are needed")
+    for record in records + held_out:
+        if record["answer"] is None:
+            refuse(f"{record['file']}: record {record['index']}: an SFT record (messages), where answers are needed")
     return records, held_out, processor
 
 
@@ -468,6 +497,7 @@ def main():
     optimizer = adamw(model, args.lr, args.weight_decay)
     reference = load_model(args.model, device, dtype, trainable=False) if args.kl_coef > 0 else None
     state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0, keep_rate=1.0, moments={})
+    forget_metrics_after(args.out, state["step"])
     ema = EMAStd(args.ema_decay)
     ema.load_state_dict(state["moments"])
     cursor, keep_rate = state["cursor"], state["keep_rate"]
@@ -476,7 +506,8 @@ def main():
     grader = Grader(seconds=args.grade_seconds, polar_url=args.polar_url)
     media = [Counter(medium["type"] for medium in record["media"]) for record in records + held_out]
     media_per_prompt = {kind: max(counts[kind] for counts in media) for kind in ("image", "video")}
-    llm = make_engine(args.model, args.dtype, limits.max_prompt_tokens + args.max_response_tokens, media_per_prompt, args.seed + rank)
+    max_model_len = limits.max_prompt_tokens + args.max_response_tokens
+    llm = make_engine(args.model, args.dtype, max_model_len, media_per_prompt, args.seed + rank)
 
     if rank == 0:
         print(
@@ -502,9 +533,9 @@ def main():
                 row |= evaluate_greedily(llm, held_out, encode_record, grader, tokenizer, args, rank, world)
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
-        kept, seen, kept_everywhere, seen_everywhere, rounds = [], [], 0, 0, 0
-        while kept_everywhere < args.prompts_per_step and rounds < args.max_rounds:
-            missing = (args.prompts_per_step - kept_everywhere) / max(keep_rate, 0.1)  # prompts to draw, all ranks
+        kept, seen, all_kept, all_seen, rounds = [], [], 0, 0, 0  # this rank's rollouts, and how many of all ranks
+        while all_kept < args.prompts_per_step and rounds < args.max_rounds:
+            missing = (args.prompts_per_step - all_kept) / max(keep_rate, 0.1)  # prompts to draw, all ranks
             size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
             with timed(seconds, "data"):
                 prompts = take(stream, size, tally, args.max_bad_share)
@@ -516,14 +547,16 @@ def main():
                 grade(rollouts, grader, tokenizer)
             new = [rollout for rollout in rollouts if teaches(rollout)]
             kept, seen, rounds = kept + new, seen + rollouts, rounds + 1
-            new_everywhere, drawn_everywhere = global_sum(len(new), len(rollouts))
-            kept_everywhere, seen_everywhere = kept_everywhere + int(new_everywhere), seen_everywhere + int(drawn_everywhere)
-            keep_rate = 0.5 * keep_rate + 0.5 * new_everywhere / max(drawn_everywhere, 1)
+            new_kept, new_seen = map(int, global_sum(len(new), len(rollouts)))
+            all_kept, all_seen = all_kept + new_kept, all_seen + new_seen
+            keep_rate = 0.5 * keep_rate + 0.5 * new_kept / max(new_seen, 1)
         release_kv_cache(llm)
 
         # 4 advantages: every rank sees all rewards (a few kB), so that all ranks hold the same moments
         mine = [
-            (score.reward, (rank, i), task_of(rollout.prompt.record)) for i, rollout in enumerate(kept) for score in rollout.scores
+            (score.reward, (rank, i), task_of(rollout.prompt.record))
+            for i, rollout in enumerate(kept)
+            for score in rollout.scores
         ]
         everyone = gather(mine)
         flat = [entry for part in everyone for entry in part]
@@ -554,12 +587,12 @@ def main():
                 for minibatch, old, ref in zip(minibatches, old_logps, ref_logps)
             ]
         if not updates and rank == 0:
-            print(f"step {step + 1}: no group of {seen_everywhere} was kept after {rounds} rounds; nothing to learn from")
+            print(f"step {step + 1}: none of {all_seen} groups was kept in {rounds} rounds: nothing to learn from")
 
         # 7 log
         seconds["step"] = time.time() - begin
         row |= summarise(seen, updates, ema, seconds, tally, grader)
-        row |= dict(kept_share=kept_everywhere / max(seen_everywhere, 1), groups=kept_everywhere, rounds=rounds)
+        row |= dict(kept_share=all_kept / max(all_seen, 1), groups=all_kept, rounds=rounds)
         log_metrics(args.out, row)
         if rank == 0:
             print(step_line(row, args.steps), flush=True)
@@ -623,7 +656,8 @@ def peak_host_gb():
 
 def step_line(row, steps):
     """The step on one line, for the screen."""
-    phases = " ".join(f"{phase} {row.get(f'seconds/{phase}', 0):.1f}" for phase in ("sync", "generate", "grade", "old_logps", "update"))
+    names = ("sync", "generate", "grade", "old_logps", "update")
+    phases = " ".join(f"{name} {row.get(f'seconds/{name}', 0):.1f}" for name in names)
     return (
         f"step {row['step']:4d}/{steps}  reward {row['reward']:.3f}  accuracy {row['accuracy']:.3f}  kept {row['kept_share']:.2f}"
         f"  tokens {row['response_tokens']:5.1f}  finished {row['finished_share']:.2f}  grad {row.get('grad_norm', 0):.2f}"
@@ -636,8 +670,9 @@ def save_samples(out, step, rollouts, tokenizer, count=3):
     with open(os.path.join(out, "rollouts.jsonl"), "a") as file:
         for rollout in random.Random(step).sample(rollouts, min(count, len(rollouts))):
             record = rollout.prompt.record
-            entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record), answer=record["answer"])
-            entry |= dict(response=text_of(rollout, 0, tokenizer), **rollout.scores[0]._asdict())
+            entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record))
+            entry |= dict(answer=record["answer"], response=text_of(rollout, 0, tokenizer))
+            entry |= rollout.scores[0]._asdict()
             file.write(json.dumps(entry | dict(advantage=rollout.advantages[0] if rollout.advantages else None)) + "\n")
 
 

@@ -22,11 +22,14 @@ import signal
 import subprocess
 import time
 from collections import Counter
+from datetime import timedelta
 from functools import partial
 from types import MethodType
 from typing import NamedTuple
 
 import cpu_compat  # noqa: F401  (before transformers)
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -34,7 +37,12 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import save_torch_state_dict
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
@@ -63,7 +71,7 @@ def pack(groups, device):
     rows (R,): the row of the sequence that predicts each response token, targets (R,): that token.
     R counts the response tokens in the order of the groups and their responses.
     """
-    ids, positions, segments, rows = [], [], [], []
+    ids, positions, segments, rows, targets = [], [], [], [], []
     start = 0
     for prompt, responses in groups:
         ids += prompt.token_ids
@@ -73,6 +81,7 @@ def pack(groups, device):
         start += len(prompt.token_ids)
         for response in responses:
             ids += response
+            targets += response
             positions.append((first + torch.arange(len(response))).expand(3, -1))
             rows += [last_prompt_row, *range(start, start + len(response) - 1)]  # token k is predicted by token k - 1
             start += len(response)
@@ -84,8 +93,8 @@ def pack(groups, device):
         grids=torch.cat([group.prompt.grids for group in groups]).to(device),
         segments=segments,
         rows=torch.tensor(rows, device=device),
-        targets=torch.tensor([token for group in groups for response in group.responses for token in response], device=device),
-    )  # fmt: skip
+        targets=torch.tensor(targets, device=device),
+    )
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, segments, **_):
@@ -112,10 +121,14 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     for (begin, end), spans in zip(queries, keys):
         k = torch.cat([key[:, :, a:b] for a, b in spans], dim=2)
         v = torch.cat([value[:, :, a:b] for a, b in spans], dim=2)
-        # A mask that is causal from the bottom right corner: the last query sees every key.
-        mask = None if len(spans) == 1 else torch.ones(end - begin, k.shape[2], dtype=torch.bool).tril(k.shape[2] - (end - begin))
-        out.append(F.scaled_dot_product_attention(query[:, :, begin:end], k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
-    return torch.cat(out, dim=2).transpose(1, 2), None  # fmt: skip
+        # Causal from the bottom right corner: the last query sees every key.
+        before = k.shape[2] - (end - begin)  # keys that every query of this sequence sees
+        mask = torch.ones(end - begin, k.shape[2], dtype=torch.bool).tril(before) if before else None
+        q = query[:, :, begin:end]
+        out.append(
+            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
+        )
+    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
 def varlen_attention(query, key, value, scaling, queries, keys):
@@ -128,17 +141,22 @@ def varlen_attention(query, key, value, scaling, queries, keys):
         chosen = [i for i, spans in enumerate(keys) if (len(spans) > 1) == shared]
         if not chosen:
             continue
-        row_of = lambda spans: torch.cat([torch.arange(a, b) for a, b in spans]).to(query.device)  # noqa: E731
-        q_rows, k_rows = row_of([queries[i] for i in chosen]), row_of([span for i in chosen for span in keys[i]])
-        q_lengths = [queries[i][1] - queries[i][0] for i in chosen]
-        k_lengths = [sum(b - a for a, b in keys[i]) for i in chosen]
-        offsets = lambda lengths: torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=query.device)  # noqa: E731
+        q_rows, q_offsets, q_longest = rows_and_offsets([[queries[i]] for i in chosen], query.device)
+        k_rows, k_offsets, k_longest = rows_and_offsets([keys[i] for i in chosen], query.device)
         part = varlen_attn(
-            query[q_rows], key[k_rows], value[k_rows], offsets(q_lengths), offsets(k_lengths), max(q_lengths), max(k_lengths),
+            query[q_rows], key[k_rows], value[k_rows], q_offsets, k_offsets, q_longest, k_longest,
             scale=scaling, window_size=(-1, 0), enable_gqa=True,  # (-1, 0) is causal, aligned at the bottom right
         )  # fmt: skip
         out = out.index_copy(0, q_rows, part)
     return out[None]
+
+
+def rows_and_offsets(sequences, device):
+    """Sequences, each a list of (begin, end) spans -> their rows one after another, where each starts, the longest."""
+    rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
+    lengths = [sum(end - begin for begin, end in spans) for spans in sequences]
+    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    return rows.to(device), offsets.to(device), max(lengths)
 
 
 def frame_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_):
@@ -149,8 +167,8 @@ def frame_attention(module, query, key, value, attention_mask, scaling, cu_seq_l
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = varlen_attn(query, key, value, cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q), scale=scaling)
-    return out[None], None
+    offsets, longest = cu_seq_lens_q, int(max_length_q)
+    return varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling)[None], None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
@@ -256,12 +274,15 @@ def init_distributed():
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {torch.cuda.device_count()}: lower --nproc-per-node")
+            count = torch.cuda.device_count()
+            raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(backend)
+    dist.init_process_group(
+        backend, timeout=timedelta(minutes=60)
+    )  # a rank may roll out long after the others are done
     return rank, world, device
 
 
@@ -291,7 +312,8 @@ def load_model(path, device, dtype, trainable=True):
         weights = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master).state_dict()
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config).to(master)
-    model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "flash_frames" if device.type == "cuda" else "sdpa"})
+    vision_attention = "flash_frames" if device.type == "cuda" else "sdpa"
+    model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision_attention})
     model.requires_grad_(trainable)
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -409,6 +431,17 @@ def log_metrics(out, row):
             file.write(json.dumps(row) + "\n")
 
 
+def forget_metrics_after(out, step):
+    """Drops the lines of steps that a killed run logged but did not save; they will be run, and logged, again."""
+    path = os.path.join(out, "metrics.jsonl")
+    if dist.get_rank() == 0 and os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path + ".tmp", "w") as file:
+            file.writelines(lines)
+        os.replace(path + ".tmp", path)
+
+
 def start_run(args):
     """Makes the run folder and notes what reruns it: arguments, versions, commit."""
     if dist.get_rank() == 0:
@@ -472,6 +505,7 @@ def update(model, optimizer, groups, args, device):
     return global_sum(total), int(tokens), optimizer_step(model, optimizer, args.grad_clip)
 
 
+# fmt: off
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what")
@@ -498,7 +532,8 @@ def parse_args():
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
     add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
-    return parser.parse_args()  # fmt: skip
+    return parser.parse_args()
+# fmt: on
 
 
 def main():
@@ -522,8 +557,12 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
     state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0)
+    forget_metrics_after(args.out, state["step"])
     if rank == 0:
-        print(f"{len(records)} records, {steps} steps of {args.sequences_per_step} sequences on {world} ranks, from step {state['step']}")
+        print(
+            f"{len(records)} records, {steps} steps of {args.sequences_per_step} sequences on {world} ranks,"
+            f" from step {state['step']}"
+        )
 
     order = data_order(len(records), args.seed, state["cursor"], rank, world)
     stream = prefetch(records, partial(training_pair, processor=processor, limits=limits_of(args)), order, args.workers)

@@ -51,7 +51,9 @@ def main():
         constant = best_blind_answer(records, sorted(answers[task_of(records[0])])[:150])
         right, wrong = seen[source.stem]["accuracy"], blind[other.stem]["accuracy"]
         span = f"[{100 * wrong['low']:5.1f}, {100 * wrong['high']:5.1f}]"
-        print(f"{source.stem:28}  {100 * right['value']:11.1f}  {100 * wrong['value']:7.1f} {span}  {100 * constant:17.1f}")
+        print(
+            f"{source.stem:28}  {100 * right['value']:11.1f}  {100 * wrong['value']:7.1f} {span}  {100 * constant:17.1f}"
+        )
         total = [a + b / len(sources) for a, b in zip(total, (right["value"], wrong["value"], constant))]
     print(f"{'mean':28}  {100 * total[0]:11.1f}  {100 * total[1]:7.1f} {'':14}  {100 * total[2]:17.1f}")
 

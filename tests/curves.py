@@ -28,7 +28,9 @@ def main():
     axes = axes.ravel()
     width = max(1, len(rl) // 8)
 
-    axes[0].plot([row["step"] for row in sft], smooth([row["loss"] for row in sft], max(1, len(sft) // 50)), color="tab:grey")
+    axes[0].plot(
+        [row["step"] for row in sft], smooth([row["loss"] for row in sft], max(1, len(sft) // 50)), color="tab:grey"
+    )
     axes[0].set(title="SFT: loss per response token", yscale="log")
     steps = [row["step"] for row in rl]
     for axis, key, title in (

@@ -26,7 +26,9 @@ records = data.load_records(f"{toy}/rl_train.json")
 images = [record for record in records if record["data_type"] == "image"]
 videos = [record for record in records if record["data_type"] == "video"]
 text = {**images[0], "media": [], "data_type": "text", "problem": "How many squares are there?"}
-strange = [dict(videos[0], media=[{"type": "video", "path": path}]) for path in (f"{out}/variable.mp4", f"{out}/wide.mp4")]
+strange = [
+    dict(videos[0], media=[{"type": "video", "path": path}]) for path in (f"{out}/variable.mp4", f"{out}/wide.mp4")
+]
 chosen = [*images[rank::2][:4], *videos[rank::2][:4], text, *strange]
 prompts = [data.encode(record, processor) for record in chosen]
 

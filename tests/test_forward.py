@@ -7,12 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from transformers import Qwen3VLForConditionalGeneration
 
 import data
 import rl_ema_grpo
 import sft
-from conftest import run
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,9 @@ def test_packed_forward_equals_one_at_a_time(toy, groups, seeded):
     """A wrong mask, position, row or pixel order anywhere in the forward: log-probs and every gradient must agree."""
     ours, plain = load(toy, packed=True), load(toy, packed=False)
     logps = sft.response_logps(ours, sft.pack(groups, "cpu"))
-    expected = torch.cat([plain_logps(plain, prompt, response) for prompt, responses in groups for response in responses])
+    expected = torch.cat(
+        [plain_logps(plain, prompt, response) for prompt, responses in groups for response in responses]
+    )
     assert (logps - expected).abs().max() < 5e-6
     weights = torch.randn(len(logps))
     (logps * weights).sum().backward()
@@ -125,7 +127,9 @@ def test_positions_and_patches_match_transformers(toy, processor):
         suffix = "_videos" if "video" in kinds else ""
         assert torch.allclose(theirs["pixel_values" + suffix], prompt.patches.float() / 127.5 - 1, atol=1e-6)
         grids = {("video" if suffix else "image") + "_grid_thw": prompt.grids}
-        positions, _ = model.model.get_rope_index(theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"], **grids)
+        positions, _ = model.model.get_rope_index(
+            theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"], **grids
+        )
         assert np.array_equal(positions[:, 0].numpy(), prompt.positions)
 
 
@@ -178,7 +182,9 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     for group, pair in zip(groups, responses):
         logps = model.response_logps(sft.pack([sft.Group(group.prompt, pair)], "cpu")).detach()
         rollouts.append(
-            rl_ema_grpo.Rollout(group.prompt, pair, [logps[:4].tolist(), logps[4:].tolist()], [True, True], advantages=[1.0, -1.0])
+            rl_ema_grpo.Rollout(
+                group.prompt, pair, [logps[:4].tolist(), logps[4:].tolist()], [True, True], advantages=[1.0, -1.0]
+            )
         )
     result = rl_ema_grpo.update(model, optimizer, rollouts, None, None, settings, torch.device("cpu"))
     assert result["tokens"] == 8 * len(groups)

@@ -71,7 +71,9 @@ def test_grpo_and_dr_grpo():
     """The baselines of the ablation: unbiased std + 1e-6, and no division."""
     rewards, groups, tasks = [1.0, 0.0, 0.0, 0.0], ["a"] * 4, ["QA"] * 4
     std = math.sqrt((0.75**2 + 3 * 0.25**2) / 3)
-    assert advantages(rewards, groups, tasks, EMAStd(), "grpo") == pytest.approx([0.75 / (std + 1e-6)] + [-0.25 / (std + 1e-6)] * 3)
+    assert advantages(rewards, groups, tasks, EMAStd(), "grpo") == pytest.approx(
+        [0.75 / (std + 1e-6)] + [-0.25 / (std + 1e-6)] * 3
+    )
     assert advantages(rewards, groups, tasks, EMAStd(), "dr_grpo") == pytest.approx([0.75] + [-0.25] * 3)
     with pytest.raises(ValueError, match="reinforce"):
         advantages(rewards, groups, tasks, EMAStd(), "reinforce")

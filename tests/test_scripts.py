@@ -13,7 +13,6 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-
 from conftest import ROOT, run
 
 SCRIPTS = ("data.py", "sft.py", "rl_ema_grpo.py", "evaluate.py", "infer.py")
@@ -76,7 +75,15 @@ def test_demo_runs_to_the_end(demo):
     assert [row["step"] for row in sft] == [1, 2, 3] and all(row["grad_norm"] > 0 for row in sft)
     assert [row["step"] for row in rl] == [1, 2]
     for row in rl:
-        assert {"reward", "accuracy", "kept_share", "response_tokens", "finished_share", "tokens_per_second", "gb"} <= set(row)
+        assert {
+            "reward",
+            "accuracy",
+            "kept_share",
+            "response_tokens",
+            "finished_share",
+            "tokens_per_second",
+            "gb",
+        } <= set(row)
         assert {"seconds/sync", "seconds/generate", "seconds/grade", "seconds/update"} <= set(row)
     for stage in ("sft", "rl"):
         assert (out / stage / "args.json").exists() and (out / stage / "checkpoints" / "latest").exists()
@@ -92,10 +99,25 @@ def test_same_command_resumes(demo, toy):
     """A rerun that starts from nothing, or repeats what is done."""
     out, _ = demo
     before = (out / "sft" / "model.safetensors").read_bytes()
+    with open(out / "sft" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "loss": 9.9}\n{"step": 5, "lo')  # as a kill between two checkpoints leaves it
     options = "--lr 2e-3 --train-vision --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400".split()
     data = sorted((out / "toy").glob("sft_*.json"))
-    run("sft.py", "--model", out / "toy" / "model", "--data", *data, "--out", out / "sft", "--steps", 5, *options, ranks=2)
-    assert [row["step"] for row in rows(out / "sft" / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    run(
+        "sft.py",
+        "--model",
+        out / "toy" / "model",
+        "--data",
+        *data,
+        "--out",
+        out / "sft",
+        "--steps",
+        5,
+        *options,
+        ranks=2,
+    )
+    metrics = rows(out / "sft" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5] and metrics[3]["loss"] != 9.9
     assert (out / "sft" / "model.safetensors").read_bytes() != before
 
 
@@ -147,9 +169,14 @@ def test_trained_folder_is_served_over_the_openai_protocol(demo):
             except OSError:
                 time.sleep(0.5)
         url = "data:image/png;base64," + base64.b64encode(picture).decode()
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is in the picture?"}]
+        content = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": "What is in the picture?"},
+        ]
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        reply = client.chat.completions.create(model="toy", messages=[{"role": "user", "content": content}], max_tokens=8)
+        reply = client.chat.completions.create(
+            model="toy", messages=[{"role": "user", "content": content}], max_tokens=8
+        )
         assert reply.choices[0].message.content
         assert reply.usage.prompt_tokens > 9  # the picture alone has nine
     finally:

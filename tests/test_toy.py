@@ -14,6 +14,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import toy  # noqa: E402
+
 from data import PROMPTS, load_records, task_of  # noqa: E402
 
 

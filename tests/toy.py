@@ -14,6 +14,9 @@ Same seed, same bytes. A hash of its content decides whether a scene is for trai
 for both. No answer can be guessed from the question: which object is asked for is drawn at random, every video lasts 8
 seconds, and where an answer is one of a few they come equally often. (Tracking is given its first box.)
 
+The SFT answers come from a sloppy teacher, as real ones do: more often than not, boxes, spans and lengths are a step too
+large. A cold start learns the habit; only rewards, which know the truth, can undo it.
+
 Made to be learned by a tiny model in minutes: big shapes, edges on a grid of 16 pixels, every word and every number one
 token. Objects move once a second, in jumps: sampled at 2 fps, each pair of frames, which is one time step of Qwen3-VL,
 then shows exactly one whole second.
@@ -44,6 +47,7 @@ WORDS = ("BAG", "CAT", "DOG", "FOX", "HEN", "JAM", "LIP", "MUD", "OWL", "SKY", "
 BACKGROUND = (128, 128, 128)  # 0 after normalisation: only shapes speak
 IMAGE, VIDEO = 96, 64  # pixels a side
 GRID, SECONDS, FPS = 16, 8, 4
+SLOPPY = 0.6  # share of the SFT answers that slip
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -92,8 +96,8 @@ def coordinate(pixels, side):
     return int(1000 * pixels / side + 0.5)
 
 
-def box(shape, side):
-    corners = shape.x, shape.y, shape.x + shape.w, shape.y + shape.h
+def box(shape, side, slip=0):
+    corners = shape.x, shape.y, min(side, shape.x + shape.w + slip * GRID), min(side, shape.y + shape.h + slip * GRID)
     return [coordinate(pixels, side) for pixels in corners]
 
 
@@ -136,10 +140,11 @@ def shown(*shapes_and_spans):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often.
+# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often. `slip` is 1 where
+# the teacher who answers is sloppy: boxes, spans and lengths a step too large.
 
 
-def multiple_choice(rng, turn):
+def multiple_choice(rng, turn, slip):
     letter = turn % 4
     if turn // 4 % 2:
         right, options = rng.choice(list(DIRECTIONS)), list(DIRECTIONS)
@@ -175,7 +180,7 @@ def cells(rng, counts):
     return (tuple(shapes),)
 
 
-def numerical(rng, turn):
+def numerical(rng, turn, slip):
     count = 1 + turn % 5
     asked, other = rng.sample(list(COLOURS), 2)
     scene = cells(rng, {asked: count, other: rng.randint(0, 4)})
@@ -184,7 +189,7 @@ def numerical(rng, turn):
     return Item(scene, f"How many {asked} shapes are there?", thought, str(count))
 
 
-def math(rng, turn):
+def math(rng, turn, slip):
     r, b = (2, 3, 5)[turn % 3], (2, 3, 4)[turn // 3 % 3]
     first, second = rng.sample(list(COLOURS), 2)
     scene = cells(rng, {first: r, second: b})
@@ -192,15 +197,16 @@ def math(rng, turn):
     return Item(scene, problem, f"I see {r} {first} and {b} {second} shapes.", rf"\frac{{\sqrt{{{r}}}}}{{{b}}}")
 
 
-def regression(rng, turn):
+def regression(rng, turn, slip):
     length = 2 + turn % 10
     start, line = rng.randint(0, 12 - length), rng.randint(0, 4)
     bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
-    thought = f"The bar goes from {start} to {start + length}."
-    return Item(((bar,),), "The picture is 12 units wide and high. How long is the bar?", thought, str(length))
+    seen = length + slip
+    thought = f"The bar goes from {start} to {start + seen}."
+    return Item(((bar,),), "The picture is 12 units wide and high. How long is the bar?", thought, str(seen))
 
 
-def ocr(rng, turn):
+def ocr(rng, turn, slip):
     word, line = WORDS[turn % len(WORDS)], rng.randint(0, 2)
     sign = Shape(rng.choice(list(COLOURS)), word, 0, line * 32, 96, 32)
     around = [Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, other * 32, 32, 32)
@@ -209,7 +215,7 @@ def ocr(rng, turn):
     return Item(((sign, *around),), "Which word is written here?", thought, word)
 
 
-def open_ended(rng, turn):
+def open_ended(rng, turn, slip):
     """A caption in reading order."""
     a, b = (shape._replace(w=32, h=32) for shape in some_pair(rng, IMAGE))
     near, far, along = rng.choice((0, 16)), rng.choice((48, 64)), rng.randrange(0, 65, GRID)
@@ -222,49 +228,50 @@ def open_ended(rng, turn):
     return Item(((a, b),), "Describe the picture.", thought, f"{name(a)} {relation} {name(b)}")
 
 
-def temporal_grounding(rng, turn):
+def temporal_grounding(rng, turn, slip):
     a, b = some_pair(rng, VIDEO)
     start, end = some_span(rng)
     scene = shown((a, (start, end)), (b, some_span(rng)))
+    end = min(SECONDS, end + slip)
     thought = f"The {name(a)} comes at {start} and is gone at {end}."
     return Item(scene, f"When is the {name(a)} visible?", thought, {"time": [start, end]})
 
 
-def spatial_grounding(rng, turn):
+def spatial_grounding(rng, turn, slip):
     a, b = some_pair(rng, IMAGE)
     thought = f"The {name(a)} is at the {place(a, IMAGE)}."
-    return Item(((a, b),), f"Where is the {name(a)}?", thought, {"boxes": box(a, IMAGE)})
+    return Item(((a, b),), f"Where is the {name(a)}?", thought, {"boxes": box(a, IMAGE, slip)})
 
 
-def spatial_temporal_grounding(rng, turn):
+def spatial_temporal_grounding(rng, turn, slip):
     shape, (start, end), way = some_shape(rng, VIDEO), some_span(rng), rng.choice(list(DIRECTIONS))
     path = dict(zip(range(start, end), walk(shape, end - start, DIRECTIONS[way]), strict=True))
     scene = tuple((path[t],) if t in path else () for t in range(SECONDS))
-    answer = {"time": [start, end], "boxes": {str(t): box(path[t], VIDEO) for t in path}}
+    answer = {"time": [start, end], "boxes": {str(t): box(path[t], VIDEO, slip) for t in path}}
     thought = f"The {name(shape)} comes at {start} and is gone at {end}."
     return Item(scene, f"When and where is the {name(shape)} visible?", thought, answer)
 
 
-def tracking(rng, turn):
+def tracking(rng, turn, slip):
     shape, dx, dy = some_shape(rng, VIDEO), rng.choice((-1, 1)), rng.choice((-1, 0, 1))
     path = walk(shape, SECONDS, (dx, dy) if rng.random() < 0.5 else (dy, dx))
     scene = tuple((shape,) for shape in path)
     problem = f"Track the object whose box in the first frame is {compact(box(shape, VIDEO))}."
     thought = f"The {name(shape)} goes from the {place(path[0], VIDEO)} to the {place(path[-1], VIDEO)}."
-    return Item(scene, problem, thought, {"boxes": {str(t + 1): box(path[t], VIDEO) for t in range(SECONDS)}})
+    return Item(scene, problem, thought, {"boxes": {str(t + 1): box(path[t], VIDEO, slip) for t in range(SECONDS)}})
 
 
-def segmentation_image(rng, turn):
+def segmentation_image(rng, turn, slip):
     a, b = some_pair(rng, IMAGE)
-    answer = {"boxes": box(a, IMAGE), "positive_points": points(a, IMAGE), "negative_points": points(b, IMAGE)}
+    answer = {"boxes": box(a, IMAGE, slip), "positive_points": points(a, IMAGE), "negative_points": points(b, IMAGE)}
     thought = f"The {name(a)} is at the {place(a, IMAGE)}, the {name(b)} at the {place(b, IMAGE)}."
     return Item(((a, b),), f"Segment the {name(a)}.", thought, answer, target=a)
 
 
-def segmentation_video(rng, turn):
+def segmentation_video(rng, turn, slip):
     a, b = some_pair(rng, VIDEO)
     start, end = some_span(rng)
-    answer = {"time": start, "boxes": box(a, VIDEO), "positive_points": points(a, VIDEO)}
+    answer = {"time": start, "boxes": box(a, VIDEO, slip), "positive_points": points(a, VIDEO)}
     answer |= {"negative_points": points(b, VIDEO)}
     thought = f"The {name(a)} comes at {start} at the {place(a, VIDEO)}, the {name(b)} is at the {place(b, VIDEO)}."
     return Item(shown((a, (start, end)), (b, (0, SECONDS))), f"Segment the {name(a)}.", thought, answer, target=a)
@@ -350,9 +357,10 @@ def records_of(split, task, count, seed):
     """`count` records of a task, each with its scene and the text of both turns. Split: sft, rl or eval."""
     rng, side = random.Random(f"{seed}/{split}/{task}"), {"image": IMAGE, "video": VIDEO}
     for turn in range(count):
-        item = TASKS[task](rng, turn)
+        slip = int(split == "sft" and rng.random() < SLOPPY)
+        item = TASKS[task](rng, turn, slip)
         while (int(digest(item.scene), 16) % 8 == 0) != (split == "eval"):  # one scene in eight is held out
-            item = TASKS[task](rng, turn)
+            item = TASKS[task](rng, turn, slip)
         kind, suffix = ("image", "png") if len(item.scene) == 1 else ("video", "mp4")
         path = f"media/{digest(item.scene)}.{suffix}"  # equal scenes share their file
         answer = item.answer if isinstance(item.answer, str) else compact(item.answer)
