@@ -1,4 +1,4 @@
-"""Makes a CPU-only installation behave; does nothing on a GPU machine. Import it before transformers or vllm.
+"""vLLM's environment, and what a CPU-only installation needs to behave. Import it before transformers or vllm.
 
 Outside PyTorch's own CPU index, torchvision, torchaudio and torchcodec come as CUDA builds that a CPU torch cannot load.
 Nothing here uses their compiled code, so the two audio packages are hidden when they do not load, and torchvision

@@ -147,8 +147,14 @@ def normalise(raw, file, index, root):
 
     if "messages" in raw:
         messages = raw["messages"]
-        if not (isinstance(messages, list) and len(messages) >= 2 and messages[-1].get("role") == "assistant"):
-            fail("messages", "a list of turns that ends with the assistant's")
+        if not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages) and messages):
+            fail("messages", "a list of turns")
+        if not all(isinstance(turn.get("content"), str) for turn in messages):
+            fail("messages", "turns with a role and a text")
+        if messages[-1].get("role") != "assistant":
+            fail("messages", "a last turn of the assistant")
+        if not any(turn.get("role") == "user" for turn in messages):
+            fail("messages", "a turn of the user")
         record["messages"] = [dict(message) for message in messages]
         turn = next(message for message in record["messages"] if message["role"] == "user")
         turn["content"] = place_media(turn["content"], kinds, fail, "messages")
@@ -338,7 +344,7 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
     if len(frames) < len(positions):
         raise MediaError("unreadable_video", f"{path}: ends before its frame {positions[len(frames)]}")
     if constant:
-        return Video(np.stack(frames), positions.tolist(), 1 / step, len(pts))
+        return Video(np.stack(frames), positions.tolist(), float(1 / step), len(pts))
     return Video(
         np.stack(frames), (seconds[positions] * 1000).round().astype(int).tolist(), 1000.0, round(duration * 1000)
     )
@@ -431,7 +437,7 @@ def mrope_positions(token_ids, vision_ids, grids):
         if end - begin != height * width:
             raise MediaError("token_mismatch", f"{end - begin} vision tokens for a frame of {height} x {width}")
         y, x = np.divmod(np.arange(height * width), width)
-        rows.append(start + np.stack([np.zeros_like(y), y, x]))
+        rows.append(start + np.stack([np.zeros_like(y), y, x]))  # time stamps in the text tell the time, not this row
         start, done = start + max(height, width), end
     text = len(token_ids) - done
     rows.append(np.broadcast_to(np.arange(start, start + text), (3, text)))
@@ -469,8 +475,11 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
             video = read_video(medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=record.get("fps"))
             rows, grid = patchify(video.frames)
             frame = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2) + "<|vision_end|>"
-            seconds = np.array(video.indices).reshape(-1, TEMPORAL).mean(1) / video.fps
-            expanded["video"].append("".join(f"<{second:.1f} seconds>{frame}" for second in seconds))
+            shown = [
+                index / video.fps for index in video.indices
+            ]  # seconds; operations in the library's own order, since
+            pairs = zip(shown[::2], shown[1::2])  # 3.15 would else round to 3.1 here and to 3.2 there
+            expanded["video"].append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
             metadata = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
             metadata |= dict(video_backend="pyav", do_sample_frames=False)
             vllm_data["video"].append((video.frames.transpose(0, 3, 1, 2), metadata))
@@ -543,8 +552,9 @@ class Decoder(torch.utils.data.Dataset):
 def prefetch(records, function, order, workers):
     """Yields function(records[i]) for each i in `order`, computed ahead by worker processes (0: in this process)."""
     loader = torch.utils.data.DataLoader(
-        Decoder(records, function), sampler=order, batch_size=None, collate_fn=lambda item: item, num_workers=workers
-    )
+        Decoder(records, function), sampler=order, batch_size=None, collate_fn=lambda item: item, num_workers=workers,
+        worker_init_fn=lambda _: os.setsid(),  # Ctrl-C and SIGTERM are for the script, which stops after its step
+    )  # fmt: skip
     return iter(loader)
 
 

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source tests/venv.sh
 
-out=runs/demo toy="--sft 4000 --rl 4000 --eval 40" sft_steps=1200 rl_steps=80 prompts=16
+out=runs/demo toy="--sft 12000 --rl 6000 --eval 60" sft_steps=1200 rl_steps=160 prompts=32
 if [ "${1:-}" = --quick ]; then
     out=${2:-runs/demo-quick} toy="--sft 128 --rl 96 --eval 2" sft_steps=3 rl_steps=2 prompts=4
 fi
@@ -23,7 +23,7 @@ torchrun --standalone --nproc-per-node 2 sft.py --model $out/toy/model --data $o
 
 say "3 EMA-GRPO, $rl_steps steps on 2 ranks"
 torchrun --standalone --nproc-per-node 2 rl_ema_grpo.py --model $out/sft --data $out/toy/rl_train.json --out $out/rl \
-    --steps $rl_steps --prompts-per-step $prompts --updates-per-step 2 --lr 1e-4 --max-response-tokens 128 \
+    --steps $rl_steps --prompts-per-step $prompts --updates-per-step 2 --lr 1.5e-4 --max-response-tokens 128 \
     --dtype float32 --no-recompute --workers 1 $limits
 
 say "4 held-out records: before, after SFT, after RL"

@@ -196,12 +196,13 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
         device = dict(
             enable_sleep_mode=True,
             kv_cache_memory_bytes=24 << 30,
-            compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 128},
+            gpu_memory_utilization=0.5,  # only compared with the memory that is free now; the line above sizes the pool
+            compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256},
         )
     else:
         # No chunks: after half a prompt vLLM winds a seeded generator back, which a CPU generator cannot do.
         device = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(max_model_len, 8192))
-    random_state = torch.get_rng_state()  # LLM() reseeds torch's global generator
+    random_state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()  # LLM() sets both anew
     llm = LLM(
         path,
         tensor_parallel_size=1,
@@ -218,6 +219,7 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
         **device,
     )
     torch.set_rng_state(random_state)
+    torch.set_float32_matmul_precision(precision)
     return llm
 
 
@@ -235,8 +237,9 @@ def sync_weights(llm, weights):
 def release_kv_cache(llm):
     """Frees the engine's key-value pool for the trainer. GPU only: CPU builds cannot."""
     if torch.cuda.is_available():
-        while llm.llm_engine.engine_core.engine_core.scheduler.has_requests():
-            llm.llm_engine.step()  # finished requests linger for a step, and the pause below would be refused
+        core = llm.llm_engine.engine_core.engine_core
+        while core.scheduler.has_requests() or core.batch_queue:
+            llm.llm_engine.step()  # finished requests linger for a step or two, and the pause would be refused
         llm.sleep(level=0)
         llm.release_kv_cache_memory()
 
@@ -298,7 +301,10 @@ def grade(rollouts, grader, tokenizer):
 
 
 def teaches(rollout):
-    """Dynamic sampling (DAPO): a group whose answers are all right or all wrong has no gradient worth its forward."""
+    """Dynamic sampling (DAPO): a group whose answers are all right or all wrong has no gradient worth its forward.
+
+    The bounds are the paper's; graded tasks such as grounding hardly ever reach them exactly.
+    """
     return 0.01 < np.mean([score.accuracy for score in rollout.scores]) < 0.99
 
 
@@ -326,7 +332,7 @@ def current_logps(model, groups, tokens_per_microbatch, device):
     parts = []
     for members in microbatches(groups, tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
-        parts.append(logps[: sum(len(response) for group in members for response in group.responses)].cpu())
+        parts.append(logps[: sum(len(response) for group in members for response in group.responses)].cpu())  # no DUMMY
     model.reshard()  # the root keeps its gathered weights after a forward without backward
     return torch.cat(parts)
 
@@ -468,12 +474,15 @@ def gather(value):
 
 def evaluate_greedily(llm, records, encode_record, grader, tokenizer, args, rank, world):
     """Mean held-out accuracy per task: {"eval/<task>": accuracy}. Unusable records count 0."""
-    mine = records[rank::world]
-    prompts = take(prefetch(mine, encode_record, iter(range(len(mine))), 0), len(mine), Counter(), 1.0)
-    rollouts = generate(llm, prompts, [0] * len(prompts), 1, args.max_response_tokens, tokenizer, temperature=0.0)
-    grade(rollouts, grader, tokenizer)
+    mine, graded = records[rank::world], []
+    stream = prefetch(mine, encode_record, range(len(mine)), args.workers)
+    for start in range(0, len(mine), 64):  # so that few pictures are in memory at a time
+        prompts = take(stream, min(64, len(mine) - start), Counter(), 1.0)
+        rollouts = generate(llm, prompts, [0] * len(prompts), 1, args.max_response_tokens, tokenizer, temperature=0.0)
+        grade(rollouts, grader, tokenizer)
+        graded += [(task_of(rollout.prompt.record), rollout.scores[0].accuracy) for rollout in rollouts]
     right, total = Counter(), Counter(task_of(record) for record in records)
-    for part in gather([(task_of(rollout.prompt.record), rollout.scores[0].accuracy) for rollout in rollouts]):
+    for part in gather(graded):
         for task, accuracy in part:
             right[task] += accuracy
     return {f"eval/{task}": right[task] / total[task] for task in sorted(total)}
@@ -497,6 +506,8 @@ def main():
     optimizer = adamw(model, args.lr, args.weight_decay)
     reference = load_model(args.model, device, dtype, trainable=False) if args.kl_coef > 0 else None
     state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0, keep_rate=1.0, moments={})
+    for group in optimizer.param_groups:  # a checkpoint brings its old ones back
+        group.update(lr=args.lr, weight_decay=args.weight_decay)
     forget_metrics_after(args.out, state["step"])
     ema = EMAStd(args.ema_decay)
     ema.load_state_dict(state["moments"])
@@ -527,6 +538,10 @@ def main():
         with timed(seconds, "sync"):
             sync_weights(llm, full_weights(model, dtype))
             restore_kv_cache(llm)
+            if step == state["step"] or step % 50 == 0:
+                sums = gather(llm.collective_rpc("compute_weight_checksums"))
+                if any(other != sums[0] for other in sums):
+                    raise RuntimeError(f"step {step + 1}: after the sync the engines hold different weights")
         row = dict(step=step + 1)
         if held_out and step % args.eval_every == 0:
             with timed(seconds, "eval"):
@@ -535,7 +550,8 @@ def main():
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
         kept, seen, all_kept, all_seen, rounds = [], [], 0, 0, 0  # this rank's rollouts, and how many of all ranks
         while all_kept < args.prompts_per_step and rounds < args.max_rounds:
-            missing = (args.prompts_per_step - all_kept) / max(keep_rate, 0.1)  # prompts to draw, all ranks
+            # Prompts to draw on all ranks, by the share that was kept lately; never a flood after a few bad rounds.
+            missing = (args.prompts_per_step - all_kept) / max(keep_rate, 0.1)
             size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
             with timed(seconds, "data"):
                 prompts = take(stream, size, tally, args.max_bad_share)
@@ -586,6 +602,11 @@ def main():
                 update(model, optimizer, minibatch, old, ref, args, device)
                 for minibatch, old, ref in zip(minibatches, old_logps, ref_logps)
             ]
+        if updates and updates[0]["logp_gap"] > 0.1 and rank == 0:
+            print(
+                f"WARNING: step {step + 1}: trainer and vLLM differ by {updates[0]['logp_gap']:.2f} nats a token:"
+                " other weights, other pixels, or other positions?"
+            )
         if not updates and rank == 0:
             print(f"step {step + 1}: none of {all_seen} groups was kept in {rounds} rounds: nothing to learn from")
 

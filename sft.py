@@ -13,6 +13,7 @@ response tokens of the global batch, whatever the rank they are on; prompts are 
 """
 
 import argparse
+import contextlib
 import glob
 import json
 import math
@@ -47,11 +48,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from data import Prompt, add_limits, data_order, encode, limits_of, load_records, prefetch, take
+from data import MediaError, Prompt, add_limits, data_order, encode, limits_of, load_records, prefetch, take
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The forward
@@ -115,7 +116,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
             keys.append([(start, start + prompt), (end, end + length)])
             end += length
         start = end
-    if query.is_cuda:
+    if query.is_cuda and query.dtype != torch.float32:  # the kernel knows 16 bits only
         return varlen_attention(query, key, value, scaling, queries, keys), None
     out = []
     for (begin, end), spans in zip(queries, keys):
@@ -123,7 +124,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
         v = torch.cat([value[:, :, a:b] for a, b in spans], dim=2)
         # Causal from the bottom right corner: the last query sees every key.
         before = k.shape[2] - (end - begin)  # keys that every query of this sequence sees
-        mask = torch.ones(end - begin, k.shape[2], dtype=torch.bool).tril(before) if before else None
+        mask = torch.ones(end - begin, k.shape[2], dtype=torch.bool, device=k.device).tril(before) if before else None
         q = query[:, :, begin:end]
         out.append(
             F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
@@ -182,8 +183,10 @@ def chunked_logps(hidden, weight, targets, chunk=2048):
     hidden (R, E), weight (V, E), targets (R,). Returns (R,). Each chunk's logits are computed again in the backward pass.
     """
 
+    weight = weight.float()  # once, so that the chunks' gradients add up in float32
+
     def logps(rows, tokens):
-        logits = F.linear(rows.float(), weight.float())  # (chunk, V)
+        logits = F.linear(rows.float(), weight)  # (chunk, V)
         return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
     parts = zip(hidden.split(chunk), targets.split(chunk))
@@ -198,26 +201,26 @@ def response_logps(model, batch):
     visual, language = model.model.visual, model.model.language_model
     ids, patches, grids = batch["ids"], batch["patches"], batch["grids"]
     embeddings = language.embed_tokens(ids)  # (T, E)
-    seen = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)  # (T,)
+    is_vision = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)  # (T,)
 
     blind = len(patches) == 0
     if blind:  # a grey picture of one token, whose features are multiplied by zero below
         patches = torch.full((4, visual.patch_embed.proj.weight[0].numel()), 128, dtype=torch.uint8, device=ids.device)
         grids = torch.tensor([[1, 2, 2]], device=ids.device)
-    pixels = patches.to(embeddings.dtype) / 127.5 - 1  # Qwen3-VL's normalisation: mean 0.5, std 0.5
-    features = visual(pixels, grid_thw=grids, return_dict=True)
+    pixels = patches.float() / 127.5 - 1  # Qwen3-VL's normalisation: mean 0.5, std 0.5
+    features = visual(pixels.to(embeddings.dtype), grid_thw=grids, return_dict=True)
     tokens, deepstack = features.pooler_output, features.deepstack_features  # (V, E), [(V, E)]
     if blind:
         embeddings = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack))
-        seen, deepstack = None, None
+        is_vision, deepstack = None, None
     else:
-        assert seen.sum() == len(tokens), f"{seen.sum()} vision tokens, {len(tokens)} vision features"
-        embeddings = embeddings.masked_scatter(seen[:, None], tokens.to(embeddings.dtype))
+        assert is_vision.sum() == len(tokens), f"{is_vision.sum()} vision tokens, {len(tokens)} vision features"
+        embeddings = embeddings.masked_scatter(is_vision[:, None], tokens.to(embeddings.dtype))
 
     hidden = language(
         inputs_embeds=embeddings[None],
         position_ids=batch["positions"][:, None],
-        visual_pos_masks=None if seen is None else seen[None],
+        visual_pos_masks=None if is_vision is None else is_vision[None],
         deepstack_visual_embeds=deepstack,
         use_cache=False,
         segments=batch["segments"],
@@ -277,6 +280,7 @@ def init_distributed():
             count = torch.cuda.device_count()
             raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")  # for the head: its operands are bfloat16 values, TF32 loses nothing
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -312,12 +316,13 @@ def load_model(path, device, dtype, trainable=True):
         weights = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master).state_dict()
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config).to(master)
-    vision_attention = "flash_frames" if device.type == "cuda" else "sdpa"
+    vision_attention = "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision_attention})
     model.requires_grad_(trainable)
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Inputs are left as they are: patches arrive as uint8, and the rotary tables of the vision tower stay in float32.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
@@ -331,6 +336,8 @@ def load_model(path, device, dtype, trainable=True):
             module.inv_freq, module.original_inv_freq = fresh.inv_freq.to(device), fresh.original_inv_freq.to(device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     model.tie_weights()
+    with contextlib.suppress(OSError):  # some folders have none; stop tokens, passed on by `export_model`
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model.train()
 
 
@@ -478,6 +485,9 @@ def training_pair(record, processor, limits):
     prompt.vllm = None
     text = record["messages"][-1]["content"]
     response = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    length = len(prompt.token_ids) + len(response)
+    if length > limits.max_prompt_tokens:
+        raise MediaError("too_long", f"{length} tokens with the response, the limit is {limits.max_prompt_tokens}")
     return Group(prompt, [response])
 
 
@@ -570,7 +580,7 @@ def main():
     for step in tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=rank > 0, mininterval=2):
         begin = time.time()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, args.warmup_share)
+            group.update(lr=learning_rate(step, steps, args.lr, args.warmup_share), weight_decay=args.weight_decay)
         groups = take(stream, args.sequences_per_step // world, tally, args.max_bad_share)
         loss, tokens, norm = update(model, optimizer, groups, args, device)
         state = dict(step=step + 1, cursor=state["cursor"] + args.sequences_per_step)
