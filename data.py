@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,14 @@ from PIL import Image, ImageDraw, ImageOps
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
 TOKEN_PIXELS = PATCH * MERGE  # one vision token shows 32 x 32 pixels
+
+
+def refuse(message):
+    """Ends the script before anything heavy has started: one sentence, from one rank, and exit code 2."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Prompts: one instruction per task. Coordinates are 0-1000 of the width and height, times are seconds.
@@ -620,8 +629,11 @@ def main():
     args = parser.parse_args()
     from transformers import AutoProcessor
 
-    processor = AutoProcessor.from_pretrained(args.model)
-    records = load_records(args.file, args.media_root)
+    try:
+        processor = AutoProcessor.from_pretrained(args.model)
+        records = load_records(args.file, args.media_root)
+    except (OSError, ValueError) as error:
+        refuse(error)
     print(f"{args.file}: {len(records)} records: {dict(Counter(record['problem_type'] for record in records))}")
     prompts = []
     for record in records[: args.peek]:

@@ -26,12 +26,6 @@ from sft import init_distributed
 VIDEO_TASKS = ("temporal grounding", "spatial-temporal grounding", "tracking", "segmentation-video")
 
 
-def refuse(message):
-    """Ends the run before a model is loaded: one sentence."""
-    print(f"infer.py: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
 # fmt: off
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -60,21 +54,23 @@ def record_of(args):
     kind, path = ("image", args.image) if args.image else ("video", args.video)
     task = f"segmentation-{kind}" if args.task == "segmentation" else args.task
     if not (args.model and path and args.question):
-        refuse("--model, a question, and --image or --video are needed")
+        data.refuse("--model, a question, and --image or --video are needed")
     if not os.path.isdir(args.model) and args.model.count("/") != 1:
-        refuse(f"--model {args.model}: no such folder, and no hub id of the form owner/name")
+        data.refuse(f"--model {args.model}: no such folder, and no hub id of the form owner/name")
     if task not in data.PROMPTS:
-        refuse(f"--task is {args.task!r}, expected one of {', '.join(data.PROMPTS)}")
+        data.refuse(f"--task is {args.task!r}, expected one of {', '.join(data.PROMPTS)}")
     if not os.path.exists(path):
-        refuse(f"--{kind}: no file {path}")
+        data.refuse(f"--{kind}: no file {path}")
     if kind == "image" and task in VIDEO_TASKS or kind == "video" and task == "segmentation-image":
-        refuse(f"--task {task!r} does not go with --{kind}")
+        data.refuse(f"--task {task!r} does not go with --{kind}")
     if (task == "multiple choice") != bool(args.options):
-        refuse("--options are needed for a multiple choice, and only there")
+        data.refuse("--options are needed for a multiple choice, and only there")
     options = args.options
     if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
         options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
-    placed = data.place_media(args.question, [kind], lambda *_: refuse(f"<{kind}> stands twice in the question"), None)
+    placed = data.place_media(
+        args.question, [kind], lambda *_: data.refuse(f"<{kind}> stands twice in the question"), None
+    )
     return dict(
         problem_id="0",
         problem_type="segmentation" if task.startswith("segmentation") else task,
@@ -91,11 +87,11 @@ def main():
     try:
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        refuse(f"--model {args.model}: {error}")
+        data.refuse(f"--model {args.model}: {error}")
     try:
         prompt = data.encode(record, processor, data.limits_of(args), data.load_prompts(args.prompts))
     except (OSError, ValueError, data.MediaError) as error:
-        refuse(error)
+        data.refuse(error)
 
     init_distributed()  # a group of one: the engine expects torchrun's surroundings
     length = len(prompt.token_ids) + args.max_response_tokens

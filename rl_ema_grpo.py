@@ -26,7 +26,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -41,7 +40,19 @@ import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
-from data import Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, take, task_of
+from data import (
+    Prompt,
+    add_limits,
+    data_order,
+    encode,
+    limits_of,
+    load_prompts,
+    load_records,
+    prefetch,
+    refuse,
+    take,
+    task_of,
+)
 from rewards import Grader
 from sft import (
     DUMMY,
@@ -428,13 +439,6 @@ def parse_args():
     add_limits(parser)
     return parser.parse_args()
 # fmt: on
-
-
-def refuse(message):
-    """Ends the run before anything heavy has started: one sentence, from one rank."""
-    if dist.get_rank() == 0:
-        print(f"rl_ema_grpo.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 def check(args, world):

@@ -52,7 +52,7 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLFor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from data import MediaError, Prompt, add_limits, data_order, encode, limits_of, load_records, prefetch, take
+from data import MediaError, Prompt, add_limits, data_order, encode, limits_of, load_records, prefetch, refuse, take
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The forward
@@ -553,13 +553,17 @@ def main():
 
     # Everything that can be wrong with the input is found before a model is loaded.
     if args.sequences_per_step % world:
-        raise SystemExit(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
-    records = [record for path in args.data for record in load_records(path, args.media_root)]
-    if strangers := [record for record in records if "messages" not in record]:
-        raise SystemExit(f"{strangers[0]['file']}: record {strangers[0]['index']}: no messages, so it is no SFT record")
+        refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
+    try:
+        records = [record for path in args.data for record in load_records(path, args.media_root)]
+        processor = AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        refuse(error)
+    for record in records:
+        if "messages" not in record:
+            refuse(f"{record['file']}: record {record['index']}: no messages, so it is no SFT record")
     steps = args.steps or math.ceil(args.epochs * len(records) / args.sequences_per_step)
     start_run(args)
-    processor = AutoProcessor.from_pretrained(args.model)
 
     model = load_model(args.model, device, getattr(torch, args.dtype))
     model.model.visual.requires_grad_(args.train_vision)
