@@ -147,7 +147,8 @@ def shown(*shapes_and_spans):
 def multiple_choice(rng, turn, slip):
     letter = turn % 4
     if turn // 4 % 2:
-        right, options = rng.choice(list(DIRECTIONS)), list(DIRECTIONS)
+        options = list(DIRECTIONS)
+        right = options[letter]
         dx, dy = DIRECTIONS[right]
         start, still = rng.randint(0, 1), rng.randint(3, 4)  # moves in cells; then stands still
         along = start * GRID if dx + dy > 0 else VIDEO - (start + 1) * GRID
@@ -158,13 +159,13 @@ def multiple_choice(rng, turn, slip):
         scene = tuple((path[min(t, len(path) - 1)],) for t in range(SECONDS))
         problem, thought = f"Which way does the {shape.kind} move?", f"The {shape.kind} moves {right}"
     else:
-        a, b = some_pair(rng, IMAGE)
-        right, options = a.colour, list(COLOURS)
-        scene = ((a, b),)
+        options = list(COLOURS)
+        right = options[letter]
+        while (pair := some_pair(rng, IMAGE))[0].colour != right:
+            pass
+        a, b = pair
+        scene = (pair,)
         problem, thought = f"Which colour is the {a.kind}?", f"The {a.kind} is {a.colour}, the {b.kind} is {b.colour}"
-    options.remove(right)
-    rng.shuffle(options)
-    options.insert(letter, right)
     options = [f"{mark}. {option}" for mark, option in zip("ABCD", options, strict=True)]
     return Item(scene, problem, f"{thought}, option {'ABCD'[letter]}.", "ABCD"[letter], options)
 
@@ -207,11 +208,10 @@ def regression(rng, turn, slip):
 
 
 def ocr(rng, turn, slip):
-    word, line = WORDS[turn % len(WORDS)], rng.randint(0, 2)
-    sign = Shape(rng.choice(list(COLOURS)), word, 0, line * 32, 96, 32)
-    around = [Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, other * 32, 32, 32)
-              for other in range(3) if other != line]  # fmt: skip
-    thought = f"The word stands in the {('top', 'middle', 'bottom')[line]} row."
+    word = WORDS[turn % len(WORDS)]
+    sign = Shape(rng.choice(list(COLOURS)), word, 0, 32, 96, 32)
+    around = [Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, y, 32, 32) for y in (0, 64)]
+    thought = f"The word is {sign.colour} and begins with {word[0]}."
     return Item(((sign, *around),), "Which word is written here?", thought, word)
 
 
