@@ -48,7 +48,9 @@ def set_weights(values):
 
 
 start = weights()
-result = {"numbers": list(sft.update(model, optimizer, mine, settings, device))}
+logps = rl_ema_grpo.current_logps(model, mine, 10**6, device)
+total, count = sft.global_sum(logps.sum().item(), len(logps))
+result = {"mean": -total / count, "numbers": list(sft.update(model, optimizer, mine, settings, device))}
 result["sft"] = {name: value - start[name] for name, value in weights().items()}
 set_weights(start)
 

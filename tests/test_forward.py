@@ -204,6 +204,7 @@ def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):
         run("tests/ranks.py", toy, tmp_path / str(ranks), ranks=ranks)
     one, two = (torch.load(tmp_path / str(ranks) / "steps.pt", weights_only=True) for ranks in (1, 2))
     assert one["numbers"] == pytest.approx(two["numbers"], rel=1e-5)  # losses, norms, token counts
+    assert one["numbers"][0] == pytest.approx(one["mean"], rel=1e-5)  # over all tokens, not a mean of means
     for key in ("sft", "rl"):
         for name, gradient in one[key].items():
             assert (gradient - two[key][name]).norm() <= 1e-5 * gradient.norm() + 1e-7, f"{key} {name}"
