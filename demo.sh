@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole pipeline on a CPU, from nothing: toy data -> SFT -> EMA-GRPO -> evaluation. Ends with a table and a plot.
-#   bash demo.sh             about 20 minutes on 2 cores, under runs/demo/
+#   bash demo.sh             about 20 minutes on 2 cores, install included, under runs/demo/
 #   bash demo.sh --quick     a few steps of everything, to see that it runs; nothing is learned. Under runs/demo-quick/
 # Stopped half way, the same command goes on where it was; remove the folder to begin anew.
 set -euo pipefail
 cd "$(dirname "$0")"
 source tests/venv.sh
 
-out=runs/demo toy="--sft 12000 --rl 6000 --eval 60" sft_steps=1200 rl_steps=160 prompts=32
+out=runs/demo toy="--sft 12000 --rl 6000 --eval 150" sft_steps=1200 rl_steps=160 prompts=32
 if [ "${1:-}" = --quick ]; then
     out=${2:-runs/demo-quick} toy="--sft 128 --rl 96 --eval 2" sft_steps=3 rl_steps=2 prompts=4
 fi
