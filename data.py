@@ -11,18 +11,28 @@ prompts that are too long are skipped and counted (theirs lose vision tokens fro
 """
 
 import argparse
+import ctypes
+import gc
+import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import signal
+import struct
 import sys
+import tempfile
+import zipfile
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageOps
 
@@ -102,27 +112,54 @@ def load_prompts(path):
 # Records: the release's three forms (RL, SFT, evaluation), JSON list or JSONL, become one.
 
 
+DATA_TYPES = ("image", "video", "video-image", "text")
+ROLES = ("system", "user", "assistant")
+
+
+def _refuse_constant(name):
+    raise ValueError(f"{name} is not a number")
+
+
+_TRUTH = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN would make every response to the record worth nothing
+
+
 def load_records(path, media_root=None):
     """Reads a JSON list or JSONL file of records into plain dicts of one form.
 
     Returns a list of dicts with the record's own fields and: problem_id (str), problem (text with one placeholder per
     medium), data_type, problem_type (None where an SFT record does not say), options (list), answer (str without tags,
     None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT only), file and index (where it stood).
-    Raises ValueError naming file, record, field and value when a record is malformed.
+    Paths are relative to media_root, by default the file's folder, and must stay below it as written; where links lead
+    is their owner's business. Raises ValueError naming file, record, field and value when a record is malformed.
     """
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
+    with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
+        try:
+            text = file.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8: {error}") from error
+    gc.disable()  # a million new objects and nothing to collect: the collector's rounds would take a third of the time
     try:
-        if text.lstrip()[:1] == "[":
-            raws = json.loads(text)
-        else:
-            raws = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not raws:
+        raws = parse_records(text, path)
+        del text  # as large as all records together
+        return [normalise(raw, str(path), index, root) for index, raw in enumerate(raws)]
+    finally:
+        gc.enable()
+
+
+def parse_records(text, path):
+    """The text of a JSON list, or of JSONL, as a list of values."""
+    is_list, values = re.match(r"\s*\[", text) is not None, []
+    for number, line in enumerate([text] if is_list else text.split("\n"), 1):  # other line ends may stand in a text
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
+                raise ValueError(f"{path}: {'' if is_list else f'line {number}: '}not JSON: {error}") from error
+            values += value if is_list else [value]
+    if not values:
         raise ValueError(f"{path}: holds no records")
-    return [normalise(raw, str(path), index, root) for index, raw in enumerate(raws)]
+    return values
 
 
 def normalise(raw, file, index, root):
@@ -135,42 +172,39 @@ def normalise(raw, file, index, root):
     if not isinstance(raw, dict):
         fail("record", "an object")
     record = {**raw, "file": file, "index": index, "problem_id": str(raw.get("problem_id", index))}
-
-    media = []
-    for kind in ("image", "video"):
-        paths = raw.get(kind + "s") or []
-        media += [{"type": kind, "path": path} for path in ([paths] if isinstance(paths, str) else paths)]
-    if not media and raw.get("path"):
-        media = [{"type": "image" if raw.get("data_type") == "image" else "video", "path": raw["path"]}]
-        if raw.get("additional_path"):
-            media.append({"type": "image", "path": raw["additional_path"]})
+    media = find_media(raw, fail)
     for medium in media:
-        if not isinstance(medium["path"], str):
-            fail(medium["type"] + "s", "a list of paths")
-        medium["path"] = os.path.normpath(os.path.join(root, medium["path"]))
+        medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
         if not medium["path"].startswith(root + os.sep):
             raise ValueError(f"{file}: record {index}: {medium['path']!r} is outside the media folder {root!r}")
     kinds = [medium["type"] for medium in media]
-    record["media"] = media
-    record.setdefault("data_type", kinds[0] if kinds else "text")
+    if record.setdefault("data_type", "-".join(sorted({*kinds}, reverse=True)) or "text") not in DATA_TYPES:
+        fail("data_type", f"one of {', '.join(DATA_TYPES)}")
+    if not isinstance(raw.get("options") or [], list):
+        fail("options", "a list")
+    record["options"] = [str(option) for option in raw.get("options") or []]
+    if not isinstance(raw.get("process") or "", str):
+        fail("process", "the thinking as text")
+    fps = raw.get("fps")
+    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
+        fail("fps", "frames per second, or nothing")
 
     if "messages" in raw:
-        messages = raw["messages"]
-        if not (isinstance(messages, list) and all(isinstance(turn, dict) for turn in messages) and messages):
+        turns = raw["messages"]
+        if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
             fail("messages", "a list of turns")
-        if not all(isinstance(turn.get("content"), str) for turn in messages):
-            fail("messages", "turns with a role and a text")
-        if messages[-1].get("role") != "assistant":
+        if not all(turn.get("role") in ROLES and isinstance(turn.get("content"), str) for turn in turns):
+            fail("messages", f"turns with a role ({', '.join(ROLES)}) and a text")
+        if turns[-1]["role"] != "assistant":
             fail("messages", "a last turn of the assistant")
-        if not any(turn.get("role") == "user" for turn in messages):
+        asked = [turn for turn in turns if turn["role"] == "user"]
+        if not asked:
             fail("messages", "a turn of the user")
-        record["messages"] = [dict(message) for message in messages]
-        turn = next(message for message in record["messages"] if message["role"] == "user")
-        turn["content"] = place_media(turn["content"], kinds, fail, "messages")
-        record["problem"], record["answer"] = turn["content"], None
-        record["media"] = in_text_order(media, turn["content"])
+        text = "\n".join(turn["content"] for turn in asked)  # media may come in any turn of the user
+        record["problem"], record["answer"] = place_media(text, kinds, fail, "messages"), None
+        asked[0]["content"] = record["problem"].removesuffix(text) + asked[0]["content"]
+        record["media"] = in_text_order(media, record["problem"])
         record.setdefault("problem_type", None)
-        record.setdefault("options", [])
         return record
 
     if raw.get("problem_type") not in PROBLEM_TYPES:
@@ -179,19 +213,69 @@ def normalise(raw, file, index, root):
         fail("problem", "a text")
     record["problem"] = place_media(raw["problem"], kinds, fail, "problem")
     record["media"] = in_text_order(media, record["problem"])
-    record["options"] = [str(option) for option in raw.get("options") or []]
-    answer = raw.get("answer", raw.get("solution"))
+    record["answer"] = read_truth(raw, fail)
+    return record
+
+
+def find_media(raw, fail):
+    """The media of a raw record, [{"type", "path"}], with their paths as written: images, videos, or the evaluation
+    form's path and additional_path."""
+    media = []
+    for kind in ("image", "video"):
+        paths = raw.get(kind + "s") or []
+        paths = [paths] if isinstance(paths, str) else paths
+        if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
+            fail(kind + "s", "a list of paths")
+        media += [{"type": kind, "path": path} for path in paths]
+    if media:
+        return media
+    for field, kind in (("path", "image" if raw.get("data_type") == "image" else "video"), ("additional_path", "image")):
+        if raw.get(field):
+            if not isinstance(raw[field], str):
+                fail(field, "a path")
+            media.append({"type": kind, "path": raw[field]})
+    return media
+
+
+def read_truth(raw, fail):
+    """The true answer of a raw record as text without tags. Segmentation may have its masks alone: an empty text.
+
+    >>> read_truth({"solution": "<answer>B</answer>", "problem_type": "multiple choice"}, None)
+    'B'
+    """
+    field = "answer" if raw.get("answer") is not None or "solution" not in raw else "solution"
+    answer = raw.get(field)
+    if not answer and raw.get("segmentation_output"):
+        return ""
     if isinstance(answer, (dict, list)):
         answer = json.dumps(answer)
-    if not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        fail("answer" if "answer" in raw or "solution" not in raw else "solution", "the true answer")
-    record["answer"] = str(answer).strip().removeprefix("<answer>").removesuffix("</answer>").strip()
+    if not isinstance(answer, (str, int, float)) or answer != answer or not str(answer).strip():  # NaN is not itself
+        fail(field, "the true answer")
+    answer = str(answer).strip()
+    if "<answer>" in answer:
+        answer = answer.partition("<answer>")[2].partition("</answer>")[0].strip()
     if raw["problem_type"] in JSON_TYPES:
         try:
-            json.loads(record["answer"])
-        except json.JSONDecodeError:
-            fail("answer" if "answer" in raw else "solution", "JSON")
-    return record
+            truth = _TRUTH.decode(answer)
+        except (ValueError, RecursionError):
+            truth = None
+        if not isinstance(truth, dict):
+            fail(field, "JSON, an object of finite numbers")
+    return answer
+
+
+def demonstration(record):
+    """The response that a record teaches in SFT: its last turn, or its thinking (`process`) and answer. None: neither.
+
+    >>> demonstration({"process": "<think>Two legs.</think>", "answer": "B"})
+    '<think>Two legs.</think><answer>B</answer>'
+    """
+    if "messages" in record:
+        return record["messages"][-1]["content"]
+    if not record.get("process"):
+        return None
+    thinking = record["process"].strip().removeprefix("<think>").removesuffix("</think>").strip()
+    return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
 
 
 def place_media(text, kinds, fail, field):
@@ -210,6 +294,8 @@ def place_media(text, kinds, fail, field):
 
 def in_text_order(media, text):
     """Media in the order of their placeholders, which is the order in which their pixels meet their tokens."""
+    if len({medium["type"] for medium in media}) < 2:
+        return media
     queues = {kind: iter([medium for medium in media if medium["type"] == kind]) for kind in ("image", "video")}
     return [next(queues[kind]) for kind in re.findall("<(image|video)>", text)]
 
@@ -239,6 +325,8 @@ class Limits(NamedTuple):
     frame_min_pixels: int = 4 * 32 * 32
     frame_max_pixels: int = 64 * 32 * 32
     max_prompt_tokens: int = 16384
+    cache: str | None = None
+    cache_gb: float = 100.0
 
 
 def add_limits(parser, **defaults):
@@ -252,14 +340,20 @@ def add_limits(parser, **defaults):
         "frame_min_pixels": "pixels per video frame",
         "frame_max_pixels": "pixels per video frame",
         "max_prompt_tokens": "longer prompts are skipped and counted, never cut",
+        "cache": "folder that keeps decoded, resized media for all processes and later runs",
+        "cache_gb": "GiB that this folder may hold; what has not been used for longest goes",
     }
     for name, value in Limits(**defaults)._asdict().items():
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"{units[name]} (%(default)s)"
-        )
+        kind = str if value is None else type(value)
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{units[name]} (%(default)s)")
 
 
 def limits_of(args):
+    if args.cache:
+        try:
+            os.makedirs(args.cache, exist_ok=True)
+        except OSError as error:
+            refuse(f"--cache: {error}")
     return Limits(**{name: getattr(args, name) for name in Limits._fields})
 
 
@@ -284,17 +378,41 @@ def fit(height, width, min_pixels, max_pixels):
     return new_height, new_width
 
 
+# What Pillow's readers raise on damaged bytes, found by feeding them such; each is one unreadable picture.
+IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError)
+IMAGE_ERRORS += (struct.error, Image.DecompressionBombError)  # a bomb is refused by its header, before it is decoded
+
+
 def read_image(path, min_pixels=3136, max_pixels=1024 * 1024):
-    """An image file as RGB pixels, upright by its EXIF rotation, resized by `fit`. Returns uint8 (H, W, 3)."""
+    """An image file as RGB pixels, upright by its EXIF rotation, resized by `fit`. Returns uint8 (H, W, 3).
+
+    Transparent pixels show white, as Qwen's own loader and vLLM's have it. Raises MediaError if it cannot be read.
+    """
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise MediaError("missing_media", f"no file {path}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
-    height, width = fit(image.height, image.width, min_pixels, max_pixels)
+    try:
+        height, width = fit(image.height, image.width, min_pixels, max_pixels)
+    except MediaError as error:
+        raise MediaError(error.reason, f"{path}: {error}") from error
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def to_rgb(image):
+    """A Pillow image of any mode as RGB.
+
+    >>> [to_rgb(Image.new(mode, (1, 1), colour)).getpixel((0, 0)) for mode, colour in (("I;16", 32768), ("LA", (0, 0)))]
+    [(127, 127, 127), (255, 255, 255)]
+    """
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 class Video(NamedTuple):
@@ -312,46 +430,42 @@ def sample_positions(total, duration, fps, max_frames):
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
     """
-    count = min(max(int(duration * fps), 4), max_frames) // 2 * 2
+    count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 7.999999 s at 1 fps: eight frames, not seven
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
 def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, folder_fps=None):
     """Frames of a video file, or of a folder of numbered pictures (which play at `folder_fps`, by default at `fps`).
 
-    The packets are listed first, without decoding, for the true time stamp of every frame. Then the decoder visits the
-    wanted frames in order and jumps to a key frame whenever one lies on the way. With a variable frame rate positions
-    are spread evenly in time, and indices are milliseconds at 1000 fps: time = index / fps holds for both.
+    The packets are listed first, without decoding, for the true time stamp of every frame, in seconds after the first one.
+    Then the decoder visits the wanted frames in order and jumps to a key frame whenever one lies on the way. With a
+    variable frame rate positions are spread evenly in time, and indices are milliseconds at 1000 fps: time = index / fps
+    holds for both. A film that ends before its header says, or lacks a wanted frame, raises MediaError: it is not the film
+    that the question is about.
     """
     if os.path.isdir(path):
         return read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps)
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise MediaError("unreadable_video", f"{path}: no video stream")
-            stream = container.streams.video[0]
-            packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.pts is not None]
-            packets.sort()
-            if not packets:
-                raise MediaError("unreadable_video", f"{path}: no frames")
-            pts = np.array([p for p, _ in packets])  # (total,)
+        with av.open(path, metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a record
+                raise MediaError("unreadable_video", "no video stream")
+            pts, keys = list_frames(container, stream)
             seconds = (pts - pts[0]) * float(stream.time_base)
             step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean seconds per frame
             duration = seconds[-1] + step
             positions = sample_positions(len(pts), duration, fps, max_frames)
             constant = np.abs(seconds - np.arange(len(pts)) * step).max() < step / 2
             if not constant:
-                positions = np.array(
-                    [np.abs(seconds - t).argmin() for t in np.linspace(0, seconds[-1], len(positions))]
-                )
-            keys = np.array([p for p, is_key in packets if is_key] or [pts[0]])
+                times = np.linspace(0, seconds[-1], len(positions))
+                positions = np.array([np.abs(seconds - t).argmin() for t in times])
             frames = decode_at(container, stream, pts[positions], keys, min_pixels, max_pixels)
     except FileNotFoundError as error:
         raise MediaError("missing_media", f"no file {path}") from error
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
-    if len(frames) < len(positions):
-        raise MediaError("unreadable_video", f"{path}: ends before its frame {positions[len(frames)]}")
+    except MediaError as error:
+        raise MediaError(error.reason, f"{path}: {error}") from error
     if constant:
         return Video(np.stack(frames), positions.tolist(), float(1 / step), len(pts))
     return Video(
@@ -359,26 +473,46 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
     )
 
 
+def list_frames(container, stream):
+    """Time stamps of all frames that are shown, and of the key frames: two ascending arrays, in units of time_base."""
+    shown, keys, end = set(), set(), 0
+    for packet in container.demux(stream):
+        if packet.pts is not None:
+            if packet.is_keyframe:
+                keys.add(packet.pts)
+            if not packet.is_discard:  # an edit list may hide frames that others need
+                shown.add(packet.pts)
+                end = max(end, packet.pts + (packet.duration or 0))
+    if not shown:
+        raise MediaError("unreadable_video", "no frames with a time stamp")
+    pts = np.array(sorted(shown))
+    if stream.frames and end - pts[0] < 0.95 * (stream.duration or 0):  # other headers only guess
+        seconds = [float(ticks * stream.time_base) for ticks in (end - int(pts[0]), stream.duration)]
+        raise MediaError("truncated_video", f"ends after {seconds[0]:.1f} s of {seconds[1]:.1f} s")
+    return pts, np.array(sorted(keys or shown))
+
+
 def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
     """The frames at the time stamps `wanted` (ascending, repeats allowed), as a list of uint8 (H, W, 3)."""
     stream.thread_type = "AUTO"
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
-    container.seek(int(keys[0]), stream=stream)
-    decoder, reached, frames, size = container.decode(stream), keys[0], [], None
-    for target in wanted:
-        if frames and reached == target:  # the same frame once more
+    decoder, frame, frames, size = None, None, [], None
+    for target in wanted.tolist():
+        if frame is not None and frame.pts == target:  # the same frame once more
             frames.append(frames[-1])
             continue
-        key = keys[max(0, np.searchsorted(keys, target, side="right") - 1)]
-        if key > reached:
-            container.seek(int(key), stream=stream)
-            decoder = container.decode(stream)
-        for frame in decoder:
-            if frame.pts is not None and frame.pts >= target:
-                break
+        last = max(0, int(np.searchsorted(keys, target, side="right")) - 1)  # of the key frames at or before the target
+        if frame is not None and keys[last] <= frame.pts:  # no key frame lies on the way: just go on
+            frame = next_frame(decoder, target, frame.pts)
         else:
-            return frames
-        reached = frame.pts
+            frame = None
+        for key in keys[max(0, last - 2) : last + 1][::-1].tolist():  # some files' seek lands a key frame late
+            if frame is None or frame.pts != target:
+                container.seek(key, stream=stream)
+                decoder = container.decode(stream)
+                frame = next_frame(decoder, target, -math.inf)
+        if frame is None or frame.pts != target:
+            raise MediaError("unreadable_video", f"no frame can be decoded at {float(target * stream.time_base):.2f} s")
         turns = round(frame.rotation / 90) % 4
         if size is None:
             height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
@@ -389,14 +523,75 @@ def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
     return frames
 
 
+def next_frame(decoder, target, reached):
+    """The next frame that is not before `target`, or None at the end. Frames must come in the order of their times."""
+    for frame in decoder:
+        if frame.pts is None or frame.pts <= reached:
+            raise MediaError("unreadable_video", "its time stamps are not in order")
+        reached = frame.pts
+        if reached >= target:
+            return frame
+    return None
+
+
 def read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps):
-    names = sorted(name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))
-    names.sort(key=lambda name: int("".join(filter(str.isdigit, name)) or 0))
+    names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
+    names.sort(key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))  # 2 before 10
     if not names:
         raise MediaError("unreadable_video", f"{path}: no frames in this folder")
     indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
     frames = [read_image(os.path.join(path, names[i]), min_pixels, max_pixels) for i in indices]
+    if len({frame.shape for frame in frames}) > 1:
+        raise MediaError("unreadable_video", f"{path}: frames of different sizes")
     return Video(np.stack(frames), indices, float(folder_fps), len(names))
+
+
+def cached(limits, read, path, *settings):
+    """read(path, *settings), or what limits.cache has kept of it: same file, size, time of change and settings.
+
+    An entry is one .npz file, uint8 pixels as they are, nothing pickled. Entries lie in 16 folders by the first digit of
+    their name, each with a 16th of the room, so that making room looks at few files. An entry is written aside and then
+    renamed: nobody reads half of one, and what a crash leaves behind ages out like the rest. All processes share it.
+    """
+    if not limits.cache:
+        return read(path, *settings)
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return read(path, *settings)  # which says what is wrong
+    key = repr((read.__name__, path, status.st_mtime_ns, status.st_size, settings))
+    name = hashlib.sha256(key.encode()).hexdigest()
+    folder = os.path.join(limits.cache, name[0])
+    file = os.path.join(folder, f"{name[1:]}.npz")
+    try:
+        with np.load(file) as saved:
+            parts = list(saved.values())
+        os.utime(file)  # used now
+        return Video(parts[0], parts[1].tolist(), float(parts[2]), int(parts[3])) if len(parts) == 4 else parts[0]
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there, or damaged: its checksum tells
+        value = read(path, *settings)
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
+        np.savez(aside, *(value if isinstance(value, Video) else [value]))
+    with suppress(FileNotFoundError):  # another process has just made room
+        os.replace(aside.name, file)
+    make_room(folder, limits.cache_gb * 2**30 / 16)
+    return value
+
+
+def make_room(folder, room):
+    """Deletes those files of a folder that have not been used for longest, until the rest holds at most `room` bytes."""
+    files = []
+    for entry in os.scandir(folder):
+        with suppress(FileNotFoundError):  # another process makes room as well
+            files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+    excess = sum(size for _, size, _ in files) - room
+    for _, size, path in sorted(files):
+        if excess <= 0:
+            break
+        with suppress(FileNotFoundError):
+            os.remove(path)
+        excess -= size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -453,6 +648,16 @@ def mrope_positions(token_ids, vision_ids, grids):
     return np.concatenate(rows, axis=1).astype(np.int64)
 
 
+def check_text(texts, tokenizer):
+    """Raises MediaError where a text holds what a tokenizer takes for a control token, such as <|im_end|>, or no letters."""
+    if found := [word for word in tokenizer.get_added_vocab() if word.startswith("<|") and any(word in t for t in texts)]:
+        raise MediaError("control_token", f"the text holds {found[0]}, which would not be read as text")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise MediaError("broken_text", f"half a character, {error.object[error.start]!r}, in the text") from error
+
+
 def encode(record, processor, limits=None, prompts=PROMPTS):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is longer than its limit.
 
@@ -460,13 +665,15 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
     """
     tokenizer, limits = processor.tokenizer, limits or Limits()
-    turns = (
-        record["messages"][:-1]
-        if "messages" in record
-        else [{"role": "user", "content": render_problem(record, prompts)}]
-    )
+    if "messages" in record:
+        turns = record["messages"][:-1]
+    else:
+        turns = [{"role": "user", "content": render_problem(record, prompts)}]
+    check_text([turn["content"] for turn in turns] + [demonstration(record) or ""], tokenizer)
+    kinds = [medium["type"] for medium in record["media"]]  # the problem comes first: what options or answers say stays text
     turns = [
-        {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>").replace("<video>", "<|video_pad|>")}
+        {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image")).replace("<video>", "<|video_pad|>", kinds.count("video"))}
+        if turn["role"] == "user" else turn
         for turn in turns
     ]  # fmt: skip
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
@@ -475,18 +682,16 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     vllm_data = {"image": [], "video": []}
     for medium in record["media"]:
         if medium["type"] == "image":
-            pixels = read_image(medium["path"], limits.image_min_pixels, limits.image_max_pixels)
+            pixels = cached(limits, read_image, medium["path"], limits.image_min_pixels, limits.image_max_pixels)
             rows, grid = patchify(np.stack([pixels, pixels]))  # a picture is a film of two equal frames
             expanded["image"].append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
             vllm_data["image"].append(Image.fromarray(pixels))
         else:
             bounds = limits.frame_min_pixels, limits.frame_max_pixels
-            video = read_video(medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=record.get("fps"))
+            video = cached(limits, read_video, medium["path"], limits.fps, limits.max_frames, *bounds, record.get("fps"))
             rows, grid = patchify(video.frames)
             frame = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2) + "<|vision_end|>"
-            shown = [
-                index / video.fps for index in video.indices
-            ]  # seconds; operations in the library's own order, since
+            shown = [index / video.fps for index in video.indices]  # seconds; operations in the library's own order, since
             pairs = zip(shown[::2], shown[1::2])  # 3.15 would else round to 3.1 here and to 3.2 there
             expanded["video"].append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
             metadata = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
@@ -524,19 +729,33 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
 # Feeding: which record next, decoded ahead of time.
 
 
-def data_order(count, seed, cursor=0, rank=0, world=1):
-    """Endless record indices of one rank: a fresh permutation every epoch, dealt to the ranks like cards.
+def data_order(count, seed, cursor=0, rank=0, world=1, rows=1, work=None):
+    """Endless record indices of one rank: a fresh permutation every epoch, dealt to the ranks in blocks of rows * world.
 
-    The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all
-    ranks together have taken.
+    The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all ranks
+    together have taken, a multiple of rows * world. work: expected work of each record. The heaviest record of a block then
+    goes first, each to the rank with the least so far; without `work` a block is dealt like cards.
+
+    >>> [list(itertools.islice(data_order(8, 0, rank=rank, world=2, rows=2, work=[10, 20, 30, 40, 50, 60, 70, 80]), 2)) for rank in (0, 1)]
+    [[6, 2], [4, 3]]
     """
-    position, epoch = cursor + rank, None
+    epoch = None
     while True:
-        if epoch != position // count:
-            epoch = position // count
-            permutation = np.random.default_rng([seed, epoch]).permutation(count)
-        yield int(permutation[position % count])
-        position += world
+        block = []
+        for position in range(cursor, cursor + rows * world):
+            if epoch != position // count:
+                epoch = position // count
+                permutation = np.random.default_rng([seed, epoch]).permutation(count)
+            block.append(int(permutation[position % count]))
+        turn, cursor = cursor // (rows * world), cursor + rows * world
+        hands = [block[r::world] for r in range(world)]
+        if work is not None:
+            hands = [[] for _ in range(world)]
+            for index in sorted(block, key=lambda index: -work[index]):
+                free = [hand for hand in hands if len(hand) < rows]
+                min(free, key=lambda hand: sum(work[i] for i in hand)).append(index)
+            hands = hands[turn % world :] + hands[: turn % world]  # the first hand has most: everybody's turn
+        yield from hands[rank]
 
 
 class Skipped(NamedTuple):
@@ -558,11 +777,19 @@ class Decoder(torch.utils.data.Dataset):
             return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
 
-def prefetch(records, function, order, workers):
-    """Yields function(records[i]) for each i in `order`, computed ahead by worker processes (0: in this process)."""
+def become_worker(_):
+    os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlives the script, even one that is killed
+
+
+def prefetch(records, function, order, workers, seconds=600):
+    """Yields function(records[i]) for each i in `order`, computed ahead by worker processes (0: in this process).
+
+    Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs.
+    """
     loader = torch.utils.data.DataLoader(
         Decoder(records, function), sampler=order, batch_size=None, collate_fn=lambda item: item, num_workers=workers,
-        worker_init_fn=lambda _: os.setsid(),  # Ctrl-C and SIGTERM are for the script, which stops after its step
+        worker_init_fn=become_worker, timeout=seconds if workers else 0,
     )  # fmt: skip
     return iter(loader)
 
@@ -570,7 +797,7 @@ def prefetch(records, function, order, workers):
 def take(stream, count, tally, max_bad_share):
     """The next `count` items less the unusable ones, which are named on the screen and counted.
 
-    tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>". Raises RuntimeError when
+    tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>" are counted in it. Raises RuntimeError when
     more than `max_bad_share` of all records so far (and of at least 200) were unusable.
     """
     items = []
@@ -581,7 +808,7 @@ def take(stream, count, tally, max_bad_share):
             print(f"skipped: {item.message}")
         else:
             items.append(item)
-    bad = tally.total() - tally["records"]
+    bad = sum(count for name, count in tally.items() if name.startswith("skipped/"))
     if bad > max_bad_share * max(tally["records"], 200):
         raise RuntimeError(f"too many records cannot be used (see --max-bad-share): {dict(tally)}")
     return items
@@ -600,20 +827,34 @@ def fold(text):
     return re.sub(r"(<\|(?:image|video)_pad\|>)+", lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", text)
 
 
-def contact_sheet(prompts, path, cell=160):
+def token_table(prompt, tokenizer, few=6):
+    """Which tokens SFT learns, as text: position, id, token, label. All of the prompt is given, all of the response is
+    learned, the end of the turn included; each label is predicted by the row above it."""
+    response = tokenizer(demonstration(prompt.record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    ids, start = prompt.token_ids + response, len(prompt.token_ids)
+    shown = sorted({*range(start - few, start + few), *range(len(ids) - few, len(ids))})
+    lines = [f"labels: {start} tokens given, {len(response)} learned", f"{'position':>10}{'id':>10}{'label':>10}  token"]
+    for before, i in zip([start - few - 1, *shown], shown):
+        lines += [f"{'...':>10}"] * (i > before + 1)
+        lines.append(f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}")
+    return "\n".join(lines)
+
+
+def contact_sheet(prompts, path, cell=160, line=14):
     """Saves a PNG with one row per prompt: the pixels that the model sees, videos as up to eight frames with their seconds."""
-    sheet = Image.new("RGB", (8 * cell, len(prompts) * (cell + 16)), "white")
+    sheet = Image.new("RGB", (8 * cell, len(prompts) * (cell + 2 * line)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(prompts):
-        cells = [("", image) for image in prompt.vllm["multi_modal_data"].get("image", [])]
+        top, record = row * (cell + 2 * line), prompt.record
+        draw.text((2, top), f"record {record['index']}, {record['problem_type'] or 'SFT'}", "black")
+        cells = [("image", image) for image in prompt.vllm["multi_modal_data"].get("image", [])]
         for frames, metadata in prompt.vllm["multi_modal_data"].get("video", []):
             for i in np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int):
                 seconds = metadata["frames_indices"][i] / metadata["fps"]
                 cells.append((f"{seconds:.2f} s", Image.fromarray(frames[i].transpose(1, 2, 0))))
         for column, (label, image) in enumerate(cells[:8]):
-            scaled = ImageOps.contain(image, (cell - 4, cell - 4))
-            sheet.paste(scaled, (column * cell, row * (cell + 16) + 14))
-            draw.text((column * cell, row * (cell + 16)), f"{label} {image.width}x{image.height}", "black")
+            draw.text((column * cell + 2, top + line), f"{label}, {image.width} x {image.height}", "black")
+            sheet.paste(ImageOps.contain(image, (cell - 4, cell - 4)), (column * cell, top + 2 * line))
     sheet.save(path)
 
 
@@ -631,19 +872,35 @@ def main():
 
     try:
         processor = AutoProcessor.from_pretrained(args.model)
+        table = load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
+    tokenizer, limits = processor.tokenizer, limits_of(args)
     print(f"{args.file}: {len(records)} records: {dict(Counter(record['problem_type'] for record in records))}")
     prompts = []
     for record in records[: args.peek]:
-        prompt = encode(record, processor, limits_of(args), load_prompts(args.prompts))
+        print(f"\n--- record {record['index']}, problem_id {record['problem_id']}, {record['problem_type']}")
+        try:
+            prompt = encode(record, processor, limits, table)
+        except MediaError as error:
+            print(f"skipped, {error.reason}: {error}")
+            continue
         prompts.append(prompt)
-        truth = record["messages"][-1]["content"] if "messages" in record else record["answer"]
-        print(
-            f"\n--- record {record['index']}, {record['problem_id']}: {len(prompt.token_ids)} tokens, grids {prompt.grids.tolist()}"
-        )
-        print(fold(processor.tokenizer.decode(prompt.token_ids)) + truth)
+        vision = int(prompt.grids.prod(1).sum()) // MERGE**2
+        print(f"{len(prompt.token_ids)} tokens, {vision} of them vision; grids {prompt.grids.tolist()}")
+        for image in prompt.vllm["multi_modal_data"].get("image", []):
+            print(f"image: {image.width} x {image.height}")
+        for frames, metadata in prompt.vllm["multi_modal_data"].get("video", []):
+            first, last = (metadata["frames_indices"][i] / metadata["fps"] for i in (0, -1))
+            print(f"video: {len(frames)} frames of {frames.shape[3]} x {frames.shape[2]}, {first:.2f} to {last:.2f} s")
+        print(fold(tokenizer.decode(prompt.token_ids)))
+        if (response := demonstration(record)) is not None:
+            print(f"{response}\n\n{token_table(prompt, tokenizer)}")
+        else:
+            print(f"truth: {record['answer']}")
+    if not prompts:
+        refuse(f"{args.file}: none of the first {args.peek} records can be used")
     contact_sheet(prompts, args.sheet)
     print(f"\npixels: {args.sheet}")
 

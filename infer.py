@@ -1,117 +1,733 @@
-"""Asks a model about one image or video: prints its thinking, then its answer.
+"""Asks a model about an image or a video: prints its thinking as it is written, then its answer, and draws the answer.
 
-    python infer.py --model runs/rl --image cat.jpg --task "spatial grounding" "the cat on the left"
+    python infer.py --model runs/rl --image cat.jpg --task "spatial grounding" "the cat on the left" --save cat.png
     python infer.py --model runs/rl --video street.mp4 --task "multiple choice" "Who crosses first?" --options "a dog" "a man"
+    python infer.py --model runs/rl --questions questions.jsonl --json          # one JSON object per question
+    python infer.py --model runs/rl --video street.mp4                          # a prompt: the model stays loaded
+    python infer.py --base-url http://127.0.0.1:8000/v1 --image cat.jpg "..."   # asks a running `vllm serve`
 
-The prompt is written as in training (data.encode) and the answer is read as in evaluation (rewards.find_answer). The exit
-code is 1 when the answer says nothing in the terms of the task, 2 when the request itself cannot be used.
+The prompt is written as in training (data.encode), the answer is greedy and read as in evaluation (rewards.find_answer).
+--save draws on the original medium, upright and in its own size (only small ones are enlarged): a video becomes an MP4 or
+GIF with all its frames and time stamps, without sound, or a film strip (PNG). The exit code is 1 when an answer says nothing
+in the terms of its task, 2 when the request itself cannot be used.
+
+A server gets the same pixels and times as a model that is loaded here, but three things are the server's: its chat template
+(that of Qwen3-VL sets one <|vision_start|>, <|vision_end|> more around a whole video), its smallest picture (65,536 pixels
+for Qwen3-VL; smaller ones are enlarged), and that vision tokens are not banned from answers. For videos it must run with
+--trust-request-mm-kwargs, since vLLM otherwise takes no time stamps.
 """
 
 import argparse
+import base64
+import io
+import json
+import math
 import os
 import re
 import sys
+import textwrap
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from functools import partial
+from typing import NamedTuple
 
-import cpu_compat  # noqa: F401  (before transformers)
-
-# isort: split
-from transformers import AutoProcessor
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import data
-from evaluate import readable
-from rewards import find_answer
-from rl_ema_grpo import generate, make_engine, text_of
-from sft import init_distributed
+import rewards
 
 VIDEO_TASKS = ("temporal grounding", "spatial-temporal grounding", "tracking", "segmentation-video")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading an answer
+
+
+class Marks(NamedTuple):
+    """What an answer says, in a form that can be drawn: coordinates 0-1000, times in seconds. Empty where it says nothing."""
+
+    span: tuple | None = None  # (start, end)
+    boxes: dict = {}  # {second: [x1, y1, x2, y2]}, or of a single image {None: box}
+    positive: list = []  # [[x, y], ...] on the object
+    negative: list = []  # [[x, y], ...] beside it
+    time: float | None = None  # the second at which the box and the points of a video's segmentation stand
+
+
+def readable(record, answer):
+    """Whether an answer says anything in the terms of its task, right or wrong.
+
+    >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a dozen")
+    (True, False)
+    """
+    kind = rewards.kind_of(record)
+    if not answer:
+        return False
+    if kind == "multiple choice":
+        return rewards.read_choice(answer, record.get("options")) is not None
+    if kind in ("numerical", "regression"):
+        return rewards.read_number(answer) is not None
+    return kind not in rewards.JSON_TYPES or rewards.structure(record, answer) > 0
+
+
+def marks_of(task, answer):
+    """The marks in an answer's text (or None). task: as data.task_of gives it. What is malformed is left out.
+
+    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's key k the one at k seconds.
+
+    >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
+    {0.0: [0, 0, 500, 500]}
+    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
+    (2, 6.5)
+    """
+    said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else None
+    said = said if isinstance(said, dict) else {}
+    time, boxes = said.get("time"), said.get("boxes")
+    if task in ("tracking", "spatial-temporal grounding"):
+        first = 1 if task == "tracking" else 0
+        boxes = boxes if isinstance(boxes, dict) else {}
+        boxes = {float(k) - first: box for k, box in boxes.items() if re.fullmatch("[0-9]{1,9}", k) and int(k) >= first}
+    else:
+        boxes = {time if task == "segmentation-video" else None: boxes} if rewards.are_numbers(boxes, 4) else {}
+    boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
+    points = [said.get(key) for key in ("positive_points", "negative_points")]
+    points = [[xy for xy in p if rewards.are_numbers(xy, 2)] if isinstance(p, list) else [] for p in points]
+    if task == "segmentation-video":  # without its time no frame is meant
+        return Marks(None, boxes, *points, time) if rewards.is_number(time) else Marks()
+    return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points)
+
+
+def thought_of(text, ended=True):
+    """The thinking in a response. While it goes on, the last 7 characters wait: they may be the beginning of </think>.
+
+    >>> thought_of("<think>Two legs.</think><answer>B"), thought_of("<think>Two legs.</thi", ended=False)
+    ('Two legs.', 'Two leg')
+    """
+    text, closed, _ = text.partition("</think>")
+    text = text.rpartition("<think>")[2].lstrip() if closed or "<think>" in text else ""
+    return text if closed or ended else text[:-7]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Drawing
+
+
+def box_at(boxes, second):
+    """The box at a second (None of an image), on a straight line between the seconds that are named; the last one holds for
+    less than a second more. None where there is no box.
+
+    >>> box_at({1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}, 1.25)
+    [25.0, 0.0, 125.0, 100.0]
+    >>> box_at({1.0: [0, 0, 100, 100]}, 0.5), box_at({1.0: [0, 0, 100, 100]}, 2.0)
+    (None, None)
+    """
+    if None in boxes or not boxes or second is None:
+        return boxes.get(None)
+    named = sorted(boxes)
+    if not named[0] <= second < named[-1] + 1:
+        return None
+    return [float(np.interp(second, named, side)) for side in zip(*(boxes[k] for k in named))]
+
+
+def to_pixels(points, size):
+    """Coordinates 0-1000 -> pixels of an image of this size (width, height); what lies outside goes to its edge.
+
+    >>> to_pixels([[500, 250], [1200, -3]], (640, 480))
+    [(320, 120), (640, 0)]
+    """
+    return [tuple(round(min(max(v, 0), 1000) * side / 1000) for v, side in zip(xy, size)) for xy in points]
+
+
+def draw(image, marks, second=None, colour="orange", mask=None):
+    """An RGB copy of a PIL image with everything that holds at this second (None: of an image, which has no time).
+
+    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses. mask: bool (H, W) of the
+    image's shape in any size, becomes a tint.
+    """
+    image = image.convert("RGB")
+    if mask is not None:
+        tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
+        image.paste(
+            tint, mask=Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
+        )
+    canvas, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
+    if box := box_at(marks.boxes, second):
+        (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
+        (x1, y1), (x2, y2) = to_pixels([(x1, y1), (x2, y2)], image.size)
+        canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
+    if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
+        for x, y in to_pixels(marks.positive, image.size):
+            canvas.circle((x, y), 2 * line, fill=colour, outline="black")
+        for x, y in to_pixels(marks.negative, image.size):
+            for width, ink in ((2 * line + 1, "black"), (line, colour)):
+                canvas.line([x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line], ink, width)
+                canvas.line([x - 2 * line, y + 2 * line, x + 2 * line, y - 2 * line], ink, width)
+    return image
+
+
+def enlarged(image, least=256):
+    """A picture whose longer side has at least so many pixels, by a whole factor: marks and text on a tiny one can be seen."""
+    factor = math.ceil(least / max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def stack(*images):
+    """Pictures under each other. Even width and height, as the chroma of an MP4 needs."""
+    width, height = max(image.width for image in images), sum(image.height for image in images)
+    canvas, y = Image.new("RGB", (width + width % 2, height + height % 2), "white"), 0
+    for image in images:
+        canvas.paste(image, (0, y))
+        y += image.height
+    return canvas
+
+
+def captioned(image, text, size=14, above=False):
+    """The picture with black text under it (or above it), in letters of this many pixels. Without text: just the picture."""
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, max(8, int(image.width / size / 0.55)))]
+    strip = Image.new("RGB", (image.width, (size + 4) * len(lines) + 6 if lines else 0), "white")
+    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(lines), "black", ImageFont.load_default(size), spacing=4)
+    return stack(strip, image) if above else stack(image, strip)
+
+
+def timeline(width, spans, edges, places, now=None):
+    """A bar for each (span, colour). edges (seconds) stand at places (pixels), both ascending. now: a clock and a cursor."""
+    strip = Image.new("RGB", (width, 18 * len(spans)), "white")
+    canvas = ImageDraw.Draw(strip)
+    for row, (span, colour) in enumerate(spans):
+        start, end = np.interp(span or (0, 0), edges, places).round()
+        canvas.rectangle([places[0], 18 * row + 6, places[-1] - 1, 18 * row + 11], "lightgrey")
+        if start < end:
+            canvas.rectangle([start, 18 * row + 6, end - 1, 18 * row + 11], colour)
+    if now is not None:
+        x = round(np.interp(now, edges, places))
+        canvas.rectangle([x - 1, 3, x, 14], "black")
+        canvas.text((4, 1), f"{now:.2f} s", "black", ImageFont.load_default(13))
+    return strip
+
+
+def nearest(seconds, second):
+    """The index of the frame that is nearest in time; of two, the later one.
+
+    >>> nearest([0.0, 0.5, 1.0], 0.75)
+    2
+    """
+    return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
+
+
+def draw_strip(frames, seconds, marks, masks=None, cell=160):
+    """A film strip: up to 8 frames side by side with their seconds and marks, and under it a bar for each span.
+
+    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}, such as {"orange": answer, "lime": truth}.
+    masks: {colour: bool (T, H, W)} or None. cell: pixels of a frame's longer side. Returns a PIL image.
+
+    The frames are those at whole seconds, where answers have their boxes, and at a segmentation's time. On the bar a frame
+    stands until the next.
+    """
+    times = {part.time for part in marks.values() if part.time is not None}
+    shown = sorted({*np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times))).tolist(), *times})
+    cells, begin = [], [seconds[nearest(seconds, second)] for second in shown]
+    for second in shown:
+        index = nearest(seconds, second)
+        image = ImageOps.contain(Image.fromarray(frames[index]), (cell, cell), Image.Resampling.BICUBIC)
+        for colour, part in marks.items():
+            image = draw(image, part, second, colour, masks[colour][index] if masks and colour in masks else None)
+        cells.append(captioned(image, f"{seconds[index]:.1f} s", 11, above=True))
+    places = [i * (cells[0].width + 2) for i in range(len(cells) + 1)]
+    strip = Image.new("RGB", (places[-1], cells[0].height), "white")
+    for image, x in zip(cells, places):
+        strip.paste(image, (x, 0))
+    edges = [*begin, begin[-1] + (begin[-1] - begin[0]) / max(1, len(begin) - 1)]
+    spans = [(part.span, colour) for colour, part in marks.items() if part.span]
+    return stack(strip, timeline(strip.width, spans, edges, places))
+
+
+def film(path, folder_fps):
+    """A whole video file, or folder of numbered frames, upright and in its own size, to be read frame by frame.
+
+    Returns its length in seconds and an iterator of (second, PIL image).
+    """
+    if os.path.isdir(path):
+        names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
+        names.sort(key=lambda name: (int("".join(filter(str.isdigit, name)) or 0), name))
+        images = (ImageOps.exif_transpose(Image.open(os.path.join(path, name))) for name in names)
+        return len(names) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
+    with av.open(path) as container:
+        tick = container.streams.video[0].time_base
+        pts = sorted(packet.pts for packet in container.demux(video=0) if packet.pts is not None)
+
+    def frames():
+        with av.open(path) as container:
+            for frame in container.decode(video=0):
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+                yield float((frame.pts - pts[0]) * tick), Image.fromarray(np.ascontiguousarray(pixels))
+
+    return float((pts[-1] - pts[0]) * tick) * len(pts) / max(1, len(pts) - 1), frames()
+
+
+def draw_film(pictures, length, marks, caption="", masks=None, seconds=()):
+    """(second, PIL image) pairs of a film of this length -> pairs with the marks, a clock and a time bar, and the caption.
+
+    Frames outside the answer's span lose their colour. masks: bool (T, H, W), of the frames at `seconds`; the nearest counts.
+    """
+    for second, image in pictures:
+        mask = masks[nearest(seconds, second)] if masks is not None else None
+        image = draw(enlarged(image), marks, second, mask=mask)
+        if marks.span and not marks.span[0] <= second < marks.span[1]:
+            image = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "grey"), 0.5)
+        bar = timeline(image.width, [(marks.span, "orange")], [0, length], [70, image.width - 4], now=second)
+        yield second, captioned(stack(image, bar), caption)
+
+
+def save_film(path, pictures, length):
+    """Writes (second, picture) pairs as an MP4 or a GIF, each picture at its own second. In a GIF the last one stands until
+    `length`, and times are rounded to hundredths."""
+    if path.endswith(".gif"):
+        seconds, images = zip(*pictures)
+        durations = np.diff(np.round(np.array([*seconds, length]) * 100)) * 10  # milliseconds
+        images[0].save(path, save_all=True, append_images=images[1:], duration=durations.tolist(), loop=0)
+        return
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", options={"crf": "18"})
+        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, 90_000)
+        for second, picture in pictures:
+            if not stream.codec_context.is_open:
+                stream.width, stream.height = picture.size
+            frame = av.VideoFrame.from_image(picture)
+            frame.pts, frame.time_base = round(second * 90_000), Fraction(1, 90_000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def save_drawing(path, record, answer, limits, sam2=None):
+    """Draws an answer on its record's medium: images and film strips as PNG, videos as MP4 or GIF. Text answers, and answers
+    that cannot be read, stand under it. Raises ValueError when the medium cannot be saved under this name."""
+    medium = next((medium for medium in record["media"] if medium["type"] == "video"), record["media"][0])
+    check_save(path, medium["type"])
+    task, marks = data.task_of(record), marks_of(data.task_of(record), answer)
+    caption = "" if record["problem_type"] in data.JSON_TYPES and readable(record, answer) else answer or "(no answer)"
+    if medium["type"] == "image":
+        with Image.open(medium["path"]) as file:
+            image = ImageOps.exif_transpose(file).convert("RGB")
+        mask = segment_images(sam2, [(image, marks)])[0] if sam2 and task == "segmentation-image" else None
+        return captioned(draw(enlarged(image), marks, mask=mask), caption).save(path)
+    fps, masks, seconds = record.get("fps") or limits.fps, None, ()
+    if path.endswith(".png") or sam2:
+        bounds = limits.frame_min_pixels, limits.frame_max_pixels
+        video = data.read_video(medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=fps)
+        seconds = [index / video.fps for index in video.indices]
+        if sam2 and marks.time is not None:
+            masks = segment_video(sam2, video.frames, nearest(seconds, marks.time), marks)
+    if path.endswith(".png"):
+        strip = draw_strip(video.frames, seconds, {"orange": marks}, {"orange": masks} if masks is not None else None)
+        return captioned(strip, caption).save(path)
+    length, pictures = film(medium["path"], fps)
+    save_film(path, draw_film(pictures, length, marks, caption, masks, seconds), length)
+
+
+def check_save(path, kind):
+    """Raises ValueError unless a medium of this kind can be saved under this name."""
+    known = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
+    if not path.endswith(known):
+        raise ValueError(f"--save: {path!r} does not end with {' or '.join(known)}, as a drawing on a {kind} does")
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise ValueError(f"--save: no folder {os.path.dirname(path)}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks by SAM2, prompted with box and points
+
+
+def load_sam2(path, device):
+    """SAM2 from a Hugging Face folder or hub id, such as facebook/sam2.1-hiera-large: what the two functions below take."""
+    import cpu_compat  # noqa: F401  (before transformers)
+
+    # isort: split
+    from transformers import Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor
+
+    models = (kind.from_pretrained(path).to(device).eval() for kind in (Sam2Model, Sam2VideoModel))
+    return *models, Sam2Processor.from_pretrained(path), Sam2VideoProcessor.from_pretrained(path)
+
+
+def sam2_prompt(marks, width, height):
+    """Marks -> points [[x, y], ...] in pixels and labels: 1 on the object, 0 beside it, 2 and 3 the corners of its box."""
+    corners = [xy for box in marks.boxes.values() for xy in (box[:2], box[2:])]
+    points = [[x * width / 1000, y * height / 1000] for x, y in [*corners, *marks.positive, *marks.negative]]
+    return points, [2, 3] * (len(corners) // 2) + [1] * len(marks.positive) + [0] * len(marks.negative)
+
+
+@torch.no_grad()
+def segment_images(sam2, items):
+    """Masks of (PIL image, Marks) pairs: a list of bool (H, W) at each image's size. No box and no points: an empty mask.
+
+    One forward for all that have as many points, as nearly all answers have: SAM2 would not ignore padding.
+    """
+    model, _, processor, _ = sam2
+    masks = [np.zeros((image.height, image.width), bool) for image, _ in items]
+    prompts = [sam2_prompt(marks, *image.size) for image, marks in items]
+    for count in sorted({len(points) for points, _ in prompts} - {0}):
+        own = [i for i, (points, _) in enumerate(prompts) if len(points) == count]
+        inputs = processor(
+            images=[items[i][0].convert("RGB") for i in own], input_points=[[prompts[i][0]] for i in own],
+            input_labels=[[prompts[i][1]] for i in own], return_tensors="pt",
+        ).to(model.device)  # fmt: skip
+        logits = model(**inputs, multimask_output=False).pred_masks.cpu()  # (N, 1, 1, 256, 256)
+        for i, mask in zip(own, processor.post_process_masks(logits, inputs["original_sizes"].cpu())):
+            masks[i] = mask[0, 0].numpy()
+    return masks
+
+
+@torch.no_grad()
+def segment_video(sam2, frames, index, marks):
+    """The mask in every frame: bool (T, H, W). frames: uint8 (T, H, W, 3). The prompt stands on frame `index` and is
+    followed from there to the end and to the beginning. No box and no points: empty masks."""
+    _, model, _, processor = sam2
+    count, height, width, _ = frames.shape
+    masks = np.zeros((count, height, width), bool)
+    points, labels = sam2_prompt(marks, width, height)
+    if not points:
+        return masks
+    session = processor.init_video_session(video=[frames], inference_device=model.device, video_storage_device="cpu")
+    prompt = dict(input_points=[[points]], input_labels=[[labels]])
+    processor.add_inputs_to_inference_session(session, frame_idx=index, obj_ids=1, **prompt)
+    model(session, frame_idx=index)
+    for backwards in (False, True):
+        for output in model.propagate_in_video_iterator(session, start_frame_idx=index, reverse=backwards):
+            mask = processor.post_process_masks([output.pred_masks.cpu()], [[height, width]])[0]  # (1, 1, H, W)
+            masks[output.frame_idx] = mask[0, 0].numpy()
+    return masks
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Asking. Each stream yields (piece of text, finish reason); the reason is None until the last piece: "stop" or "length".
+
+
+def banned_ids(tokenizer):
+    """Vision tokens: one in an answer would claim pixels that are not there."""
+    return tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+
+
+def stream_vllm(prompt, llm, tokenizer, max_tokens):
+    """A data.Prompt -> the pieces of the engine's greedy answer."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(
+        temperature=0.0, max_tokens=max_tokens, logit_bias=dict.fromkeys(banned_ids(tokenizer), -100.0),
+        skip_special_tokens=False, output_kind=RequestOutputKind.DELTA,
+    )  # fmt: skip
+    llm.llm_engine.add_request("question", prompt.vllm, params)
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM reads another prompt than data.encode wrote"
+            yield output.outputs[0].text, output.outputs[0].finish_reason
+
+
+def stream_transformers(prompt, model, processor, max_tokens):
+    """The same by transformers' generate, which runs in a thread of its own."""
+    from transformers import TextIteratorStreamer
+
+    media, tokenizer = prompt.vllm["multi_modal_data"], processor.tokenizer
+    frames, metadata = zip(*media["video"]) if "video" in media else (None, ())
+    metadata = [{key: each[key] for key in ("fps", "frames_indices", "total_num_frames")} for each in metadata]
+    inputs = processor(
+        text=[prompt.vllm["prompt"]], images=media.get("image"), videos=frames and [torch.tensor(each) for each in frames],
+        video_metadata=metadata or None, do_resize=False, do_sample_frames=False, return_tensors="pt",
+    ).to(model.device)  # fmt: skip
+    assert inputs["input_ids"][0].tolist() == prompt.token_ids, (
+        "transformers reads another prompt than data.encode wrote"
+    )
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    settings = dict(do_sample=False, max_new_tokens=max_tokens, suppress_tokens=banned_ids(tokenizer))
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(model.generate, **inputs, **settings, streamer=streamer)
+        future.add_done_callback(lambda _: streamer.end())  # after an error we would wait here for ever
+        for piece in streamer:
+            yield piece.removesuffix(tokenizer.eos_token), None
+        ids = future.result()[0].tolist()
+    yield "", "stop" if ids[-1] == tokenizer.eos_token_id else "length"
+
+
+def data_url(kind, *images):
+    """RGB arrays -> a URL that holds them as PNG, without loss. Frames of a video: one after the other, with commas between."""
+    texts = []
+    for pixels in images:
+        Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+        texts.append(base64.b64encode(file.getvalue()).decode())
+    return f"data:{kind};base64,{','.join(texts)}"
+
+
+def request_of(record, model, limits, prompts, max_tokens):
+    """A record -> the JSON of a chat request to a vLLM server. Raises MediaError, and ValueError on several videos.
+
+    vLLM takes sampled frames under the name of video/jpeg, whatever their format, and is told beside it which ones they are.
+    """
+    content, trusted, media = [], {}, iter(record["media"])
+    for part in re.split("(<image>|<video>)", data.render_problem(record, prompts)):
+        if part == "<image>":
+            pixels = data.read_image(next(media)["path"], limits.image_min_pixels, limits.image_max_pixels)
+            content.append(dict(type="image_url", image_url=dict(url=data_url("image/png", pixels))))
+        elif part == "<video>":
+            if trusted:
+                raise ValueError(
+                    "--base-url: a question can have one video, for vLLM takes the time stamps of one only"
+                )
+            bounds = limits.frame_min_pixels, limits.frame_max_pixels
+            video = data.read_video(next(media)["path"], limits.fps, limits.max_frames, *bounds, record.get("fps"))
+            content.append(dict(type="video_url", video_url=dict(url=data_url("video/jpeg", *video.frames))))
+            times = dict(num_frames=-1, fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
+            as_they_are = dict(do_resize=False, do_sample_frames=False)
+            trusted = dict(media_io_kwargs=dict(video=times), mm_processor_kwargs=as_they_are)
+        elif part:
+            content.append(dict(type="text", text=part))
+    return dict(
+        model=model, messages=[dict(role="user", content=content)], stream=True, temperature=0.0, max_tokens=max_tokens,
+        skip_special_tokens=False, **trusted,
+    )  # fmt: skip
+
+
+def ask_server(url, request=None):
+    """GETs a URL of a server, or POSTs it a request -> the open reply. Raises OSError with what the server says."""
+    headers = {
+        "Content-Type": "application/json",
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+    }
+    body = json.dumps(request).encode() if request else None
+    try:
+        return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=600)
+    except urllib.error.HTTPError as error:
+        raise OSError(f"{url}: {error.code}: {error.read(500).decode(errors='replace')}") from error
+    except OSError as error:
+        raise OSError(f"{url}: {getattr(error, 'reason', error)}") from error
+
+
+def stream_server(request, base_url):
+    """The pieces of a server's answer, as it sends them (server-sent events)."""
+    with ask_server(f"{base_url}/chat/completions", request) as reply:
+        for line in reply:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if "error" in event:
+                    raise OSError(f"{base_url}: {event['error']}")
+                for choice in event["choices"]:
+                    yield choice["delta"].get("content") or "", choice["finish_reason"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script
 
 
 # fmt: off
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", nargs="?")
-    parser.add_argument("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
-    medium = parser.add_mutually_exclusive_group()
+    group = parser.add_argument_group("what")
+    group.add_argument("question", nargs="?", help="without it, and without --questions: a prompt that asks for questions")
+    medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
-    medium.add_argument("--video", help="video file, or a folder of numbered frames")
-    parser.add_argument("--task", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)')
-    parser.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question; letters are added if missing")
-    parser.add_argument("--list-tasks", action="store_true", help="print the tasks with their instructions, and end")
-    parser.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
-    parser.add_argument("--max-response-tokens", type=int, default=8192, help="per answer (%(default)s)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
+    medium.add_argument("--video", help="video file, or a folder of numbered frames, which play at --fps")
+    group.add_argument("--task", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)')
+    group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question; letters are added if missing")
+    group.add_argument("--questions", metavar="FILE.jsonl", help='several questions, one a line: records as for training, but without an answer, like {"problem": "Where is the cat?", "problem_type": "spatial grounding", "images": ["cat.jpg"]}; paths are relative to the file')
+    group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif; with --questions a folder, for one .png per line: 0.png, 1.png, ...")
+    group.add_argument("--json", action="store_true", help="print one JSON object per question, and nothing else")
+    group.add_argument("--list-tasks", action="store_true", help="print the tasks with their instructions, and end")
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", help="Hugging Face folder or hub id of a Qwen3-VL; with --base-url the name it is served under (default: the first)")
+    group.add_argument("--base-url", metavar="URL", help="a running vLLM server, like http://127.0.0.1:8000/v1; its key comes from OPENAI_API_KEY")
+    group.add_argument("--backend", choices=["vllm", "transformers"], default="vllm", help="what runs --model here (%(default)s)")
+    group.add_argument("--sam2", help="folder or hub id of a SAM2, which turns the box and points of a segmentation into masks")
+    group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
+    group.add_argument("--max-response-tokens", type=int, default=8192, help="per answer (%(default)s)")
+    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
     data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=20480)
-    args = parser.parse_args()
-    if args.list_tasks:
-        print("\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items()))
-        sys.exit(0)
-    return args
+    return parser.parse_args()
 # fmt: on
 
 
-def record_of(args):
-    """The request as a record, the form in which training and evaluation have their questions."""
-    kind, path = ("image", args.image) if args.image else ("video", args.video)
-    task = f"segmentation-{kind}" if args.task == "segmentation" else args.task
-    if not (args.model and path and args.question):
-        data.refuse("--model, a question, and --image or --video are needed")
-    if not os.path.isdir(args.model) and args.model.count("/") != 1:
-        data.refuse(f"--model {args.model}: no such folder, and no hub id of the form owner/name")
+def record_of(question, kind, path, task, options):
+    """A request as a record, the form of the questions in training and evaluation. Raises ValueError if it makes no sense."""
+    task = f"segmentation-{kind}" if task == "segmentation" else task
     if task not in data.PROMPTS:
-        data.refuse(f"--task is {args.task!r}, expected one of {', '.join(data.PROMPTS)}")
+        raise ValueError(f"--task is {task!r}, expected one of {', '.join(data.PROMPTS)}")
+    if not path:
+        raise ValueError("--image or --video is needed")
     if not os.path.exists(path):
-        data.refuse(f"--{kind}: no file {path}")
+        raise ValueError(f"--{kind}: no file {path}")
     if kind == "image" and task in VIDEO_TASKS or kind == "video" and task == "segmentation-image":
-        data.refuse(f"--task {task!r} does not go with --{kind}")
-    if (task == "multiple choice") != bool(args.options):
-        data.refuse("--options are needed for a multiple choice, and only there")
-    options = args.options
+        raise ValueError(f"--task {task!r} does not go with --{kind}")
+    if (task == "multiple choice") != bool(options):
+        raise ValueError("--options are needed for a multiple choice, and only there")
     if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
         options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
-    placed = data.place_media(
-        args.question, [kind], lambda *_: data.refuse(f"<{kind}> stands twice in the question"), None
-    )
+    if (
+        re.search("<image>.*<image>|<video>.*<video>", question)
+        or f"<{'video' if kind == 'image' else 'image'}>" in question
+    ):
+        raise ValueError(f"the question is about one {kind}: at most one <{kind}> can stand in it")
     return dict(
         problem_id="0",
         problem_type="segmentation" if task.startswith("segmentation") else task,
         data_type=kind,
-        problem=placed,
+        problem=data.place_media(question, [kind], None, None),
         options=options,
         media=[dict(type=kind, path=os.path.abspath(path))],
     )
 
 
+def read_questions(path):
+    """A JSONL file of questions -> records as data.load_records gives them; where an answer is missing, "{}" stands in."""
+    with open(path, encoding="utf-8") as file:
+        try:
+            raws = [json.loads(line) for line in file if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON lines: {error}") from error
+    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in raws]
+    records = [data.normalise(raw, path, i, os.path.dirname(os.path.abspath(path))) for i, raw in enumerate(raws)]
+    if lost := [record["index"] for record in records if not record["media"]]:
+        raise ValueError(f"{path}: record {lost[0]}: no images and no videos")
+    return records
+
+
+def follow(record, pieces, args):
+    """Prints the thinking as it comes, then the answer; with --json one object at the end. Returns the answer (None: there
+    is none) and whether it can be read for its task."""
+    text, shown, reason = "", 0, None
+    for piece, finish in pieces:
+        text, reason = text + piece, finish
+        thought = thought_of(text, ended=finish is not None)
+        if len(thought) > shown and not args.json:
+            print(thought[shown:] if shown else "thinking: " + thought, end="", flush=True)
+            shown = len(thought)
+    answer = rewards.find_answer(text)
+    good = readable(record, answer)
+    if args.json:
+        line = dict(problem_id=record["problem_id"], task=data.task_of(record), thinking=thought_of(text).strip())
+        print(json.dumps(line | dict(answer=answer, readable=good, finished=reason == "stop")), flush=True)
+    else:
+        print(("\n" if shown else "") + f"answer: {answer or ''}", flush=True)
+    if reason != "stop":
+        print(f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)", file=sys.stderr)
+    if not good:
+        print(f"infer.py: this answer cannot be read for the task {data.task_of(record)!r}", file=sys.stderr)
+    return answer, good
+
+
+def converse(args, ask, save):
+    """The prompt: questions and what they are about, until Ctrl-D. What cannot be used is named, and the prompt goes on."""
+    import readline  # noqa: F401  (gives input() its history and its arrow keys)
+
+    print("Ask, or: /image FILE, /video FILE, /task NAME, /save FILE (draws the last answer). Ctrl-D ends.")
+    print("A multiple choice: Which one? | the cat | the dog")
+    kind, path, task, last = "image" if args.image else "video", args.image or args.video, args.task, None
+    while True:
+        try:
+            line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = line.partition(" ")
+        rest = os.path.expanduser(rest.strip())
+        try:
+            if command in ("/image", "/video"):
+                if not os.path.exists(rest):
+                    raise ValueError(f"no file {rest}")
+                kind, path = command[1:], rest
+            elif command == "/task":
+                if rest not in [*data.PROMPTS, "segmentation"]:
+                    raise ValueError(f"no task {rest!r}; there are {', '.join(data.PROMPTS)}")
+                task = rest
+            elif command == "/save":
+                if last is None:
+                    raise ValueError("there is no answer yet")
+                save(rest, *last)
+            elif line.startswith("/"):
+                raise ValueError(f"no command {command}")
+            elif line:
+                question, *options = (part.strip() for part in line.split("|"))
+                record = record_of(question, kind, path, task, options)
+                last = record, follow(record, ask(record), args)[0]
+        except (OSError, ValueError, data.MediaError) as error:
+            print(error)
+
+
 def main():
     args = parse_args()
-    record = record_of(args)
+    if args.list_tasks:
+        print("\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items()))
+        return
+    if not (args.model or args.base_url):
+        data.refuse("--model or --base-url is needed")
+    for flag, folder in (("--model", None if args.base_url else args.model), ("--sam2", args.sam2)):
+        if folder and not os.path.isdir(folder) and folder.count("/") != 1:
+            data.refuse(f"{flag} {folder}: no such folder, and no hub id of the form owner/name")
+    import cpu_compat  # noqa: F401  (before transformers)
+
+    # isort: split
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    # 1 The questions, written as prompts. What can be refused is refused before a model is loaded.
+    limits, device, max_tokens = (
+        data.limits_of(args),
+        "cuda" if torch.cuda.is_available() else "cpu",
+        args.max_response_tokens,
+    )
+    kind, path = ("image", args.image) if args.image else ("video", args.video)
     try:
-        processor = AutoProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        data.refuse(f"--model {args.model}: {error}")
-    try:
-        prompt = data.encode(record, processor, data.limits_of(args), data.load_prompts(args.prompts))
+        prompts, records = data.load_prompts(args.prompts), []
+        if args.questions:
+            records = read_questions(args.questions)
+        elif args.question:
+            records = [record_of(args.question, kind, path, args.task, args.options)]
+            check_save(args.save or "x.png", kind)
+        if args.base_url:
+            url = args.base_url.rstrip("/")
+            name = args.model or json.load(ask_server(f"{url}/models"))["data"][0]["id"]
+            prepare = partial(request_of, model=name, limits=limits, prompts=prompts, max_tokens=max_tokens)
+        else:
+            processor = AutoProcessor.from_pretrained(args.model)
+            prepare = partial(data.encode, processor=processor, limits=limits, prompts=prompts)
+        prepared = [prepare(record) for record in records]
+        sam2 = load_sam2(args.sam2, device) if args.sam2 else None
     except (OSError, ValueError, data.MediaError) as error:
         data.refuse(error)
 
-    init_distributed()  # a group of one: the engine expects torchrun's surroundings
-    length = len(prompt.token_ids) + args.max_response_tokens
-    media = {"image": int(record["data_type"] == "image"), "video": int(record["data_type"] == "video")}
-    llm = make_engine(args.model, args.dtype, length, media, seed=0)
-    rollout = generate(llm, [prompt], [0], 1, args.max_response_tokens, processor.tokenizer, temperature=0.0)[0]
-    llm.llm_engine.engine_core.shutdown()
+    # 2 The model
+    if args.base_url:
+        stream = partial(stream_server, base_url=url)
+    elif args.backend == "vllm":
+        from rl_ema_grpo import make_engine
+        from sft import init_distributed
 
-    text = text_of(rollout, 0, processor.tokenizer)
-    answer = find_answer(text)
-    if "<think>" in text:
-        thinking, closed, _ = text.partition("<think>")[2].rpartition("</think>")
-        print(f"thinking: {(thinking if closed else text.partition('<think>')[2]).strip()}")
-        answer = answer if closed else None  # it ran out of tokens while thinking
-    print(f"answer: {answer or ''}")
-    if not rollout.finished[0]:
-        print(f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)", file=sys.stderr)
-    if not readable(record, answer):
-        print(f"infer.py: this answer cannot be read for the task {args.task!r}", file=sys.stderr)
-        sys.exit(1)
+        init_distributed()  # a group of one: the engine expects torchrun's surroundings
+        length = max((len(prompt.token_ids) for prompt in prepared), default=limits.max_prompt_tokens) + max_tokens
+        kinds = [[medium["type"] for medium in record["media"]] for record in records] or [["image", "video"]]
+        media = {kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")}
+        llm = make_engine(args.model, args.dtype, length, media, seed=0)
+        stream = partial(stream_vllm, llm=llm, tokenizer=processor.tokenizer, max_tokens=max_tokens)
+    else:
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+        stream = partial(stream_transformers, model=model, processor=processor, max_tokens=max_tokens)
+
+    # 3 The answers
+    save, unread = partial(save_drawing, limits=limits, sam2=sam2), 0
+    if args.questions and args.save:
+        os.makedirs(args.save, exist_ok=True)
+    for index, (record, prompt) in enumerate(zip(records, prepared)):
+        if args.questions and not args.json:
+            print(f"--- {record['problem_id']}: {record['problem']}")
+        try:
+            answer, good = follow(record, stream(prompt), args)
+            if args.save:
+                save(os.path.join(args.save, f"{index}.png") if args.questions else args.save, record, answer)
+        except OSError as error:
+            data.refuse(error)
+        unread += not good
+    if not records:
+        converse(args, lambda record: stream(prepare(record)), save)
+    if not args.base_url and args.backend == "vllm":
+        llm.llm_engine.engine_core.shutdown()
+    sys.exit(1 if unread else 0)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,13 @@ from sft import (
     Group,
     Stop,
     adamw,
+    check_resume,
+    check_room,
     export_model,
+    find_checkpoint,
     forget_metrics_after,
     full_weights,
+    gather,
     global_sum,
     init_distributed,
     load_checkpoint,
@@ -70,8 +74,11 @@ from sft import (
     microbatches,
     optimizer_step,
     pack,
+    peak_memory_gb,
+    reset_peak_memory,
     save_checkpoint,
     start_run,
+    training_flops,
 )
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,10 +202,11 @@ class Rollout:
         return Group(self.prompt, self.responses)
 
 
-def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
+def make_engine(path, dtype, max_model_len, media_per_prompt, seed, tensor_parallel=1):
     """A vLLM engine inside this process, on this rank's device, that generates without any collective.
 
-    media_per_prompt: {"image": most images of one prompt, "video": most videos}.
+    media_per_prompt: {"image": most images of one prompt, "video": most videos}. tensor_parallel: ranks that hold one engine
+    together; they must then ask it for the same, in step.
     """
     from vllm import LLM
 
@@ -216,7 +224,7 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
     random_state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()  # LLM() sets both anew
     llm = LLM(
         path,
-        tensor_parallel_size=1,
+        tensor_parallel_size=tensor_parallel,
         distributed_executor_backend="external_launcher",
         seed=seed,
         dtype=dtype,
@@ -319,6 +327,25 @@ def teaches(rollout):
     return 0.01 < np.mean([score.accuracy for score in rollout.scores]) < 0.99
 
 
+def round_size(missing, keep_rate, prompts_per_step, multiple):
+    """Prompts to draw in the next round, all ranks together, so that about `missing` groups are kept, given the share that was
+    kept lately. Never a flood after a few bad rounds. A multiple of `multiple`: every rank draws equally many.
+
+    >>> round_size(missing=128, keep_rate=0.5, prompts_per_step=128, multiple=32)
+    256
+    >>> round_size(missing=5, keep_rate=0.5, prompts_per_step=128, multiple=32)
+    32
+    """
+    wanted = min(missing / max(keep_rate, 0.1), 2 * prompts_per_step)
+    return math.ceil(wanted / multiple) * multiple
+
+
+def expected_work(record):
+    """How long the responses to a record will be, roughly, in characters: a thought and the true answer; a film counts as more
+    thought."""
+    return 500 + 500 * (record["data_type"] != "image") + len(record["answer"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The update
 
@@ -339,13 +366,14 @@ def deal_minibatches(counts, rank, parts):
 
 @torch.no_grad()
 def current_logps(model, groups, tokens_per_microbatch, device):
-    """Log-probabilities of all response tokens under the current weights: (R,) float32, on the CPU."""
-    parts = []
-    for members in microbatches(groups, tokens_per_microbatch):
+    """Log-probabilities of all response tokens of the groups under the current weights: (R,) float32, on the CPU."""
+    result = torch.empty(sum(len(response) for group in groups for response in group.responses))
+    for members, positions in microbatches(groups, tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
-        parts.append(logps[: sum(len(response) for group in members for response in group.responses)].cpu())  # no DUMMY
+        if members:
+            result[positions] = logps.cpu()
     model.reshard()  # the root keeps its gathered weights after a forward without backward
-    return torch.cat(parts)
+    return result
 
 
 def per_token(rollouts, values):
@@ -367,15 +395,14 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
     advantage = per_token(rollouts, lambda rollout: rollout.advantages)  # (R,)
     sampled = torch.tensor([logp for rollout in rollouts for response in rollout.logps for logp in response])  # (R,)
     tokens = global_sum(len(advantage))
-    sums = np.zeros(3)  # loss, clipped tokens, |trainer - vLLM|
-    done = 0
-    for members in microbatches([rollout.group for rollout in rollouts], args.tokens_per_microbatch):
+    totals = dict.fromkeys(("loss", "clipped", "gap", "entropy", "flops", "microbatches", "dummies"), 0.0)
+    for members, at in microbatches([rollout.group for rollout in rollouts], args.tokens_per_microbatch):
         batch = pack(members or [DUMMY], device)
-        logps = model.response_logps(batch)
+        logps, entropies = model.response_logps(batch, entropy=True)
         if not members:  # nothing left here while other ranks still work: keep FSDP company
             (0 * logps.sum()).backward()
+            totals["dummies"] += 1
             continue
-        at = slice(done, done := done + len(logps))
         old = logps.detach() if old_logps is None else old_logps[at].to(device)
         rollout_logps = sampled[at].to(device)
         losses, clipped = policy_loss(
@@ -384,10 +411,22 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
         )  # fmt: skip
         loss = losses.sum() / tokens  # the mean over all response tokens of the mini-batch, whatever their rank
         (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
-        sums += [loss.item(), clipped.sum().item(), (old - rollout_logps).abs().sum().item()]
-    loss, clipped, gap = global_sum(*sums)
-    norm = optimizer_step(model, optimizer, args.grad_clip)
-    return dict(loss=loss, clip_share=clipped / tokens, logp_gap=gap / tokens, grad_norm=norm, tokens=tokens)
+        totals["loss"] += loss.item()
+        totals["clipped"] += clipped.sum().item()
+        totals["gap"] += (old - rollout_logps).abs().sum().item()
+        totals["entropy"] += entropies.sum().item()
+        totals["flops"] += training_flops(model, batch, args.recompute)
+        totals["microbatches"] += 1
+    totals = dict(zip(totals, global_sum(*totals.values())))
+    return dict(
+        loss=totals["loss"],
+        clip_share=totals["clipped"] / tokens,
+        logp_gap=totals["gap"] / tokens,
+        entropy=totals["entropy"] / tokens,
+        grad_norm=optimizer_step(model, optimizer, args.grad_clip, totals["loss"]),
+        tokens=tokens,
+        **{name: totals[name] for name in ("flops", "microbatches", "dummies")},
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -429,11 +468,16 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute of trainer and vLLM; master weights are float32")
+    group.add_argument("--rollout-tp", type=int, default=1, help="ranks that share one vLLM engine, for models too large for one GPU beside the trainer (%(default)s)")
+    group.add_argument("--shard-size", type=int, help="ranks that share one copy of the trainer (default: all); with several nodes, the GPUs of one")
     group.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass: less memory")
     group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
     group.add_argument("--grade-seconds", type=float, default=10.0, help="a grading that takes longer scores 0 (%(default)s)")
     group.add_argument("--polar-url", help="vLLM server of the POLAR reward model, for open-ended answers (default: ROUGE)")
     group.add_argument("--save-every", type=int, default=20, help="steps between checkpoints (%(default)s)")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints that stay (%(default)s)")
+    group.add_argument("--export-saves", action="store_true", help="with each checkpoint also write a Hugging Face folder, OUT/step-*")
+    group.add_argument("--force", action="store_true", help="resume although a setting has changed")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
     group.add_argument("--wandb", help="also log to this Weights & Biases project")
     add_limits(parser)
@@ -445,6 +489,9 @@ def check(args, world):
     """Everything that can be wrong with the input, before a model is loaded. Returns records, held-out records, processor."""
     if args.prompts_per_step % world:
         refuse(f"--prompts-per-step {args.prompts_per_step} does not divide among {world} ranks")
+    for flag, ranks in (("--rollout-tp", args.rollout_tp), ("--shard-size", args.shard_size or world)):
+        if ranks < 1 or world % ranks:
+            refuse(f"{flag} {ranks} does not divide {world} ranks")
     if args.rollouts_per_prompt < 2:
         refuse(f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from")
     try:
@@ -463,26 +510,24 @@ def check(args, world):
 
 
 @contextmanager
-def timed(seconds, phase):
+def phase(row, name):
+    """Adds a phase's seconds to the step's row, and notes its peak memory."""
+    reset_peak_memory()
     start = time.time()
     yield
-    seconds[phase] += time.time() - start
-
-
-def gather(value):
-    """One small Python object per rank -> the list of all, on every rank."""
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + time.time() - start
+    row[f"gb/{name}"] = max(row.get(f"gb/{name}", 0.0), peak_memory_gb())
 
 
 def evaluate_greedily(llm, records, encode_record, grader, tokenizer, args, rank, world):
     """Mean held-out accuracy per task: {"eval/<task>": accuracy}. Unusable records count 0."""
-    mine, graded = records[rank::world], []
+    tp = args.rollout_tp
+    mine, graded = records[rank // tp :: world // tp], []
     stream = prefetch(mine, encode_record, range(len(mine)), args.workers)
     for start in range(0, len(mine), 64):  # so that few pictures are in memory at a time
         prompts = take(stream, min(64, len(mine) - start), Counter(), 1.0)
         rollouts = generate(llm, prompts, [0] * len(prompts), 1, args.max_response_tokens, tokenizer, temperature=0.0)
+        rollouts = rollouts[rank % tp :: tp]
         grade(rollouts, grader, tokenizer)
         graded += [(task_of(rollout.prompt.record), rollout.scores[0].accuracy) for rollout in rollouts]
     right, total = Counter(), Counter(task_of(record) for record in records)
@@ -492,10 +537,16 @@ def evaluate_greedily(llm, records, encode_record, grader, tokenizer, args, rank
     return {f"eval/{task}": right[task] / total[task] for task in sorted(total)}
 
 
+MAY_CHANGE = """out media_root eval_data eval_every steps minutes tokens_per_microbatch recompute rollout_tp shard_size workers
+    grade_seconds save_every keep export_saves force max_bad_share wandb cache cache_gb""".split()  # by a resumed run
+
+
 def main():
     args = parse_args()
     rank, world, device = init_distributed()
     records, held_out, processor = check(args, world)
+    checkpoint, state = find_checkpoint(args.out)
+    check_resume(state, args, MAY_CHANGE)
     start_run(args)
     torch.manual_seed(args.seed)
     limits, tokenizer = limits_of(args), processor.tokenizer
@@ -504,66 +555,76 @@ def main():
 
     # Trainer, reference, engine, in this order: the engine measures what memory is left.
     dtype = getattr(torch, args.dtype)
-    model = load_model(args.model, device, dtype)
+    model = load_model(args.model, device, dtype, shard_size=args.shard_size)
     if args.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
-    reference = load_model(args.model, device, dtype, trainable=False) if args.kl_coef > 0 else None
-    state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0, keep_rate=1.0, moments={})
+    reference = load_model(args.model, device, dtype, trainable=False, shard_size=args.shard_size) if args.kl_coef > 0 else None
+    check_room(args.out, model, args.keep)
+    if checkpoint:
+        load_checkpoint(checkpoint, state, model, optimizer)
     for group in optimizer.param_groups:  # a checkpoint brings its old ones back
         group.update(lr=args.lr, weight_decay=args.weight_decay)
-    forget_metrics_after(args.out, state["step"])
     ema = EMAStd(args.ema_decay)
-    ema.load_state_dict(state["moments"])
-    cursor, keep_rate = state["cursor"], state["keep_rate"]
+    ema.load_state_dict(state.get("moments", {}))
+    first, cursor, keep_rate = state.get("step", 0), state.get("cursor", 0), state.get("keep_rate", 1.0)
+    forget_metrics_after(args.out, first)
 
-    stream = prefetch(records, encode_record, data_order(len(records), args.seed, cursor, rank, world), args.workers)
+    # An engine is held by `tp` ranks, which read the same prompts and then share out the groups.
+    tp, engine, engines = args.rollout_tp, rank // args.rollout_tp, world // args.rollout_tp
+    rows = max(1, min(4, args.prompts_per_step // engines // 4))  # prompts that an engine is dealt at a time
+    work = [expected_work(record) for record in records]
+    order = data_order(len(records), args.seed, cursor, engine, engines, rows, work)
+    stream = prefetch(records, encode_record, order, args.workers)
     grader = Grader(seconds=args.grade_seconds, polar_url=args.polar_url)
     media = [Counter(medium["type"] for medium in record["media"]) for record in records + held_out]
     media_per_prompt = {kind: max(counts[kind] for counts in media) for kind in ("image", "video")}
     max_model_len = limits.max_prompt_tokens + args.max_response_tokens
-    llm = make_engine(args.model, args.dtype, max_model_len, media_per_prompt, args.seed + rank)
+    llm = make_engine(args.model, args.dtype, max_model_len, media_per_prompt, args.seed + engine, tp)
 
     if rank == 0:
         print(
             f"{len(records)} records; {args.prompts_per_step} prompts x {n} rollouts = {args.prompts_per_step * n} responses a step"
-            f" on {world} ranks; {parts} optimiser steps of about {args.prompts_per_step // parts} prompts; from step {state['step']}"
+            f" on {world} ranks; {parts} optimiser steps of about {args.prompts_per_step // parts} prompts; from step {first}"
         )  # fmt: skip
         if args.wandb:
             import wandb
 
             wandb.init(project=args.wandb, config=vars(args))
-    tally, stop = Counter(), Stop(args.minutes)
+    tally, stop = Counter(state.get("counts", {}) if rank == 0 else {}), Stop(args.minutes)
+    saving, saving_group = None, dist.new_group(backend="gloo")
+    save_row = {}  # seconds and memory of the last save, which are logged with the next step
 
-    for step in range(state["step"], args.steps):
-        begin, seconds = time.time(), Counter()
+    step = first
+    while step < args.steps:
+        begin, row = time.time(), dict(step=step + 1, **save_row)
 
         # 1 sync
-        with timed(seconds, "sync"):
+        with phase(row, "sync"):
             sync_weights(llm, full_weights(model, dtype))
             restore_kv_cache(llm)
-            if step == state["step"] or step % 50 == 0:
+            if step == first or step % 50 == 0:
                 sums = gather(llm.collective_rpc("compute_weight_checksums"))
-                if any(other != sums[0] for other in sums):
+                if any(other != sums[i % tp] for i, other in enumerate(sums)):
                     raise RuntimeError(f"step {step + 1}: after the sync the engines hold different weights")
-        row = dict(step=step + 1)
         if held_out and step % args.eval_every == 0:
-            with timed(seconds, "eval"):
+            with phase(row, "eval"):
                 row |= evaluate_greedily(llm, held_out, encode_record, grader, tokenizer, args, rank, world)
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
         kept, seen, all_kept, all_seen, rounds = [], [], 0, 0, 0  # this rank's rollouts, and how many of all ranks
         while all_kept < args.prompts_per_step and rounds < args.max_rounds:
-            # Prompts to draw on all ranks, by the share that was kept lately; never a flood after a few bad rounds.
-            missing = (args.prompts_per_step - all_kept) / max(keep_rate, 0.1)
-            size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
-            with timed(seconds, "data"):
+            missing = args.prompts_per_step - all_kept
+            size = round_size(missing, keep_rate, args.prompts_per_step, rows * engines) // engines
+            with phase(row, "data"):
                 prompts = take(stream, size, tally, args.max_bad_share)
-            seeds = [args.seed + (cursor + rank + i * world) * n for i in range(len(prompts))]
-            cursor += size * world
-            with timed(seconds, "generate"):
-                rollouts = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)
-            with timed(seconds, "grade"):
+            seeds = [args.seed + (cursor + engine + i * engines) * n for i in range(len(prompts))]
+            cursor += size * engines
+            with phase(row, "generate"):
+                rollouts = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)[rank % tp :: tp]
+            with phase(row, "wait"):  # for the rank that writes longest
+                dist.barrier()
+            with phase(row, "grade"):
                 grade(rollouts, grader, tokenizer)
             new = [rollout for rollout in rollouts if teaches(rollout)]
             kept, seen, rounds = kept + new, seen + rollouts, rounds + 1
@@ -583,16 +644,16 @@ def main():
         if flat:
             rewards, groups, tasks = zip(*flat)
             result = advantages(rewards, groups, tasks, ema, args.method, args.advantage_clip)
-            first = sum(len(part) for part in everyone[:rank])
+            start = sum(len(part) for part in everyone[:rank])
             for i, rollout in enumerate(kept):
-                rollout.advantages = result[first + i * n : first + (i + 1) * n]
+                rollout.advantages = result[start + i * n : start + (i + 1) * n]
 
         # 5 old log-probabilities: the first mini-batch is updated by the very policy that computes them, so it needs none
         counts = [len(part) // n for part in everyone]
         minibatches = [[kept[i] for i in part] for part in deal_minibatches(counts, rank, parts)]
         old_logps = [None] * len(minibatches)
         ref_logps = [None] * len(minibatches)
-        with timed(seconds, "old_logps"):
+        with phase(row, "old_logps"):
             for k, minibatch in enumerate(minibatches):
                 members = [rollout.group for rollout in minibatch]
                 if k > 0:
@@ -601,7 +662,7 @@ def main():
                     ref_logps[k] = current_logps(reference, members, args.tokens_per_microbatch, device)
 
         # 6 update
-        with timed(seconds, "update"):
+        with phase(row, "update"):
             updates = [
                 update(model, optimizer, minibatch, old, ref, args, device)
                 for minibatch, old, ref in zip(minibatches, old_logps, ref_logps)
@@ -615,8 +676,11 @@ def main():
             print(f"step {step + 1}: none of {all_seen} groups was kept in {rounds} rounds: nothing to learn from")
 
         # 7 log
-        seconds["step"] = time.time() - begin
-        row |= summarise(seen, updates, ema, seconds, tally, grader)
+        tally["skipped_updates"] += sum(math.isnan(u["grad_norm"]) for u in updates) * (rank == 0)
+        mine = Counter({f"grader/{what}": count for what, count in grader.counts.items()})
+        counts = sum(gather(mine + tally if rank % tp == 0 else mine), Counter())
+        row["seconds/step"] = time.time() - begin
+        row |= summarise(seen, updates, ema, row) | counts
         row |= dict(kept_share=all_kept / max(all_seen, 1), groups=all_kept, rounds=rounds)
         log_metrics(args.out, row)
         if rank == 0:
@@ -626,67 +690,72 @@ def main():
                 wandb.log(row, step=step + 1)
 
         # 8 save
-        state = dict(step=step + 1, cursor=cursor, keep_rate=keep_rate, moments=ema.state_dict())
-        stopping = stop.now()
-        if (step + 1) % args.save_every == 0 or stopping or step + 1 == args.steps:
-            save_checkpoint(args.out, model, optimizer, state)
+        step, save_row, stopping = step + 1, {}, stop.now()
+        if step % args.save_every == 0 or stopping or step == args.steps:
+            state = dict(step=step, cursor=cursor, keep_rate=keep_rate, moments=ema.state_dict(), counts=counts, args=vars(args))
+            with phase(save_row, "save"):
+                if saving:
+                    saving.join()
+                saving = save_checkpoint(args.out, model, optimizer, state, saving_group, args.keep, tally)
+                if args.export_saves:
+                    export_model(model, processor, os.path.join(args.out, f"step-{step:06d}"))
         if stopping:
             break
 
     export_model(model, processor, args.out)
+    if saving:
+        saving.join()
     grader.close()
     if rank == 0:
-        print(f"step {state['step']} of {args.steps}; model in {args.out}")
+        print(f"step {step} of {args.steps}; model in {args.out}")
     llm.llm_engine.engine_core.shutdown()  # ends the process group too
 
 
-def summarise(seen, updates, ema, seconds, tally, grader):
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312}  # bfloat16, dense
+
+
+def summarise(seen, updates, ema, row):
     """The numbers of one step, over all ranks: see the glossary in the README. `seen`: this rank's graded rollouts."""
-    rows = [
+    responses = [
         (task_of(rollout.prompt.record), score.reward, score.accuracy, len(response), finished)
         for rollout in seen
         for score, response, finished in zip(rollout.scores, rollout.responses, rollout.finished)
     ]
-    ranks = gather((rows, tally | Counter({f"grader/{what}": count for what, count in grader.counts.items()})))
-    rows = [row for part, _ in ranks for row in part]
+    responses = [response for part in gather(responses) for response in part]
     by_task = defaultdict(list)
-    for row in rows:
-        by_task[row[0]].append(row)
+    for response in responses:
+        by_task[response[0]].append(response)
     mean = lambda rows, column: float(np.mean([row[column] for row in rows])) if rows else 0.0  # noqa: E731
-    tokens = sum(row[3] for row in rows)
     result = dict(
-        reward=mean(rows, 1),
-        accuracy=mean(rows, 2),
-        response_tokens=mean(rows, 3),
-        finished_share=mean(rows, 4),
-        tokens_per_second=tokens / seconds["step"],
-        gb=torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else peak_host_gb(),
+        reward=mean(responses, 1),
+        accuracy=mean(responses, 2),
+        response_tokens=mean(responses, 3),
+        finished_share=mean(responses, 4),
+        tokens_per_second=sum(response[3] for response in responses) / row["seconds/step"],
+        gb=max(value for key, value in row.items() if key.startswith("gb/")),
     )
     if updates:
-        result |= {key: float(np.mean([u[key] for u in updates])) for key in ("loss", "clip_share", "grad_norm")}
+        result |= {key: float(np.mean([u[key] for u in updates])) for key in ("loss", "clip_share", "entropy", "grad_norm")}
         result["logp_gap"] = updates[0]["logp_gap"]  # before anything moved: only vLLM against the trainer
-        result["skipped/updates"] = sum(not math.isfinite(u["grad_norm"]) for u in updates)
+        result |= {key: sum(u[key] for u in updates) for key in ("microbatches", "dummies")}
+        result["tflops"] = sum(u["flops"] for u in updates) / dist.get_world_size() / row["seconds/update"] / 1e12
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        if peak := next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None):
+            result["mfu"] = result["tflops"] / peak
     for task, part in sorted(by_task.items()):
         result |= {f"reward/{task}": mean(part, 1), f"accuracy/{task}": mean(part, 2)}
     result |= {f"std/{task}": ema.std(task) for task in sorted(ema.moments)}
-    result |= {f"seconds/{phase}": value for phase, value in seconds.items()}
-    return result | sum((counts for _, counts in ranks), Counter())
-
-
-def peak_host_gb():
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return result
 
 
 def step_line(row, steps):
     """The step on one line, for the screen."""
-    names = ("sync", "generate", "grade", "old_logps", "update")
+    names = ("sync", "data", "generate", "wait", "grade", "old_logps", "update", "save")
     phases = " ".join(f"{name} {row.get(f'seconds/{name}', 0):.1f}" for name in names)
     return (
         f"step {row['step']:4d}/{steps}  reward {row['reward']:.3f}  accuracy {row['accuracy']:.3f}  kept {row['kept_share']:.2f}"
         f"  tokens {row['response_tokens']:5.1f}  finished {row['finished_share']:.2f}  grad {row.get('grad_norm', 0):.2f}"
-        f"  gap {row.get('logp_gap', 0):.1e}  {row['tokens_per_second']:.0f} tok/s  {row['gb']:.1f} GB  {row['seconds/step']:.1f} s ({phases})"
+        f"  gap {row.get('logp_gap', 0):.1e}  {row['tokens_per_second']:.0f} tok/s  {row.get('tflops', 0):.2g} TFLOP/s  {row['gb']:.1f} GB  {row['seconds/step']:.1f} s ({phases})"
     )  # fmt: skip
 
 

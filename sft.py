@@ -21,6 +21,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections import Counter
 from datetime import timedelta
@@ -46,7 +47,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface
@@ -177,24 +177,56 @@ AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  
 AttentionInterface.register("flash_frames", frame_attention)  # transformers passes whole films to names with "flash"
 
 
-def chunked_logps(hidden, weight, targets, chunk=2048):
-    """Log-probability of each target token, in float32, without ever holding more than `chunk` rows of logits.
+class ChunkedLogps(torch.autograd.Function):
+    """See `chunked_logps`. Logits live for one chunk at a time; the backward pass computes them again, and turns them in
+    place into d log p(token) / d logits = onehot(token) - softmax(logits)."""
 
-    hidden (R, E), weight (V, E), targets (R,). Returns (R,). Each chunk's logits are computed again in the backward pass.
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk, entropy):
+        wide = weight.float()
+        logps, normalisers, entropies = [], [], []
+        for rows, tokens in zip(hidden.split(chunk), targets.split(chunk)):
+            logits = rows.float() @ wide.T  # (chunk, V)
+            normaliser = logits.logsumexp(-1)  # (chunk,)
+            logps.append(logits.gather(-1, tokens[:, None])[:, 0] - normaliser)
+            normalisers.append(normaliser)
+            if entropy:
+                probabilities = (logits - normaliser[:, None]).exp_()
+                entropies.append(normaliser - torch.linalg.vecdot(probabilities, logits))
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
+        ctx.chunk = chunk
+        entropies = torch.cat(entropies) if entropy else torch.empty(0, device=hidden.device)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logps), entropies
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, normalisers = ctx.saved_tensors
+        wide = weight.float()
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)  # all chunks add up in float32
+        chunks = zip(*(x.split(ctx.chunk) for x in (hidden, targets, normalisers, grad, grad_hidden)))
+        for rows, tokens, normaliser, scale, out in chunks:
+            slope = rows.float() @ wide.T
+            slope.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
+            slope.scatter_add_(1, tokens[:, None], scale[:, None])
+            out.copy_(slope @ wide)
+            grad_weight.addmm_(slope.T, rows.float())
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+
+
+def chunked_logps(hidden, weight, targets, chunk=1024, entropy=False):
+    """Log-probability of each target token, in float32, with `chunk` rows of logits in memory at a time, forward and backward.
+
+    hidden (R, E), weight (V, E), targets (R,). Returns (R,); with `entropy` also the entropy of each row's distribution in
+    nats, (R,), which carries no gradient.
     """
-
-    weight = weight.float()  # once, so that the chunks' gradients add up in float32
-
-    def logps(rows, tokens):
-        logits = F.linear(rows.float(), weight)  # (chunk, V)
-        return logits.gather(-1, tokens[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
-    parts = zip(hidden.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(logps, rows, tokens, use_reentrant=False) for rows, tokens in parts])
+    logps, entropies = ChunkedLogps.apply(hidden, weight, targets, chunk, entropy)
+    return (logps, entropies) if entropy else logps
 
 
-def response_logps(model, batch):
-    """log p(response token | prompt, response so far) for all R response tokens of a packed batch. Returns (R,) float32.
+def response_logps(model, batch, entropy=False):
+    """log p(response token | prompt, response so far) for all R response tokens of a packed batch. Returns (R,) float32; with
+    `entropy` a second (R,), see `chunked_logps`.
 
     The vision tower runs exactly once, also when there is nothing to see: under FSDP every rank must make the same calls.
     """
@@ -225,45 +257,115 @@ def response_logps(model, batch):
         use_cache=False,
         segments=batch["segments"],
     ).last_hidden_state[0]  # (T, E)
-    return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"])
+    return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"], entropy=entropy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Micro-batches
 
 
-def microbatches(groups, tokens_per_microbatch):
-    """Packs groups into lists of at most `tokens_per_microbatch` tokens, and gives every rank the same number of lists.
+PAIRS_PER_TOKEN = 20_000  # so many query-key pairs cost as much as one token's matrices (8B: 2 * 193e6 / (4 * 4096) a layer)
 
-    A group that is larger by itself is split by responses; each part computes the prompt once. A rank that needs fewer
-    lists than another gets empty ones, which `update` runs as a dummy: FSDP's collectives must match.
+
+def attended_pairs(prompt, responses):
+    """Query-key pairs of one packed group; lengths in tokens.
+
+    >>> attended_pairs(4, [2])  # a causal sequence of 6: 6 * 7 / 2
+    21
+    >>> attended_pairs(4, [2, 2])  # the second response: 2 * 4 with the prompt, 3 with itself
+    32
     """
-    parts = []
-    for group in groups:
-        room = tokens_per_microbatch - len(group.prompt.token_ids)
-        responses, used = [], 0
-        for response in group.responses:
-            if responses and used + len(response) > room:
-                parts.append(Group(group.prompt, responses))
-                responses, used = [], 0
-            responses.append(response)
-            used += len(response)
-        parts.append(Group(group.prompt, responses))
-    bins = []  # [tokens, [part]], in order: the caller's per-token values follow the same order
+    triangle = lambda n: n * (n + 1) // 2  # noqa: E731
+    return triangle(prompt) + sum(length * prompt + triangle(length) for length in responses)
+
+
+def microbatches(groups, tokens_per_microbatch):
+    """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens and of like cost; as many on every rank.
+
+    Returns a list of ([Group], token positions (R,)): `positions` says where the response tokens of these groups stand among
+    all response tokens of `groups`, so that values per token find their way. A group that is too large by itself is split
+    by responses, and each part computes the prompt once. FSDP's collectives must match, so a rank with little to do spreads
+    it thin; one with fewer parts than another has micro-batches gets ([], []), which `update` runs as a dummy.
+    """
+    parts, position = [], 0  # (cost, tokens, Group, position of its first response token)
+    for prompt, responses in groups:
+        taken, room = [], tokens_per_microbatch - len(prompt.token_ids)
+        for i, response in enumerate(responses):
+            taken.append(response)
+            if i + 1 == len(responses) or sum(map(len, taken)) + len(responses[i + 1]) > room:
+                lengths = list(map(len, taken))
+                tokens = len(prompt.token_ids) + sum(lengths)
+                cost = tokens + attended_pairs(len(prompt.token_ids), lengths) / PAIRS_PER_TOKEN
+                parts.append((cost, tokens, Group(prompt, taken), position))
+                taken, position = [], position + sum(lengths)
+    parts.sort(key=lambda part: -part[0])
+    count = global_max(max(1, math.ceil(sum(part[1] for part in parts) / tokens_per_microbatch)))
+    while global_max(int((bins := spread(parts, count, tokens_per_microbatch)) is None)):
+        count += 1  # on all ranks
+    result = []
+    for members in sorted(bins, key=lambda members: -sum(part[0] for part in members)):  # heavy ones meet heavy ones
+        spans = [torch.arange(at, at + sum(map(len, group.responses))) for _, _, group, at in members]
+        result.append(([group for _, _, group, _ in members], torch.cat(spans) if spans else torch.arange(0)))
+    return result
+
+
+def spread(parts, count, most_tokens):
+    """Deals parts (cost, tokens, ...), costliest first, each to the bin with the least work so far that has room.
+
+    Returns `count` lists of parts, or None where they do not fit. A part over `most_tokens` gets a bin of its own.
+
+    >>> spread([(5, 5, "a"), (3, 3, "b"), (2, 2, "c")], 2, most_tokens=6)
+    [[(5, 5, 'a')], [(3, 3, 'b'), (2, 2, 'c')]]
+    """
+    bins, work, used = [[] for _ in range(count)], [0] * count, [0] * count
     for part in parts:
-        size = len(part.prompt.token_ids) + sum(map(len, part.responses))
-        if not bins or bins[-1][0] + size > tokens_per_microbatch:
-            bins.append([0, []])
-        bins[-1][0] += size
-        bins[-1][1].append(part)
-    count = global_max(len(bins))
-    return [members for _, members in bins] + [[]] * (count - len(bins))
+        fitting = [i for i in range(count) if not bins[i] or used[i] + part[1] <= most_tokens]
+        if not fitting:
+            return None
+        i = min(fitting, key=work.__getitem__)
+        bins[i].append(part)
+        work[i], used[i] = work[i] + part[0], used[i] + part[1]
+    return bins
 
 
 DUMMY = Group(
     Prompt({}, [0], np.zeros((3, 1), np.int64), torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64), {}),
     [[0]],
 )  # fmt: skip
+
+
+def training_flops(model, batch, recompute):
+    """FLOPs that forward and backward of a packed batch execute: 2 per weight and row that meets it, 4 * width per
+    query-key pair and layer; the backward pass costs two forwards, recomputation a third, and the head always recomputes.
+    """
+    size = lambda module: sum(param.numel() for param in module.parameters())  # noqa: E731
+    text, vision = model.config.text_config, model.config.vision_config
+    visual, tower = model.model.visual, model.model.language_model
+    pairs = sum(attended_pairs(prompt, responses) for prompt, responses in batch["segments"])
+    body = 2 * size(tower.layers) * len(batch["ids"])
+    body += 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
+    frames = [height * width for time, height, width in batch["grids"].tolist() for _ in range(time)]  # patches each
+    body += 2 * size(visual.blocks) * sum(frames) + 2 * (size(visual) - size(visual.blocks)) * sum(frames) // 4
+    body += 4 * vision.hidden_size * vision.depth * sum(patches**2 for patches in frames)
+    head = 2 * model.lm_head.weight.numel() * len(batch["rows"])
+    return (4 if recompute else 3) * body + 4 * head
+
+
+def reset_peak_memory():
+    """From here on `peak_memory_gb` counts anew."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+
+
+def peak_memory_gb():
+    """Largest memory since `reset_peak_memory`: what PyTorch took of the GPU, or this process of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1e6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -284,9 +386,11 @@ def init_distributed():
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    dist.init_process_group(
-        backend, timeout=timedelta(minutes=60)
-    )  # a rank may roll out long after the others are done
+    patience = timedelta(minutes=60)  # a rank may roll out long after the others are done
+    store, *_ = next(dist.rendezvous("env://", timeout=patience))
+    # A restart by torchrun finds the store of the run before: the addresses of dead ranks must not be taken for living ones.
+    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     return rank, world, device
 
 
@@ -297,17 +401,26 @@ def global_sum(*values):
     return total.tolist() if len(values) > 1 else total.item()
 
 
+def gather(value):
+    """One small Python object per rank -> the list of all, on every rank."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
 def global_max(value):
     largest = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return type(value)(largest.item())
 
 
-def load_model(path, device, dtype, trainable=True):
+def load_model(path, device, dtype, trainable=True, shard_size=None):
     """A Hugging Face Qwen3-VL folder -> FSDP2-sharded model with float32 master weights that computes in `dtype`.
 
     Only rank 0 reads the weights; the others are built empty and receive their shards by broadcast, so host memory holds
     one copy of the model, not one per rank. `trainable=False`: frozen, weights kept in `dtype` (the KL reference).
+    shard_size: ranks that share one copy of the trainer (default: all). With the GPUs of one node, gathers stay inside it
+    and only gradients cross the network.
     """
     config = AutoConfig.from_pretrained(path)
     master = torch.float32 if trainable else dtype
@@ -320,7 +433,10 @@ def load_model(path, device, dtype, trainable=True):
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision_attention})
     model.requires_grad_(trainable)
 
+    copies = dist.get_world_size() // (shard_size or dist.get_world_size())
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if copies > 1:
+        mesh = init_device_mesh(device.type, (copies, shard_size), mesh_dim_names=("copies", "shards"))
     # Inputs are left as they are: patches arrive as uint8, and the rotary tables of the vision tower stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
@@ -346,59 +462,131 @@ def adamw(model, lr, weight_decay):
     return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
 
 
-def optimizer_step(model, optimizer, grad_clip):
-    """Clips the global gradient norm and steps; a norm that is not finite skips the step, on all ranks alike.
+def optimizer_step(model, optimizer, grad_clip, loss):
+    """Clips the global gradient norm and steps. Where the norm or the loss (of all ranks) is not finite nothing moves, on all
+    ranks alike.
 
-    Returns the norm before clipping (float; inf or nan when the step was skipped).
+    Returns the norm before clipping (float; nan when the step was skipped).
     """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).full_tensor().item()
-    if math.isfinite(norm):
+    finite = math.isfinite(norm) and math.isfinite(loss)
+    if finite:
         optimizer.step()
     optimizer.zero_grad()
-    return norm
+    return norm if finite else math.nan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
-def save_checkpoint(out, model, optimizer, state, keep=2):
-    """Writes weights, optimiser state and `state` (JSON: step, cursor, ...) under a temporary name, then renames.
+def save_checkpoint(out, model, optimizer, state, group, keep, tally):
+    """Copies weights and optimiser state and returns; a thread writes the copy while training goes on. See `publish`.
 
-    A checkpoint is there as a whole or not at all, and `latest` is replaced last.
+    state: JSON (step, cursor, ...). group: a gloo process group for nothing but this. keep: how many checkpoints stay.
+    Returns the thread: join it before the next save, and at the end.
     """
-    final = os.path.join(out, "checkpoints", f"step-{state['step']:06d}")
-    temporary = final + ".tmp"
+    folder = os.path.join(out, "checkpoints", f"step-{state['step']:06d}")
     if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)  # of a run that was killed while it wrote
     dist.barrier()
+    state = state | dict(parameters=sum(param.numel() for param in model.parameters()))
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=temporary)
-    if dist.get_rank() == 0:
-        write_json(os.path.join(temporary, "trainer_state.json"), state)
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        with open(os.path.join(out, "checkpoints", "latest.tmp"), "w") as file:
-            file.write(os.path.basename(final))
+    content = {"model": model_state, "optimizer": optimizer_state}
+    writing = dcp.async_save(content, checkpoint_id=folder + ".tmp", process_group=group)
+    thread = threading.Thread(target=publish, args=(writing, folder, state, keep, tally), daemon=True)
+    thread.start()
+    return thread
+
+
+def publish(writing, folder, state, keep, tally):
+    """Waits until all ranks have written, then renames: a checkpoint is there as a whole or not at all, `latest` comes last.
+
+    A save that fails is said loudly, counted (tally["failed_saves"]) and cleared away; the run and older checkpoints go on.
+    """
+    error = writing.exception()
+    if dist.get_rank() > 0:
+        return
+    checkpoints = os.path.dirname(folder)
+    try:
+        if error:
+            raise OSError(error)
+        files = {os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(folder + ".tmp", "*"))}
+        write_json(os.path.join(folder + ".tmp", "trainer_state.json"), {**state, "files": files})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(folder + ".tmp", folder)
+        with open(os.path.join(checkpoints, "latest.tmp"), "w") as file:
+            file.write(os.path.basename(folder))
         os.replace(file.name, file.name.removesuffix(".tmp"))
-        for old in sorted(glob.glob(os.path.join(out, "checkpoints", "step-*[0-9]")))[:-keep]:
+        for old in sorted(glob.glob(os.path.join(checkpoints, "step-*[0-9]")))[:-keep]:
             shutil.rmtree(old)
-    dist.barrier()
+    except OSError as error:
+        tally["failed_saves"] += 1
+        shutil.rmtree(folder + ".tmp", ignore_errors=True)
+        print(f"WARNING: the checkpoint of step {state['step']} could not be saved, the run goes on without: {error}", flush=True)
 
 
-def load_checkpoint(out, model, optimizer):
-    """Restores the newest checkpoint of a run folder in place and returns its state, or None where there is none."""
-    latest = os.path.join(out, "checkpoints", "latest")
-    if not os.path.exists(latest):
-        return None
-    with open(latest) as file:
-        folder = os.path.join(out, "checkpoints", file.read().strip())
+def find_checkpoint(out):
+    """The newest complete checkpoint of a run -> its folder and its state; (None, {}) for a run that has none yet.
+
+    A damaged one (a file is missing or has another size than when it was published) is named and passed over; when all are
+    damaged the run does not begin anew by itself.
+    """
+    found = [(None, {})]
+    if dist.get_rank() == 0:
+        folders = sorted(glob.glob(os.path.join(out, "checkpoints", "step-*[0-9]")), reverse=True)
+        for folder in folders:
+            try:
+                with open(os.path.join(folder, "trainer_state.json")) as file:
+                    state = json.load(file)
+                for name, size in state["files"].items():
+                    if os.path.getsize(os.path.join(folder, name)) != size:
+                        raise ValueError(f"{name} should have {size} bytes")
+            except (OSError, ValueError, KeyError) as error:
+                print(f"WARNING: the checkpoint {folder} is damaged ({error}); trying the one before", flush=True)
+            else:
+                found = [(folder, state)]
+                break
+        else:
+            if folders:
+                found = [None]
+    dist.broadcast_object_list(found)
+    if found[0] is None:
+        refuse(f"all checkpoints under {out} are damaged: remove the folder to begin anew")
+    return found[0]
+
+
+def check_resume(state, args, may_change):
+    """Refuses to go on with other settings than a run began with, `may_change` aside; --force takes the new ones."""
+    old = state.get("args", {})
+    changed = [name for name in old if name in vars(args) and old[name] != getattr(args, name) and name not in may_change]
+    if changed and not args.force:
+        name = changed[0]
+        refuse(
+            f"{args.out} was begun with --{name.replace('_', '-')} {old[name]}, this command has {getattr(args, name)}"
+            f"{' (and ' + ', '.join(changed[1:]) + ' differ too)' if changed[1:] else ''}: --force goes on with the new setting"
+        )
+
+
+def load_checkpoint(folder, state, model, optimizer):
+    """Restores weights and optimiser state in place, on any number of ranks."""
+    parameters = sum(param.numel() for param in model.parameters())
+    if state["parameters"] != parameters:
+        refuse(f"{folder} holds a model of {state['parameters']} parameters, --model has {parameters}")
     model_state, optimizer_state = get_state_dict(model, optimizer)
     dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
-    with open(os.path.join(folder, "trainer_state.json")) as file:
-        return json.load(file)
+
+
+def check_room(out, model, keep):
+    """Refuses a disk without room for the checkpoints to come (weights and two Adam moments in float32; one more than is kept,
+    since the newest is written before the oldest goes) and the exported model (bfloat16)."""
+    parameters = sum(param.numel() for param in model.parameters())
+    there = len(glob.glob(os.path.join(out, "checkpoints", "step-*[0-9]")))
+    needed = parameters * (12 * max(keep + 1 - there, 1) + 2)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        refuse(f"--out {out} has {free / 1e9:.2f} GB free, {keep + 1} checkpoints and the model need {needed / 1e9:.2f} GB more")
 
 
 def full_weights(model, dtype):
@@ -450,13 +638,17 @@ def forget_metrics_after(out, step):
 
 
 def start_run(args):
-    """Makes the run folder and notes what reruns it: arguments, versions, commit."""
+    """Makes the run folder and notes what reruns it: arguments, versions, commit. Refuses a folder it cannot write to."""
     if dist.get_rank() == 0:
-        os.makedirs(args.out, exist_ok=True)
         here = os.path.dirname(os.path.abspath(__file__))
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
-        write_json(os.path.join(args.out, "args.json"), {**vars(args), "versions": versions, "commit": commit})
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            write_json(os.path.join(args.out, "args.json"), {**vars(args), "versions": versions, "commit": commit})
+        except OSError as error:
+            refuse(f"--out {args.out} cannot be written: {error}")
+    dist.barrier()
 
 
 class Stop:
@@ -504,15 +696,17 @@ def learning_rate(step, steps, peak, warmup_share):
 
 
 def update(model, optimizer, groups, args, device):
-    """One optimiser step on this rank's groups. Returns loss per token, tokens of the global batch, gradient norm."""
+    """One optimiser step on this rank's groups. Returns loss per token, tokens of the global batch, gradient norm (nan: the
+    step was skipped, since loss or gradient were not finite)."""
     tokens = global_sum(sum(len(response) for group in groups for response in group.responses))
     total = 0.0
-    for members in microbatches(groups, args.tokens_per_microbatch):
+    for members, _ in microbatches(groups, args.tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
-        loss = -logps.sum() / tokens * bool(members)
+        loss = -logps.sum() / max(tokens, 1) * bool(members)
         (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
         total += loss.item()
-    return global_sum(total), int(tokens), optimizer_step(model, optimizer, args.grad_clip)
+    loss = global_sum(total)
+    return loss, int(tokens), optimizer_step(model, optimizer, args.grad_clip, loss)
 
 
 # fmt: off
@@ -537,13 +731,21 @@ def parse_args():
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are always float32")
+    group.add_argument("--shard-size", type=int, help="ranks that share one copy of the trainer (default: all); with several nodes, the GPUs of one")
     group.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass: less memory")
     group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
     group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints that stay (%(default)s)")
+    group.add_argument("--export-saves", action="store_true", help="with each checkpoint also write a Hugging Face folder, OUT/step-*")
+    group.add_argument("--force", action="store_true", help="resume although a setting has changed")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
     add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
     return parser.parse_args()
 # fmt: on
+
+
+MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every keep export_saves force
+    max_bad_share cache cache_gb""".split()  # settings that a resumed run may change: they do not change what is computed
 
 
 def main():
@@ -554,6 +756,8 @@ def main():
     # Everything that can be wrong with the input is found before a model is loaded.
     if args.sequences_per_step % world:
         refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
+    if args.shard_size and world % args.shard_size:
+        refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
     try:
         records = [record for path in args.data for record in load_records(path, args.media_root)]
         processor = AutoProcessor.from_pretrained(args.model)
@@ -563,42 +767,61 @@ def main():
         if "messages" not in record:
             refuse(f"{record['file']}: record {record['index']}: no messages, so it is no SFT record")
     steps = args.steps or math.ceil(args.epochs * len(records) / args.sequences_per_step)
+    checkpoint, state = find_checkpoint(args.out)
+    check_resume(state, args, MAY_CHANGE)
     start_run(args)
 
-    model = load_model(args.model, device, getattr(torch, args.dtype))
+    model = load_model(args.model, device, getattr(torch, args.dtype), shard_size=args.shard_size)
     model.model.visual.requires_grad_(args.train_vision)
     if args.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
-    state = load_checkpoint(args.out, model, optimizer) or dict(step=0, cursor=0)
-    forget_metrics_after(args.out, state["step"])
+    check_room(args.out, model, args.keep)
+    if checkpoint:
+        load_checkpoint(checkpoint, state, model, optimizer)
+    step, cursor = state.get("step", 0), state.get("cursor", 0)
+    forget_metrics_after(args.out, step)
     if rank == 0:
         print(
             f"{len(records)} records, {steps} steps of {args.sequences_per_step} sequences on {world} ranks,"
-            f" from step {state['step']}"
+            f" from step {step}"
         )
 
-    order = data_order(len(records), args.seed, state["cursor"], rank, world)
+    order = data_order(len(records), args.seed, cursor, rank, world)
     stream = prefetch(records, partial(training_pair, processor=processor, limits=limits_of(args)), order, args.workers)
-    tally, stop = Counter(), Stop(args.minutes)
-    for step in tqdm(range(state["step"], steps), initial=state["step"], total=steps, disable=rank > 0, mininterval=2):
+    tally, stop = Counter(state.get("counts", {}) if rank == 0 else {}), Stop(args.minutes)
+    saving, saving_group = None, dist.new_group(backend="gloo")
+    bar = tqdm(initial=step, total=steps, disable=rank > 0, mininterval=2)
+    while step < steps:
         begin = time.time()
         for group in optimizer.param_groups:
             group.update(lr=learning_rate(step, steps, args.lr, args.warmup_share), weight_decay=args.weight_decay)
         groups = take(stream, args.sequences_per_step // world, tally, args.max_bad_share)
+        waited = time.time() - begin
         loss, tokens, norm = update(model, optimizer, groups, args, device)
-        state = dict(step=step + 1, cursor=state["cursor"] + args.sequences_per_step)
-        row = dict(step=step + 1, loss=loss, tokens=tokens, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
-        row["tokens_per_second"] = tokens / (time.time() - begin)
-        log_metrics(args.out, row | tally)
+        step, cursor = step + 1, cursor + args.sequences_per_step
+        tally["skipped_updates"] += math.isnan(norm) and rank == 0
+        counts = sum(gather(tally), Counter())
+        row = dict(step=step, loss=loss, tokens=tokens, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        seconds = time.time() - begin
+        row |= {"tokens_per_second": tokens / seconds, "seconds/step": seconds, "seconds/data": waited}
+        log_metrics(args.out, row | counts)
+        bar.update()
         stopping = stop.now()
-        if (step + 1) % args.save_every == 0 or stopping or step + 1 == steps:
-            save_checkpoint(args.out, model, optimizer, state)
+        if step % args.save_every == 0 or stopping or step == steps:
+            if saving:
+                saving.join()
+            state = dict(step=step, cursor=cursor, counts=counts, args=vars(args))
+            saving = save_checkpoint(args.out, model, optimizer, state, saving_group, args.keep, tally)
+            if args.export_saves:
+                export_model(model, processor, os.path.join(args.out, f"step-{step:06d}"))
         if stopping:
             break
     export_model(model, processor, args.out)
+    if saving:
+        saving.join()
     if rank == 0:
-        print(f"step {state['step']} of {steps}; model in {args.out}")
+        print(f"step {step} of {steps}; model in {args.out}")
     dist.destroy_process_group()
 
 

@@ -17,11 +17,12 @@ import cpu_compat  # noqa: E402, F401
 torch.set_num_threads(1)
 
 
-def run(*command, ranks=0, timeout=300, check=True):
+def run(*command, ranks=0, restarts=0, timeout=300, check=True):
     """Runs a script of the project in a process of its own, under torchrun if ranks > 0."""
     launcher = [sys.executable]
     if ranks:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launcher += ["--max-restarts", str(restarts)]
     result = subprocess.run(
         [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -1,4 +1,4 @@
-"""Run by test_forward.py under torchrun with 1 and with 2 ranks: one SFT and one RL step on the same groups, dealt unevenly.
+"""Run by test_forward.py under torchrun with 1 and with 2 ranks, these as two shards and as two copies: one SFT and one RL step on the same groups, dealt unevenly.
 
 Saves what each step did to the weights (plain gradient descent with rate 1, so the difference is the gradient), and
 whether a saved checkpoint brings everything back.
@@ -20,7 +20,7 @@ import rl_ema_grpo
 import sft
 
 torch.set_num_threads(1)
-toy, out = sys.argv[1:]
+toy, out, shard_size = sys.argv[1:]
 rank, world, device = sft.init_distributed()
 processor = AutoProcessor.from_pretrained(f"{toy}/model")
 records = data.load_records(f"{toy}/sft_image.json")[:4] + data.load_records(f"{toy}/sft_video.json")[:3]
@@ -28,10 +28,10 @@ groups = [sft.training_pair(record, processor, data.Limits()) for record in reco
 groups = [sft.Group(group.prompt, [group.responses[0], groups[i - 1].responses[0]]) for i, group in enumerate(groups)]
 mine = groups if world == 1 else (groups[:5], groups[5:])[rank]  # 5 and 2: unequal token and micro-batch counts
 settings = argparse.Namespace(
-    tokens_per_microbatch=300, grad_clip=1e9, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.1, tis_cap=2.0
+    recompute=True, tokens_per_microbatch=300, grad_clip=1e9, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.1, tis_cap=2.0
 )  # fmt: skip
 
-model = sft.load_model(f"{toy}/model", device, torch.float32)
+model = sft.load_model(f"{toy}/model", device, torch.float32, shard_size=int(shard_size))
 model.gradient_checkpointing_enable({"use_reentrant": False})
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 
@@ -60,6 +60,7 @@ rollouts = [
 ]  # fmt: skip
 old = rl_ema_grpo.current_logps(model, mine, 300, device) - 0.05
 numbers = rl_ema_grpo.update(model, optimizer, rollouts, old, old - 0.1, settings, device)
+result["dummies"] = [numbers.pop("microbatches"), numbers.pop("dummies")][1]  # these two do depend on the number of ranks
 result["numbers"] += list(numbers.values())
 result["rl"] = {name: value - start[name] for name, value in weights().items()}
 
@@ -67,10 +68,14 @@ moved = weights()
 optimizer = sft.adamw(model, 1e-3, 0.0)
 sft.update(model, optimizer, mine, settings, device)  # gives the optimiser a state
 after = weights()
-sft.save_checkpoint(out, model, optimizer, {"step": 1, "note": "as it was"})
+group = torch.distributed.new_group(backend="gloo")
+saving = sft.save_checkpoint(out, model, optimizer, {"step": 1, "note": "as it was"}, group, 2, {})
 sft.update(model, optimizer, mine, settings, device)
 set_weights(moved)
-state = sft.load_checkpoint(out, model, optimizer)
+saving.join()
+torch.distributed.barrier()
+folder, state = sft.find_checkpoint(out)
+sft.load_checkpoint(folder, state, model, optimizer)
 restored = weights()
 same = all(torch.equal(after[name], restored[name]) for name in after) and state["note"] == "as it was"
 step = next(iter(optimizer.state.values()))["step"].item()

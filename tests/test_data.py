@@ -154,3 +154,18 @@ def test_order_depends_on_the_seed_alone():
     assert whole[:10] != whole[10:20]
     assert [index for pair in zip(take(0, 0, 2, 15), take(0, 1, 2, 15)) for index in pair] == whole
     assert take(13, 0, 1, 17) == whole[13:]
+
+
+def test_every_rank_is_dealt_as_much_work():
+    """One rank that writes the long answers while the others wait; a dealing that takes other records than the order says."""
+    work = np.random.default_rng(0).lognormal(6, 0.8, 1000).tolist()  # long answers are few and long
+    excess = {}
+    for name, options in dict(cards={}, dealt=dict(work=work)).items():
+        ranks = [data.data_order(1000, 0, 0, rank, 8, rows=4, **options) for rank in range(8)]
+        steps = [[list(itertools.islice(rank, 16)) for rank in ranks] for _ in range(7)]
+        loads = [[sum(work[i] for i in hand) for hand in step] for step in steps]
+        excess[name] = np.mean([max(load) / np.mean(load) - 1 for load in loads])
+        assert [sorted(sum(step, [])) for step in steps] == [
+            sorted(itertools.islice(data.data_order(1000, 0, 128 * i), 128)) for i in range(7)
+        ]
+    assert excess["dealt"] < 0.6 * excess["cards"], excess

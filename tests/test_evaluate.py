@@ -1,17 +1,27 @@
-"""evaluate.py without a model: metrics, intervals, stored outputs, comparison, and what is refused."""
+"""evaluate.py: metrics, intervals, reading of benchmarks, stored outputs, judge, masks, report, comparison, whole runs."""
 
+import base64
+import contextlib
+import csv
+import http.server
 import json
+import math
+import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT, run
+from scipy import ndimage
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import evaluate  # noqa: E402
+import data
+import evaluate
 
 
 def line_of(task, truth, answer, position=0, **more):
@@ -68,6 +78,27 @@ def test_tracking_recall_is_per_sequence():
     assert (found["AO"], found["R@0.3"], found["R@0.5"], found["R@0.7"]) == (0.75, 1.0, 1.0, 0.5)
     missing = values("got10k", [line_of("tracking", truth, {"boxes": {"1": box}})])
     assert missing["AO"] == 0.5  # a second without a box counts 0
+    assert evaluate.METRICS["tracking"]["R@0.5"](lines[1]["parts"]) == (True, 1)  # IoU >= t, as everywhere
+
+
+def test_success_rate_is_per_frame_and_the_given_box_can_be_left_out():
+    """The box that the question gives counted as a success of the model; SR averaged over sequences, long or short."""
+    box, off = [0, 0, 10, 10], [50, 50, 60, 60]
+    long = {"boxes": {str(k): box for k in range(1, 5)}}  # 4 frames, of which the last is missed
+    short = {"boxes": {"1": box, "2": box}}  # 2 frames, of which the second is missed
+    lines = [
+        line_of("tracking", long, {"boxes": {**long["boxes"], "4": off}}),
+        line_of("tracking", short, {"boxes": {"1": box}}),
+    ]
+    found = evaluate.metrics_of("got10k", lines)
+    value = {metric: cell["value"] for metric, cell in found.items()}
+    assert value["SR@0.5"] == pytest.approx(4 / 6) and value["SR@0.5, given box left out"] == pytest.approx(2 / 4)
+    assert value["AO"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert value["AO, given box left out"] == pytest.approx((2 / 3 + 0) / 2)
+    assert value["R@0.5"] == 1.0 and value["R@0.5, given box left out"] == 0.5
+    alone = evaluate.metrics_of("got10k", [*lines, line_of("tracking", {"boxes": {"1": box}}, {"boxes": {"1": box}})])
+    assert alone["AO, given box left out"]["n"] == 2  # a sequence of nothing but the given box has no say there
+    assert alone["AO, given box left out"]["value"] == value["AO, given box left out"]
 
 
 def test_segmentation_accuracy_is_not_its_box():
@@ -101,20 +132,450 @@ def test_troubles_are_counted():
     assert found["unreadable"] == found["cut off"] == found["skipped"] == pytest.approx(1 / 3)
 
 
+def test_the_table_is_the_papers():
+    """A wrong digit, a benchmark lost, or another metric in the mean than in the paper's: its ablation table has the means
+    of task families, to one digit, and they must come out of the numbers of its benchmarks."""
+    families = {  # OneThinker-8B (EMA-GRPO); Qwen3-VL-8B where all of its numbers are known
+        ("multiple choice",): (69.8, 65.0),
+        ("temporal grounding",): (49.7, 30.8),
+        ("spatial grounding",): (89.2, None),
+        ("spatial-temporal grounding",): (38.1, 19.5),
+        ("tracking",): (73.0, 33.7),
+        ("segmentation-image", "segmentation-video"): (64.2, None),
+    }
+    for tasks, expected in families.items():
+        files = {stem: row for stem, row in evaluate.BENCHMARKS.items() if row.task in tasks}
+        weights = evaluate.weights_of(list(files))
+        for i in range(2):
+            numbers = [row.paper[own_of(stem)][i] for stem, row in files.items()]
+            mean = None if None in numbers else np.average(numbers, weights=weights)
+            assert mean == expected[i] or abs(mean - expected[i]) < 0.101, (tasks, mean, expected[i])
+    assert len({(row.name) for row in evaluate.BENCHMARKS.values()}) == 31
+    for stem, row in evaluate.BENCHMARKS.items():  # every number of the paper has a metric of exactly that name
+        known = {"accuracy", "circular accuracy"}
+        known |= evaluate.METRICS.get(row.task, {}).keys() | evaluate.MASK_METRICS.get(row.task, {}).keys()
+        assert row.paper.keys() <= known and row.task in evaluate.CONVENTIONS, stem
+
+
+def own_of(stem):
+    row = evaluate.BENCHMARKS[stem]
+    return evaluate.own_metric(stem, [dict(parts=dict(task=row.task))], row.paper)
+
+
+def test_the_mean_leaves_out_by_name_what_has_no_grade():
+    """The release counts segmentation as 0 in its mean; a caption set without a judge must not count either."""
+    cell = lambda value: dict(value=value, low=value, high=value, n=4)  # noqa: E731
+    clean = {"not judged": cell(0.0), "failed": cell(0.0)}
+    results = {
+        "eval_charades": {"accuracy": cell(0.1), "mIoU": cell(0.6), **clean},
+        "eval_seg_mevis": {"accuracy": cell(0.9), **clean},  # of the prompts: no masks yet
+        "eval_seg_refcoco": {"accuracy": cell(0.9), "cIoU": cell(0.4), **clean},
+        "Video_MMLU_CAP": clean | {"not judged": cell(0.5)},
+    }
+    owns = dict(zip(results, ("mIoU", "J&F", "cIoU", "accuracy")))
+    total = evaluate.overall(results, owns)
+    assert total["names"] == ["eval_charades", "eval_seg_refcoco"] and total["value"] == pytest.approx(50)
+    assert total["paper"] == [
+        pytest.approx((59.9 + 75.8) / 2),
+        None,
+    ]  # the same benchmarks; Qwen3-VL's cIoU is not known
+    assert total["left_out"] == {
+        "eval_seg_mevis": "no J&F without --sam2",
+        "Video_MMLU_CAP": "2 not judged, see --judge-url",
+    }
+
+
+def test_circular_accuracy_wants_every_order_of_the_options():
+    """MMBench's rows counted one by one, where the paper's number needs all orders of a question right."""
+    rows = [("7", 1.0), ("1000007", 0.0), ("8", 1.0), ("2000008", 1.0), ("1000008", 1.0)]
+    lines = [line_of("multiple choice", "B", "B") | dict(problem_id=index, accuracy=right) for index, right in rows]
+    found = evaluate.metrics_of("MMBench_DEV_EN", lines)
+    assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (0.8, 5)
+    assert (found["circular accuracy"]["value"], found["circular accuracy"]["n"]) == (0.5, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+def davis_f(p, y):
+    """F by another way: contours by comparing shifted copies, the tolerance by a distance transform."""
+    contours = []
+    for mask in (p, y):
+        right, below, both = (
+            ndimage.shift(mask.astype(int), by, order=0, mode="nearest") for by in ((0, -1), (-1, 0), (-1, -1))
+        )
+        contours.append((mask != right) | (mask != below) | (mask != both))
+    return f_measure(
+        *contours,
+        lambda contour, r: ndimage.distance_transform_edt(~contour) <= r,
+        math.ceil(0.008 * np.linalg.norm(p.shape)),
+    )
+
+
+def paper_f(p, y):
+    contours = [mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=0) for mask in (p, y)]
+    grow = lambda contour, r: ndimage.binary_dilation(contour, np.ones((2 * r + 1, 2 * r + 1)))  # noqa: E731
+    return f_measure(*contours, grow, max(1, round(0.0075 * np.linalg.norm(p.shape))))
+
+
+def f_measure(p, y, grow, r):
+    if not p.any() or not y.any():
+        return float(not p.any() and not y.any())
+    precision, recall = grow(y, r)[p].mean(), grow(p, r)[y].mean()
+    return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+def test_j_and_f_are_those_of_scipy():
+    """A contour that lacks the picture's edge, a square for a disk, a tolerance rounded the other way: F off by percents."""
+    rng = np.random.default_rng(0)
+    sizes = [(5, 7), (40, 30), (1, 9), (100, 180), (240, 427), (301, 300), (480, 854)]
+    for size in sizes * 3:
+        grain = ndimage.gaussian_filter(rng.normal(size=(2, *size)), (0, *rng.uniform(0, 6, 2)))
+        p, y = grain > np.quantile(grain, rng.choice([0.3, 0.9, 0.99]))
+        if rng.random() < 0.3:
+            y = np.roll(p, rng.integers(0, 9, 2), (0, 1))
+        assert evaluate.boundary_f(p, y, davis=True) == pytest.approx(davis_f(p, y), abs=1e-6), size
+        assert evaluate.boundary_f(p, y, davis=False) == pytest.approx(paper_f(p, y), abs=1e-6), size
+        union = ndimage.binary_dilation(p, np.zeros((3, 3))) | p | y
+        j = (p & y).sum() / union.sum() if union.any() else 1.0
+        assert evaluate.jaccard(p, y, empty=1.0) == pytest.approx(j, abs=1e-6)
+
+
+def test_empty_masks_are_where_the_two_conventions_part():
+    """An object that is rightly said to be absent: J is 1 by DAVIS, 0 in the paper's figures; F is 1 in both."""
+    none, some = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    some[5:9, 5:9] = True
+    assert [evaluate.jaccard(none, none, empty) for empty in (1.0, 0.0)] == [1.0, 0.0]
+    for davis in (True, False):
+        assert evaluate.boundary_f(none, none, davis) == 1.0 and evaluate.boundary_f(some, some, davis) == 1.0
+        assert evaluate.boundary_f(none, some, davis) == evaluate.boundary_f(some, none, davis) == 0.0
+
+
+def test_ciou_is_cumulative_and_giou_is_not():
+    """cIoU as a mean of IoUs, or its interval from resampled IoUs: here one large picture outweighs nine small ones."""
+    pairs = [(900, 1000)] + [(0, 10)] * 9
+    parts = [dict(task="segmentation-image", iou=0.0, intersection=i, union=u) for i, u in pairs]
+    lines = [dict(problem_id="p", position=k, accuracy=0.0, parts=p, trouble=[], masks={}) for k, p in enumerate(parts)]
+    found = evaluate.metrics_of("eval_seg_refcoco", lines)
+    assert found["cIoU"]["value"] == pytest.approx(900 / 1090) and found["gIoU"]["value"] == pytest.approx(0.09)
+    assert found["cIoU"]["low"] == 0.0 and found["cIoU"]["high"] == pytest.approx(
+        2700 / 3070
+    )  # three draws of the large one
+    assert "cIoU" not in evaluate.metrics_of(
+        "eval_seg_refcoco", [*lines, {k: v for k, v in lines[0].items() if k != "masks"}]
+    )
+
+
+def segmentation_records(toy, name, count=2):
+    records = evaluate.load_benchmark(str(toy / "eval" / f"{name}.json"), None, "nowhere")[:count]
+    lines = [
+        dict(problem_id="p", position=r["index"], answer=r["answer"], accuracy=1.0, parts={}, trouble=[])
+        for r in records
+    ]
+    return list(zip(records, lines))
+
+
+def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeypatch):
+    """Masks compared in the picture's size where the truth has another; frames of a video counted from 1, or a prompt on
+    the wrong one; an answer without a prompt that vanishes instead of scoring 0."""
+    images, videos = segmentation_records(toy, "segmentation_image"), segmentation_records(toy, "segmentation_video")
+    truth = [evaluate.true_masks(record) for record, _ in images + videos]
+    prompts = []
+
+    def segment_images(sam2, items):  # a perfect SAM2, at twice the truth's size
+        masks = [np.kron(truth[k][0], np.ones((2, 2))).astype(bool) for k in range(len(items))]
+        return [mask if marks.boxes else np.zeros_like(mask) for mask, (_, marks) in zip(masks, items)]
+
+    def segment_video(sam2, frames, index, marks):
+        prompts.append(index)
+        assert frames.shape == (32, 64, 64, 3)
+        return np.stack([truth[2 + len(prompts) - 1][k] for k in range(32)])
+
+    monkeypatch.setattr(evaluate, "segment_images", segment_images)
+    monkeypatch.setattr(evaluate, "segment_video", segment_video)
+    images[1][1]["answer"] = None
+    done = []
+    evaluate.add_image_masks(images, None, lambda record, line: done.append(line))
+    for record, line in videos:
+        evaluate.add_video_masks(record, line, None, lambda record, line: done.append(line))
+    assert (done[0]["parts"]["intersection"], done[0]["parts"]["union"]) == (truth[0][0].sum(),) * 2
+    assert (done[1]["parts"]["intersection"], done[1]["parts"]["union"]) == (0, truth[1][0].sum())
+    assert prompts == [4 * json.loads(record["answer"])["time"] for record, _ in videos]  # 4 frames a second
+    for line, masks in zip(done[2:], truth[2:]):
+        absent = np.mean([not mask.any() for mask in masks.values()])
+        assert line["parts"]["J (DAVIS)"] == line["parts"]["F (DAVIS)"] == line["parts"]["F"] == 1.0
+        assert 0 < absent < 1 and line["parts"]["J"] == pytest.approx(1 - absent)  # absent objects are 0 in the paper
+        assert all((evaluate.decode_mask(rle) == masks[int(k)]).all() for k, rle in line["masks"].items())
+
+
+def test_frames_of_a_segmentation_are_those_of_its_seconds(toy):
+    """Frame k taken from the list of decoded frames, which is right only if the film has the truth's frame rate."""
+    record = segmentation_records(toy, "segmentation_video", 1)[0][0]
+    all_frames = evaluate.frames_at(record, 40, (64, 64))
+    slow = evaluate.frames_at(record | dict(fps=1), 8, (64, 64))  # the film itself has 4 a second, 8 seconds
+    assert (slow == all_frames[0:32:4]).all() and (all_frames[31:] == all_frames[31]).all()
+    truth = evaluate.true_masks(record)
+    colour = dict(red=(230, 40, 40), green=(40, 200, 70), blue=(60, 90, 255), yellow=(240, 220, 50))[
+        record["problem"].split()[2]
+    ]
+    for k, mask in truth.items():  # the truth's mask lies on the object in the very frame that goes to SAM2
+        if mask.any():
+            assert np.abs(all_frames[k][mask].mean(0) - colour).max() < 40, k
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def make_forms(toy, out, count=2):
+    """A folder with one small file per form of the paper's benchmarks, out of the toy world's held-out records."""
+    out.mkdir()
+    (out / "media").symlink_to(toy / "eval" / "media")
+    read = lambda name: json.loads((toy / "eval" / f"{name}.json").read_text())[:count]  # noqa: E731
+    truth = lambda record: record["solution"].removeprefix("<answer>").removesuffix("</answer>")  # noqa: E731
+    code = lambda record: base64.b64encode((toy / "eval" / record["path"]).read_bytes()).decode()  # noqa: E731
+    question = lambda record: record["problem"].replace("<image>", "")  # noqa: E731
+    letters = lambda record: {option[0]: option[3:] for option in record["options"]}  # noqa: E731
+
+    def write_tsv(stem, rows):
+        with open(out / f"{stem}.tsv", "w", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    copied = dict(eval_refcoco_val="spatial_grounding", eval_charades="temporal_grounding", eval_got10k="tracking")
+    copied |= dict(eval_stvg="spatial_temporal_grounding", eval_mmvu="multiple_choice", mine="open_ended")
+    for stem, name in (
+        copied | dict(eval_seg_refcoco="segmentation_image", eval_seg_mevis="segmentation_video")
+    ).items():
+        (out / f"{stem}.json").write_text(json.dumps(read(name)))
+    film, choice, number = read("temporal_grounding")[0], read("multiple_choice"), read("numerical")[0]
+    both = dict(choice[0], data_type="video-image", path=film["path"], additional_path=choice[0]["path"])
+    (out / "eval_videomathqa.json").write_text(json.dumps([both, both]))  # one id twice
+    two = dict(question="Is <image 2> beside <image 1>?", image=str([code(choice[0]), code(choice[1])]), hint="Look.")
+    val = dict(split="validation", question="Who?", image=code(number))
+    write_tsv("MMMU_DEV_VAL", [
+        dict(index="dev_1", split="dev", question="?", image=code(number), answer="A", **letters(choice[0])),
+        val | dict(index="val_1", answer=truth(choice[0]), **two, **letters(choice[0])),
+        val | dict(index="val_2", question='How "many"\nare there?', answer="1,200"),
+        val | dict(index="val_3", answer="a red fox"),
+    ])  # fmt: skip
+    write_tsv("MMBench_DEV_EN", [
+        dict(index="1000007", question="Turned", image="7", answer="B", A="x", B="y"),
+        dict(index="7", question=question(choice[0]), image=code(choice[0]), answer=truth(choice[0]), **letters(choice[0])),
+        dict(index="8", question="No picture", image="", answer="A", A="x", B="y"),
+    ])  # fmt: skip
+    write_tsv("MathVerse_MINI", [
+        dict(index="1", question="Choices:\nA:1\nB:2", image=code(number), answer="B", question_type="multi-choice"),
+        dict(index="2", question="What?", image=code(number), answer="$\\sqrt{3}$", question_type="free-form"),
+    ])  # fmt: skip
+    write_tsv("MathVista_MINI", [
+        dict(index="1", question="Which?\nChoices:\n(A) 3\n(B) 8", image=code(number), choices="['3', '8']", answer="8", answer_option="B"),
+        dict(index="2", question="How far?", image=code(number), choices="", answer="0.6", answer_option="0.6"),
+    ])  # fmt: skip
+    captions = [
+        dict(index=str(i), question="Describe.", image=code(r), caption=truth(r))
+        for i, r in enumerate(read("open_ended"))
+    ]
+    write_tsv("MMSci_DEV_Captioning_image_only", captions)
+    for folder in ("video", "videos", "youtube_videos"):
+        (out / folder).mkdir()
+        shutil.copy(toy / "eval" / film["path"], out / folder / "abc.mp4")
+    holmes = {
+        "video ID": "abc",
+        "Question ID": "q",
+        "Question": "Who?",
+        "Options": {"A": "he", "B": "she"},
+        "Answer": "B",
+    }
+    (out / "Video_Holmes.json").write_text(json.dumps([holmes]))
+    (out / "LongVideoBench.json").write_text(
+        json.dumps([dict(video_path="abc.mp4", question="?", candidates=["he", "she"], correct_choice=0)])
+    )
+    pairs = [dict(question="Who comes?", answer="A triangle."), dict(question="When?", answer="Late.")]
+    write_tsv("Video_MMLU_CAP", [dict(index="0", video="abc.mp4", question=str(pairs), discipline="Math")])
+    return out
+
+
+@pytest.fixture(scope="module")
+def forms(toy, tmp_path_factory):
+    return make_forms(toy, tmp_path_factory.mktemp("forms") / "eval")
+
+
+def test_tsv_rows_become_records(forms, tmp_path, capsys):
+    """A row of another split graded as a question, pictures in the wrong order or lost, an answer of the wrong kind."""
+    load = lambda name: evaluate.load_benchmark(str(forms / name), None, str(tmp_path))  # noqa: E731
+    two, number, text = load("MMMU_DEV_VAL.tsv")
+    assert "1 rows of other splits than 'validation' and 0 without a medium" in capsys.readouterr().out
+    assert [r["index"] for r in (two, number, text)] == [1, 2, 3] and two["problem_id"] == "val_1"
+    assert two["problem"] == "Hint: Look.\nIs <image> beside <image>?" and two["options"][0].startswith("A. ")
+    pictures = [medium["path"] for medium in two["media"]]
+    originals = json.loads((forms / "eval_mmvu.json").read_text())
+    assert [Path(p).read_bytes() for p in pictures] == [(forms / r["path"]).read_bytes() for r in reversed(originals)]
+    assert (number["problem_type"], number["answer"]) == ("numerical", "1,200") and "\nare there?" in number["problem"]
+    assert text["problem_type"] == "open-ended" and evaluate.is_judged(text) and not evaluate.is_judged(number)
+
+    turned, straight = load("MMBench_DEV_EN.tsv")
+    assert "and 1 without a medium" in capsys.readouterr().out
+    assert turned["media"] == straight["media"] and turned["problem_id"] == "1000007"
+    letter, root = load("MathVerse_MINI.tsv")
+    assert (letter["problem_type"], letter["answer"], root["problem_type"]) == ("multiple choice", "B", "math")
+    listed, measure = load("MathVista_MINI.tsv")
+    assert (listed["problem"], listed["options"], listed["answer"]) == ("<image>Which?", ["A. 3", "B. 8"], "B")
+    assert (measure["problem_type"], measure["answer"]) == ("numerical", "0.6")
+    assert load("MMSci_DEV_Captioning_image_only.tsv")[0]["problem_type"] == "open-ended"
+
+
+def test_video_tsv_and_json_become_records(forms, tmp_path):
+    """The three video sets that VLMEvalKit reads in forms of their own."""
+    (holmes,) = evaluate.load_benchmark(str(forms / "Video_Holmes.json"), None, str(tmp_path))
+    (long,) = evaluate.load_benchmark(str(forms / "LongVideoBench.json"), None, str(tmp_path))
+    (caption,) = evaluate.load_benchmark(str(forms / "Video_MMLU_CAP.tsv"), None, str(tmp_path))
+    for record, folder in ((holmes, "video"), (long, "videos"), (caption, "youtube_videos")):
+        assert record["media"] == [dict(type="video", path=str(forms / folder / "abc.mp4"))]
+    assert (holmes["options"], holmes["answer"]) == (["A. he", "B. she"], "B")
+    assert (long["options"], long["answer"]) == (["A. he", "B. she"], "A")
+    assert caption["answer"] == "Who comes? A triangle.\nWhen? Late." and evaluate.is_judged(caption)
+
+
+def test_benchmarks_by_name(forms, capsys):
+    """A name of the paper's that finds only one of its files, or none without a word."""
+    assert evaluate.files_of("refcoco", str(forms)) == [str(forms / "eval_refcoco_val.json")]
+    assert evaluate.files_of("MMMU", str(forms)) == [str(forms / "MMMU_DEV_VAL.tsv")]
+    assert evaluate.files_of(str(forms / "mine.json"), "nowhere") == [str(forms / "mine.json")]
+    for name, said in (("GOT-10k", "holds none of eval_got10k.json"), ("nothing", "no benchmark of --list")):
+        with pytest.raises(SystemExit):
+            evaluate.files_of(name, "nowhere")
+        assert said in capsys.readouterr().err
+
+
+def test_list_names_every_benchmark():
+    """A benchmark without a way to get it: each has a download command, or a sentence that says why not."""
+    said = run("evaluate.py", "--list").stdout
+    for stem, row in evaluate.BENCHMARKS.items():
+        assert re.search(rf"^  {re.escape(row.name)} +{re.escape(stem)} ", said, re.MULTILINE)
+        assert row.source in said and str(next(iter(row.paper.values()))[0]) in said
+    assert said.count("hf download") == 4 and said.count("curl -L -o") == 9
+
+
 @pytest.mark.parametrize(
-    "kind, good, bad",
+    "response, answer",
     [
-        ("multiple choice", "B", "one of them"),
-        ("numerical", "3", "three"),
-        ("OCR", "STOP", None),
-        ("temporal grounding", '{"time": [1, 2]}', '{"time": 1}'),
-        ("spatial grounding", '{"boxes": [1, 2, 3, 4]}', '{"boxes": [1, 2, 3]}'),
-        ("tracking", '{"boxes": {"1": [1, 2, 3, 4]}}', '{"boxes": [1, 2, 3, 4]}'),
+        ("<think>A?</think><answer>B</answer>", "B"),
+        ("<think>The answer is A.</think>So it is the dog: option B.", "B"),
+        ("First I thought the answer was A. The correct answer is **(B)**.", "B"),
+        ("It barks.\n\nB.", "B"),
+        ("It barks, hence $\\boxed{B}$\n\\boxed{B}", "B"),
+        ("The answer is A because it purrs.", "A"),
+        ("Answer: B, since it barks", "B"),
+        ("<answer>the striped one</answer> that is, option A", "A"),
+        ("Based on the picture, I cannot say.", None),
+        ("The answer is A or B.", None),
+        ("The answer is a dog or a cat", None),
+        ("A dog barks. Option: BC", None),
+        ("<think>The answer is A", None),
+        ("The options:\nA. a cat\nB. a dog\nC. a cow\nI see nothing.", None),
     ],
 )
-def test_readable_needs_no_truth(kind, good, bad):
-    """infer.py has no true answer: reading must not depend on it (nor call nonsense an answer)."""
-    assert evaluate.readable(dict(problem_type=kind), good) and not evaluate.readable(dict(problem_type=kind), bad)
+def test_choice_falls_back_to_the_last_stated_letter(response, answer):
+    """The release reads "Based on" as B; a reader without the fallback gives 0 for "The answer is **(B)**"."""
+    record = dict(problem_type="multiple choice", options=["A. a cat", "B. a dog", "C. a cow"])
+    found = evaluate.answer_of(record, response)
+    assert (found and evaluate.rewards.read_choice(found, record["options"])) == answer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge
+
+
+@contextlib.contextmanager
+def serve():
+    """A local OpenAI-compatible server that says what server.replies has, in order, and then "7"."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.server.asked.append(asked["messages"][0]["content"])
+            reply = self.server.replies.pop(0) if self.server.replies else "7"
+            status, body = (
+                reply
+                if isinstance(reply, tuple)
+                else (200, json.dumps(dict(choices=[dict(message=dict(content=reply))])))
+            )
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.replies, server.url = [], [], f"http://127.0.0.1:{server.server_address[1]}/v1"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def server():
+    with serve() as server:
+        yield server
+
+
+CAPTION = dict(
+    problem="<image>Describe it.", options=[], answer="a red fox", problem_type="open-ended", data_type="image"
+)
+
+
+@pytest.mark.parametrize(
+    "replies, score",
+    [
+        (["8"], 0.8),
+        (["<think>9 or 10</think>\n10"], 1.0),
+        (["3/10."], 0.3),
+        ([(500, "busy"), (200, "no JSON"), "0"], 0.0),
+        (["11", "NaN", "great: 9"], None),
+        ([(200, "[]"), (200, '{"choices": []}'), (200, '{"choices": [{"message": {"content": null}}]}')], None),
+    ],
+)
+def test_judge_answers_fails_and_lies(server, monkeypatch, replies, score):
+    """A failing or babbling judge read as a score, or as 0."""
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
+    server.replies = list(replies)
+    assert evaluate.ask_judge(server.url, "m", CAPTION, "a fox") == score
+    assert len(server.asked) == len(replies)
+    assert json.loads(server.asked[0].splitlines()[-1])["reference"] == "a red fox"
+
+
+def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monkeypatch):
+    """Paying twice for one verdict; an answer without a verdict as a 0; a verdict for other words of the model."""
+    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
+    name, out = "MMSci_DEV_Captioning_image_only", str(tmp_path)
+    records = [CAPTION | dict(index=i, problem_id=str(i), benchmark=name) for i in range(4)]
+    line = dict(problem_id="p", accuracy=None, parts=dict(task="open-ended"), trouble=[], response="r")
+    answers = ["a fox", "a fox", "a cow", "a hen"]
+    evaluate.write_lines(
+        f"{out}/{name}.jsonl", {i: line | dict(position=i, answer=text) for i, text in enumerate(answers)}
+    )
+    server.replies = ["no"] * 9  # nobody has an answer
+    assert evaluate.judge({name: records}, out, server.url, "m") == 4 and len(server.asked) == 9
+    metrics = evaluate.metrics_of(name, list(evaluate.read_lines(f"{out}/{name}.jsonl").values()))
+    assert "accuracy" not in metrics and metrics["not judged"]["value"] == 1.0
+    assert (
+        evaluate.judge({name: records}, out, server.url, "m") == 0 and len(server.asked) == 12
+    )  # three different answers
+    assert [line["accuracy"] for line in evaluate.read_lines(f"{out}/{name}.jsonl").values()] == [0.7] * 4
+    lines = {i: line | dict(position=i, answer=text) for i, text in enumerate(answers)}
+    evaluate.write_lines(f"{out}/{name}.jsonl", lines)
+    assert evaluate.judge({name: records}, out, server.url, "m") == 0 and len(server.asked) == 12  # all in judge.jsonl
+    evaluate.write_lines(f"{out}/{name}.jsonl", lines)
+    assert evaluate.judge({name: records}, out, server.url, "other") == 0 and len(server.asked) == 15
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,63 +691,84 @@ def store(out, name, accuracies, ids=None):
     evaluate.write_whole(f"{out}/results.json", json.dumps(results | {name: evaluate.metrics_of(name, lines)}))
 
 
+def own(values, ids=None, metric="accuracy"):
+    """One benchmark of one model as read_own gives it."""
+    ids = [str(i) for i in range(len(values))] if ids is None else ids
+    return ids, metric, np.array([values, np.ones(len(values))], dtype=float)
+
+
 def test_difference_is_paired_over_the_records():
     """Independent resamples for the two models: a model that is better on every single record looks like chance."""
     rng = np.random.default_rng(0)
-    ids, base = [str(i) for i in range(50)], {name: 0.8 * (rng.random(50) < 0.5) for name in ("a", "b")}
+    base = {name: 0.8 * (rng.random(50) < 0.5) for name in ("a", "b")}
     models = {
-        "base": {name: (ids, list(base[name])) for name in base},
-        "better": {name: (ids, list(base[name] + 0.02)) for name in base},
+        "base": {name: own(base[name]) for name in base},
+        "better": {name: own(base[name] + 0.02) for name in base},
     }
     report = evaluate.compare_models(models)
     (difference,) = report["differences"]
     assert (difference["model"], difference["minus"]) == ("better", "base")
-    for key in ("value", "low", "high"):
-        assert difference[key] == pytest.approx(0.02)
+    for row in (difference, difference["benchmarks"]["a"], difference["benchmarks"]["b"]):
+        assert [row[key] for key in ("value", "low", "high", "p")] == pytest.approx([0.02, 0.02, 0.02, 0.0])
     assert report["mean"]["base"]["high"] - report["mean"]["base"]["low"] > 0.1  # while each alone is uncertain
 
 
 def test_difference_of_equal_models_with_different_luck_includes_zero():
     """An interval that is too narrow calls luck progress: resampling benchmarks' means instead of records."""
     rng = np.random.default_rng(3)
-    ids = [str(i) for i in range(80)]
-    hits = 0
+    hits, surprises = 0, 0
     for i in range(60):
-        models = {model: {f"{i}": (ids, list((rng.random(80) < 0.5) * 1.0))} for model in ("a", "b")}
+        models = {model: {f"{i}": own((rng.random(80) < 0.5) * 1.0)} for model in ("a", "b")}
         (difference,) = evaluate.compare_models(models)["differences"]
         hits += difference["low"] <= 0 <= difference["high"]
-    assert hits >= 52
+        surprises += difference["p"] < 0.05
+    assert hits >= 52 and surprises <= 8
 
 
 def test_mean_weighs_benchmarks_not_records():
-    """A large benchmark drowns the small ones when all records go into one pot."""
-    models = {"m": {"large": (["x"] * 90, [0.0] * 90), "small": (["x"] * 10, [1.0] * 10)}}
+    """A large benchmark drowns the small ones in one pot; the three files of RefCOCO count three times."""
+    models = {"m": {"large": own([0.0] * 90), "small": own([1.0] * 10)}}
+    assert evaluate.compare_models(models)["mean"]["m"]["value"] == 0.5
+    files = {f"eval_refcoco_{split}": own([1.0] * 5, metric="R@0.5") for split in ("val", "testA", "testB")}
+    models = {"m": files | {"eval_charades": own([0.0] * 5, metric="mIoU")}}
     assert evaluate.compare_models(models)["mean"]["m"]["value"] == 0.5
 
 
+def test_a_ratio_of_sums_is_compared_as_one():
+    """cIoU averaged over pictures in the comparison, while results.json has the cumulative one."""
+    columns = np.array([[90.0, 0.0], [100.0, 10.0]])
+    report = evaluate.compare_models({"m": {"eval_seg_refcoco": (["1", "2"], "cIoU", columns)}})
+    assert report["mean"]["m"]["value"] == pytest.approx(90 / 110)
+
+
 def test_comparison_needs_the_same_records_and_names_what_it_leaves_out():
-    """Models compared over different benchmarks or records, in silence."""
-    a = {"x": (["1", "2"], [1.0, 0.0]), "y": (["1"], [1.0])}
-    assert evaluate.compare_models({"a": a, "b": {"x": (["1", "2"], [0.0, 0.0])}})["left_out"] == ["y"]
+    """Models compared over different benchmarks, metrics or records, in silence."""
+    a = {"x": own([1.0, 0.0], ["1", "2"]), "y": own([1.0], ["1"]), "z": own([1.0], ["1"])}
+    b = {"x": own([0.0, 0.0], ["1", "2"]), "z": own([1.0], ["1"], "cIoU")}
+    assert evaluate.compare_models({"a": a, "b": b})["left_out"] == ["y", "z"]
     with pytest.raises(ValueError, match="x: the models did not answer the same records"):
-        evaluate.compare_models({"a": a, "b": {"x": (["1", "3"], [0.0, 0.0])}})
+        evaluate.compare_models({"a": a, "b": {"x": own([0.0, 0.0], ["1", "3"])}})
 
 
-def test_compare_command_prints_writes_and_starts_fast(tmp_path):
-    """--compare that waits for torch and vLLM, or whose intervals differ from results.json."""
+def test_compare_command_prints_and_writes(tmp_path):
+    """--compare that loads a model's libraries for half a minute, or whose intervals differ from results.json."""
     for out, right in (("base", 2), ("sft", 7), ("rl", 9)):
         store(tmp_path / out, "math", [1.0] * right + [0.0] * (10 - right))
         store(tmp_path / out, "ocr", [right / 10] * 10)
-    code = "import sys, runpy; runpy.run_path('evaluate.py', run_name='__main__'); assert 'torch' not in sys.modules"
+    code = "import sys, runpy; runpy.run_path('evaluate.py', run_name='__main__'); assert not {'vllm', 'sft'} & {*sys.modules}"
     command = [sys.executable, "-c", code, "--compare", *(str(tmp_path / out) for out in ("base", "sft", "rl"))]
     command += ["--names", "base", "SFT", "RL", "--out", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
         "mean over 2 benchmarks" in done.stdout
-        and "SFT - base: +50.0 [" in done.stdout
+        and re.search(r"SFT - base: \+50.0 \[.*\] points, p < 0.001, paired over the records: above", done.stdout)
         and "RL - SFT: +20.0 [" in done.stdout
     )
+    ocr = next(row for row in done.stdout.splitlines() if row.startswith("ocr"))
+    assert re.fullmatch(
+        r"ocr +10 +20.0 \[[^]]+\] +70.0 \[[^]]+\]\+ +90.0 \[[^]]+\]\+", ocr
+    )  # constant: clear everywhere
     report = json.loads((tmp_path / "report.json").read_text())
     assert (
         report["benchmarks"]["math"]["RL"] == evaluate.read_json_file(f"{tmp_path}/rl/results.json")["math"]["accuracy"]
@@ -299,43 +781,49 @@ def test_compare_command_prints_writes_and_starts_fast(tmp_path):
 
 def test_chunks_are_bounded_by_count_and_by_tokens():
     """256 prompts of 128 frames at once: 25 GB of pixels per rank; or a chunk that never ends and loses its rest."""
-    items = [("a", {}, SimpleNamespace(token_ids=[0] * length)) for length in (5, 5, 90, 5, 5, 5, 5)]
+    items = [({}, SimpleNamespace(token_ids=[0] * length)) for length in (5, 5, 90, 5, 5, 5, 5)]
     sizes = [len(chunk) for chunk in evaluate.chunked(iter(items), most=3, most_tokens=50)]
     assert sizes == [3, 3, 1] and sum(sizes) == len(items)
     assert [len(chunk) for chunk in evaluate.chunked(iter(items[2:]), most=3, most_tokens=50)] == [1, 3, 1]
 
 
-def test_failed_generations_are_no_answers_and_missing_media_are_zeros(monkeypatch):
+def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypatch):
     """The release writes a failed batch as answers and never retries it, and drops what it cannot read from the mean."""
-    import data
     import rl_ema_grpo
 
-    records = [dict(problem_type="numerical", data_type="image", answer="3", problem_id="p", index=i) for i in range(5)]
+    common = dict(problem_type="numerical", data_type="image", answer="3", problem_id="p", benchmark="a")
+    records = [dict(common, index=i) for i in range(6)]
     prompts = [data.Prompt(record, [0], None, None, None, {}) for record in records]
     prompts[3] = data.Skipped("missing_media", "no file x.png")
     responses = {
-        0: ("<answer>3</answer>", True),
-        1: ("", False),
-        2: ("<think>3? 3.", False),
-        4: ("<answer>two</answer>", True),
+        0: [("<answer>3</answer>", True)],
+        1: [("", False)] * 3,  # fails whenever it is tried
+        2: [("<think>3? 3.", False)],
+        4: [("<answer>two</answer>", True)],
+        5: [("", False), ("", False), ("<answer>3</answer>", True)],
     }
 
     def generate(llm, asked, seeds, n, max_tokens, tokenizer, temperature):
-        assert temperature == 0 and n == 1 and prompts[3] not in asked
-        made = [responses[prompt.record["index"]] for prompt in asked]
+        assert temperature == 0 and n == 1 and prompts[3] not in asked and len(seeds) == len(asked)
+        made = [responses[prompt.record["index"]].pop(0) for prompt in asked]
         return [SimpleNamespace(responses=[list(text)], finished=[ended]) for text, ended in made]
 
     monkeypatch.setattr(rl_ema_grpo, "generate", generate)
     monkeypatch.setattr(rl_ema_grpo, "text_of", lambda rollout, i, tokenizer: "".join(rollout.responses[i]))
     grader = SimpleNamespace(accuracies=lambda pairs: [evaluate.rewards.accuracy(*pair) for pair in pairs])
-    lines = evaluate.answer(
-        [("a", record, prompt) for record, prompt in zip(records, prompts)], None, grader, None, max_tokens=12
-    )
-    by_position = {line["position"]: line for name, line in lines if name == "a"}
-    assert sorted(by_position) == [0, 2, 3, 4]  # 1 has neither ended nor used its tokens up: it failed
-    assert [by_position[i]["accuracy"] for i in (0, 3, 4)] == [1.0, 0.0, 0.0]
+    pairs = evaluate.answer(list(zip(records, prompts)), None, grader, None, max_tokens=12)
+    assert all(record["index"] == line["position"] for record, line in pairs)
+    by_position = {line["position"]: line for _, line in pairs}
+    assert sorted(by_position) == [0, 2, 3, 4, 5]  # 1 has neither ended nor used its tokens up: it failed
+    assert [by_position[i]["accuracy"] for i in (0, 3, 4, 5)] == [1.0, 0.0, 0.0, 1.0]
     assert by_position[2]["trouble"][0] == "cut off" and by_position[4]["trouble"] == ["unreadable"]
     assert by_position[3]["trouble"] == ["skipped", "missing_media"] and by_position[3]["response"] is None
+    assert not any(responses.values())  # tried three times, and no more
+
+    metrics = evaluate.metrics_of("a", list(by_position.values()), failed=1)
+    assert metrics["accuracy"]["n"] == 5 and metrics["failed"]["value"] == pytest.approx(1 / 6)
+    total = evaluate.overall({"a": metrics}, {"a": "accuracy"})
+    assert total["names"] == [] and total["left_out"] == {"a": "1 failed"}
 
 
 @pytest.fixture
@@ -398,3 +886,215 @@ def test_a_folder_never_mixes_two_models_or_settings(request_of, tmp_path, capsy
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "math.json").write_text((tmp_path / "math.json").read_text().replace("1 + 1", "1 + 2"))
     assert "other math data:" in refused(request_of(), capsys)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+def tiny_sam2(path):
+    """A SAM2 of the real architecture with random weights, 64 x 64 pixels inside."""
+    import torch
+    import transformers as hf
+    from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
+
+    torch.manual_seed(0)
+    backbone = dict(
+        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
+        num_attention_heads_per_stage=[1] * 4, window_size_per_stage=[4] * 4, global_attention_blocks=[3],
+        window_positional_embedding_background_size=[2, 2],
+    )  # fmt: skip
+    vision = dict(backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=128)
+    vision |= dict(backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]])
+    decoder = Sam2VideoMaskDecoderConfig(hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
+    config = hf.Sam2VideoConfig(
+        vision_config=vision, prompt_encoder_config=dict(hidden_size=128, image_size=64, patch_size=16), image_size=64,
+        mask_decoder_config=decoder, memory_attention_hidden_size=128, memory_attention_feed_forward_hidden_size=128,
+        memory_attention_num_layers=1, memory_attention_rope_feat_sizes=[4, 4], memory_encoder_hidden_size=128,
+        memory_encoder_output_channels=64, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
+        memory_fuser_intermediate_dim=32,
+    )  # fmt: skip
+    hf.Sam2VideoModel(config).save_pretrained(path)
+    size = dict(height=64, width=64)
+    pictures, films = (
+        hf.Sam2ImageProcessor(size=size, mask_size=dict(height=16, width=16)),
+        hf.Sam2VideoVideoProcessor(size=size),
+    )
+    hf.Sam2VideoProcessor(pictures, films).save_pretrained(path)
+
+
+# A model that knows the truth, and errs in every other record: the rest of the run is real. Runs one after another, each in
+# a process of its own: out, and `stage:k` to end without a warning in the middle of writing the k-th line of that stage.
+ORACLE = """
+import json, os, sys, types
+sys.path.insert(0, os.getcwd())
+import cpu_compat
+import evaluate, rl_ema_grpo, sft, transformers
+from rewards import truth_of
+
+class Engine:
+    def __getattr__(self, name): return self
+    def __call__(self, *_): pass
+
+def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature):
+    made = []
+    for prompt in prompts:
+        record = prompt.record
+        said = truth_of(record) if record["index"] % 2 == 0 else truth_of(record).replace("5", "6").replace("A", "B")
+        ids = tokenizer(f"<think>{record['problem_id']} <script>alert(1)</script></think><answer>{said}</answer>")["input_ids"]
+        made.append(types.SimpleNamespace(responses=[ids + [0]], finished=[True]))
+    return made
+
+def run(out, stage, left):
+    def append(path, line):
+        nonlocal left
+        here = "judge" if path.endswith("judge.jsonl") else "mask" if "masks" in line else "answer"
+        left -= here == stage
+        if here == stage and left == 0:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "a") as file:
+                file.write(json.dumps(line)[:40])
+            os._exit(9)
+        write(path, line)
+
+    write, evaluate.append = evaluate.append, append
+    sys.argv[1:] = [*common, "--out", out]
+    sys.stdout = open(f"{out}.txt", "w")
+    evaluate.evaluate(evaluate.parse_args())
+
+rl_ema_grpo.generate, rl_ema_grpo.make_engine = generate, lambda *_, **__: Engine()
+runs, common = json.loads(sys.argv[1]), sys.argv[2:]
+for out, die in runs:
+    if not (child := os.fork()):
+        stage, _, left = die.partition(":")
+        run(out, stage, int(left or 0))
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended == (9 if die else 0), (out, die, ended)
+"""
+
+
+@pytest.fixture(scope="module")
+def runs(toy, forms, tmp_path_factory):
+    """All forms through one command, in folder whole; and once more in folder cut, interrupted three times."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_sam2(folder / "sam2")
+    paths = sorted(path for path in forms.iterdir() if path.suffix in (".json", ".tsv"))
+    with serve() as server:
+        command = ["--model", toy / "model", "--data", *paths, "--sam2", folder / "sam2", "--judge-url", server.url]
+        command += ["--judge-model", "m", "--workers", 0, "--prompts-per-chunk", 4, "--dtype", "float32"]
+        outs = [("whole", ""), ("cut", "answer:7"), ("cut", "mask:2"), ("cut", "judge:2"), ("cut", "")]
+        outs = json.dumps([(str(folder / out), die) for out, die in outs])
+        done = subprocess.run(
+            [sys.executable, "-c", ORACLE, outs, *map(str, command)],
+            cwd=ROOT, env=os.environ | dict(no_proxy="127.0.0.1"), capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def stored(out):
+    paths = [path for path in sorted(out.glob("*.jsonl")) if path.name != "judge.jsonl"]  # whose lines have no order
+    return {path.name: path.read_bytes() for path in [*paths, out / "results.json"]}
+
+
+def test_interrupted_three_times_the_result_is_the_same(runs):
+    """A rerun that loses, repeats or mixes answers, masks or verdicts; a torn line that ends it, or takes the next along."""
+    whole, resumed = ((runs / f"{out}.txt").read_text() for out in ("whole", "cut"))
+    assert stored(runs / "whole") == stored(runs / "cut")
+    assert ": 0 to answer" in resumed
+    assert resumed[resumed.index("\nbenchmark") :] == whole[whole.index("\nbenchmark") :].replace("/whole", "/cut")
+    verdicts = [evaluate.read_lines(runs / out / "judge.jsonl", "key") for out in ("whole", "cut")]
+    assert verdicts[0] == verdicts[1] and verdicts[0]
+
+    results = json.loads((runs / "whole" / "results.json").read_text())
+    assert len(results) == 17 and all(metrics["failed"]["value"] == 0 for metrics in results.values())
+    assert results["eval_got10k"]["AO"]["n"] == 2 and "J&F (DAVIS)" in results["eval_seg_mevis"]
+    assert results["MMSci_DEV_Captioning_image_only"]["accuracy"]["value"] == pytest.approx(0.7)
+    assert re.search(r"mean over benchmarks +17 ", whole) and "not in the mean" not in whole
+
+
+def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path):
+    """Grades that a rerun cannot restore; masks and verdicts thrown away with them, which cost hours."""
+    out = str(shutil.copytree(runs / "whole", tmp_path / "whole"))
+    for name in ("eval_charades", "MathVerse_MINI", "eval_seg_mevis"):
+        path = f"{out}/{name}.jsonl"
+        lost = {p: line | dict(accuracy=0.25, trouble=["unreadable"]) for p, line in evaluate.read_lines(path).items()}
+        evaluate.write_lines(path, lost)
+    paths = json.loads(Path(f"{out}/args.json").read_text())["data"]
+    done = run("evaluate.py", "--regrade", "--data", *paths, "--out", out)
+    assert stored(Path(out)) == stored(runs / "whole") and "mean over benchmarks" in done.stdout
+
+
+def test_nothing_in_the_report_is_code_but_its_own(runs):
+    """A model that writes a script into its answer, and the reader's browser runs it; a page that needs a network."""
+    page = (runs / "whole" / "report.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and page.count("<script") == 1
+    bare = re.sub('base64,[^"]+', "", page)
+    assert all(link.startswith("data:") for link in re.findall('(?:src|href)="?([^">]*)', bare)) and "http" not in bare
+    assert page.count("<article") == page.count("<details>") > 25 and "no picture" not in page
+
+
+def test_the_report_in_a_browser(runs):
+    """Filters that filter nothing, a page wider than a phone, pictures that do not show."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium here to open report.html with (apt-get install chromium)")
+    page, probe = (runs / "whole" / "report.html").read_text(), runs / "probe.html"
+    broken = "[...document.images].filter(image => !image.naturalWidth).length"
+    script = f"<script>document.title = [innerWidth, document.documentElement.scrollWidth, {broken}]</script>"
+    probe.write_text(page.replace('loading="lazy"', "") + script)
+    command = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--virtual-time-budget=5000",
+        "--window-size=500,900",
+    ]
+
+    def dom(part):
+        command_here = [*command, "--dump-dom", f"file://{probe}{part}"]
+        return re.sub(
+            'base64,[^"]+', "", subprocess.run(command_here, capture_output=True, text=True, timeout=60).stdout
+        )
+
+    seen = dom("#task=tracking&max=0.95&sort=-1")
+    cards = re.findall("<article[^>]*>", seen)
+    left = [card for card in cards if "hidden" not in card]
+    assert 0 < len(left) < len(cards) and f"{len(left)} of {len(cards)} shown" in seen
+    assert all('task="tracking"' in card and float(re.search('score="([^"]+)', card)[1]) <= 0.95 for card in left)
+    width, needed, broken = map(int, re.search("<title>(.*)</title>", seen)[1].split(","))
+    assert needed <= width and broken == 0
+    order = re.findall('data-benchmark="eval_stvg" data-score="([^"]+)', dom("#benchmark=eval_stvg"))
+    assert len(order) == 2 and float(order[0]) < float(order[1])  # worst first
+    order = re.findall('data-benchmark="eval_stvg" data-score="([^"]+)', dom("#benchmark=eval_stvg&sort=-1"))
+    assert float(order[0]) > float(order[1])
+
+
+def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
+    """Forms that load but that the engine does not take: several pictures, a film beside a picture, 32 frames."""
+    names = ["MMMU", "Video-Holmes", "VideoMathQA", "GOT-10k", "STVG", "RefCOCO", "RefCOCO (masks)", "VideoMMLU"]
+    settings = "--dtype float32 --workers 1 --max-prompt-tokens 900 --max-response-tokens 16".split()
+    result = run(
+        "evaluate.py", "--model", toy / "model", "--data", *names, "--data-root", forms, "--out", tmp_path, *settings
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    counts = {name: metrics["unreadable"]["n"] for name, metrics in results.items()}
+    assert counts == {
+        "MMMU_DEV_VAL": 3, "Video_Holmes": 1, "eval_videomathqa": 2, "eval_got10k": 2, "eval_stvg": 2,
+        "eval_refcoco_val": 2, "eval_seg_refcoco": 2, "Video_MMLU_CAP": 1,
+    }  # fmt: skip
+    assert all(not metrics["skipped"]["value"] and not metrics["failed"]["value"] for metrics in results.values())
+    assert "not in the mean: eval_seg_refcoco: no cIoU without --sam2" in result.stdout
+    assert (tmp_path / "report.html").exists()
+
+
+def test_tracking_sees_32_frames(toy, processor):
+    """GOT-10k with 128 frames: another benchmark than the paper's."""
+    limits = data.Limits(fps=30.0)  # the toy's films: 8 seconds, 32 frames there are
+    record = evaluate.load_benchmark(str(toy / "eval" / "tracking.json"), None, "nowhere")[0]
+    seen = {}
+    for name in ("eval_got10k", "mine"):
+        prompt = evaluate.prompt_of(record | dict(benchmark=name), processor, limits, data.PROMPTS)
+        seen[name] = len(prompt.vllm["multi_modal_data"]["video"][0][0])
+    assert seen == {"eval_got10k": 32, "mine": 128}

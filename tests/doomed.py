@@ -1,0 +1,56 @@
+"""Runs sft.py or rl_ema_grpo.py and kills it on purpose, by SIGKILL: what test_survival.py and soak.py put under torchrun.
+
+    torchrun --standalone --nproc-per-node 2 --max-restarts 2 tests/doomed.py "rl_ema_grpo.generate:2:all sft.publish:1:0" rl_ema_grpo ...
+
+Death i belongs to restart i: function:call:rank dies 0.1 s after that function is entered for that time ("all": every rank;
+"raise0" instead of a rank: that rank raises an exception; "hang0": it sleeps for good). The restart after the last lives.
+
+The toy's model is untrained and earns nothing, so rewards are made from the sampled tokens: every step has groups to train on.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cpu_compat  # noqa: F401, I001
+import torch
+
+torch.set_num_threads(1)
+deaths, script = sys.argv[1].split(), importlib.import_module(sys.argv[2])
+sys.argv = [f"{sys.argv[2]}.py", *sys.argv[3:]]
+restart, rank = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), os.environ["RANK"]
+if restart < len(deaths):
+    path, at, who = deaths[restart].split(":")
+    module, name = path.split(".")
+    module = importlib.import_module(module)
+    original, calls = getattr(module, name), []
+
+    def doomed(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == int(at) and who in ("all", rank):
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if len(calls) == int(at) and who == f"raise{rank}":
+            raise ArithmeticError("on purpose")
+        if len(calls) == int(at) and who == f"hang{rank}":
+            time.sleep(10**6)
+        return original(*args, **kwargs)
+
+    setattr(module, name, doomed)
+if script.__name__ == "rl_ema_grpo":
+    from rewards import total
+
+    grade = script.grade
+
+    def grade_by_tokens(rollouts, grader, tokenizer):
+        grade(rollouts, grader, tokenizer)
+        for rollout in rollouts:
+            rollout.scores = [total(0.05 + 0.9 * (sum(tokens) % 89) / 89, 0.0) for tokens in rollout.responses]
+
+    script.grade = grade_by_tokens
+script.main()
