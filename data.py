@@ -14,7 +14,6 @@ import argparse
 import ctypes
 import gc
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -23,6 +22,7 @@ import signal
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections import Counter
 from contextlib import suppress
@@ -229,7 +229,8 @@ def find_media(raw, fail):
         media += [{"type": kind, "path": path} for path in paths]
     if media:
         return media
-    for field, kind in (("path", "image" if raw.get("data_type") == "image" else "video"), ("additional_path", "image")):
+    main = "image" if raw.get("data_type") == "image" else "video"
+    for field, kind in (("path", main), ("additional_path", "image")):
         if raw.get(field):
             if not isinstance(raw[field], str):
                 fail(field, "a path")
@@ -430,7 +431,7 @@ def sample_positions(total, duration, fps, max_frames):
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
     """
-    count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 7.999999 s at 1 fps: eight frames, not seven
+    count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999999999999 s
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
@@ -474,12 +475,13 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
 
 
 def list_frames(container, stream):
-    """Time stamps of all frames that are shown, and of the key frames: two ascending arrays, in units of time_base."""
-    shown, keys, end = set(), set(), 0
+    """Time stamps of all frames that are shown, ascending (total,), and where one may start to decode: for each key frame
+    its time stamp and its place in decoding order, (keys, 2). All in units of the stream's time_base."""
+    shown, keys, end = set(), {}, 0
     for packet in container.demux(stream):
         if packet.pts is not None:
             if packet.is_keyframe:
-                keys.add(packet.pts)
+                keys[packet.pts] = packet.pts if packet.dts is None else packet.dts
             if not packet.is_discard:  # an edit list may hide frames that others need
                 shown.add(packet.pts)
                 end = max(end, packet.pts + (packet.duration or 0))
@@ -489,7 +491,7 @@ def list_frames(container, stream):
     if stream.frames and end - pts[0] < 0.95 * (stream.duration or 0):  # other headers only guess
         seconds = [float(ticks * stream.time_base) for ticks in (end - int(pts[0]), stream.duration)]
         raise MediaError("truncated_video", f"ends after {seconds[0]:.1f} s of {seconds[1]:.1f} s")
-    return pts, np.array(sorted(keys or shown))
+    return pts, np.array(sorted(keys.items()) or [(pts[0], pts[0])])
 
 
 def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
@@ -501,14 +503,15 @@ def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
         if frame is not None and frame.pts == target:  # the same frame once more
             frames.append(frames[-1])
             continue
-        last = max(0, int(np.searchsorted(keys, target, side="right")) - 1)  # of the key frames at or before the target
-        if frame is not None and keys[last] <= frame.pts:  # no key frame lies on the way: just go on
+        last = max(0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1)  # key frame not after the target
+        if frame is not None and keys[last, 0] <= frame.pts:  # no key frame lies on the way: just go on
             frame = next_frame(decoder, target, frame.pts)
         else:
             frame = None
-        for key in keys[max(0, last - 2) : last + 1][::-1].tolist():  # some files' seek lands a key frame late
+        # MP4 and MKV seek by time, others by place in decoding order; the key frame before, should that land late as well
+        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
             if frame is None or frame.pts != target:
-                container.seek(key, stream=stream)
+                container.seek(place, stream=stream)
                 decoder = container.decode(stream)
                 frame = next_frame(decoder, target, -math.inf)
         if frame is None or frame.pts != target:
@@ -570,11 +573,14 @@ def cached(limits, read, path, *settings):
         return Video(parts[0], parts[1].tolist(), float(parts[2]), int(parts[3])) if len(parts) == 4 else parts[0]
     except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there, or damaged: its checksum tells
         value = read(path, *settings)
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
-        np.savez(aside, *(value if isinstance(value, Video) else [value]))
-    with suppress(FileNotFoundError):  # another process has just made room
-        os.replace(aside.name, file)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
+            np.savez(aside, *(value if isinstance(value, Video) else [value]))
+        with suppress(FileNotFoundError):  # another process has just made room
+            os.replace(aside.name, file)
+    except OSError as error:  # a full disk makes reading slower, it does not end the run
+        warnings.warn(f"--cache {limits.cache}: {error}", stacklevel=1)
     make_room(folder, limits.cache_gb * 2**30 / 16)
     return value
 
@@ -649,9 +655,10 @@ def mrope_positions(token_ids, vision_ids, grids):
 
 
 def check_text(texts, tokenizer):
-    """Raises MediaError where a text holds what a tokenizer takes for a control token, such as <|im_end|>, or no letters."""
-    if found := [word for word in tokenizer.get_added_vocab() if word.startswith("<|") and any(word in t for t in texts)]:
-        raise MediaError("control_token", f"the text holds {found[0]}, which would not be read as text")
+    """Raises MediaError where a text holds what a tokenizer takes for a control token, such as <|im_end|>, or half a character."""
+    control = [word for word in tokenizer.get_added_vocab() if word.startswith("<|")]
+    if found := [word for word in control if any(word in text for text in texts)]:
+        raise MediaError("control_token", f"the text holds {found[0]}, which the model would not read as text")
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
@@ -670,12 +677,12 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     else:
         turns = [{"role": "user", "content": render_problem(record, prompts)}]
     check_text([turn["content"] for turn in turns] + [demonstration(record) or ""], tokenizer)
-    kinds = [medium["type"] for medium in record["media"]]  # the problem comes first: what options or answers say stays text
+    kinds = [medium["type"] for medium in record["media"]]
     turns = [
         {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image")).replace("<video>", "<|video_pad|>", kinds.count("video"))}
         if turn["role"] == "user" else turn
         for turn in turns
-    ]  # fmt: skip
+    ]  # as many as there are media: they come first, an <image> in an option or in an answer stays text  # fmt: skip
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     patches, grids, expanded = [], [], {"image": [], "video": []}
@@ -687,12 +694,18 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
             expanded["image"].append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
             vllm_data["image"].append(Image.fromarray(pixels))
         else:
-            bounds = limits.frame_min_pixels, limits.frame_max_pixels
-            video = cached(limits, read_video, medium["path"], limits.fps, limits.max_frames, *bounds, record.get("fps"))
+            settings = (
+                limits.fps,
+                limits.max_frames,
+                limits.frame_min_pixels,
+                limits.frame_max_pixels,
+                record.get("fps"),
+            )
+            video = cached(limits, read_video, medium["path"], *settings)
             rows, grid = patchify(video.frames)
             frame = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2) + "<|vision_end|>"
-            shown = [index / video.fps for index in video.indices]  # seconds; operations in the library's own order, since
-            pairs = zip(shown[::2], shown[1::2])  # 3.15 would else round to 3.1 here and to 3.2 there
+            shown = [index / video.fps for index in video.indices]  # seconds
+            pairs = zip(shown[::2], shown[1::2])  # in the library's own order: 3.15 is else 3.1 here and 3.2 there
             expanded["video"].append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
             metadata = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
             metadata |= dict(video_backend="pyav", do_sample_frames=False)
@@ -736,6 +749,7 @@ def data_order(count, seed, cursor=0, rank=0, world=1, rows=1, work=None):
     together have taken, a multiple of rows * world. work: expected work of each record. The heaviest record of a block then
     goes first, each to the rank with the least so far; without `work` a block is dealt like cards.
 
+    >>> import itertools
     >>> [list(itertools.islice(data_order(8, 0, rank=rank, world=2, rows=2, work=[10, 20, 30, 40, 50, 60, 70, 80]), 2)) for rank in (0, 1)]
     [[6, 2], [4, 3]]
     """
@@ -833,7 +847,10 @@ def token_table(prompt, tokenizer, few=6):
     response = tokenizer(demonstration(prompt.record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids, start = prompt.token_ids + response, len(prompt.token_ids)
     shown = sorted({*range(start - few, start + few), *range(len(ids) - few, len(ids))})
-    lines = [f"labels: {start} tokens given, {len(response)} learned", f"{'position':>10}{'id':>10}{'label':>10}  token"]
+    lines = [
+        f"labels: {start} tokens given, {len(response)} learned",
+        f"{'position':>10}{'id':>10}{'label':>10}  token",
+    ]
     for before, i in zip([start - few - 1, *shown], shown):
         lines += [f"{'...':>10}"] * (i > before + 1)
         lines.append(f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}")

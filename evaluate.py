@@ -34,6 +34,7 @@ import hashlib
 import html
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -53,21 +54,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 
+import data
 import rewards
-from data import (  # fmt: skip
-    MediaError,
-    Prompt,
-    add_limits,
-    encode,
-    limits_of,
-    load_prompts,
-    load_records,
-    normalise,
-    prefetch,
-    read_video,
-    refuse,
-    task_of,
-)
 from infer import draw, draw_strip, film, load_sam2, marks_of, readable, segment_images, segment_video
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -92,61 +80,47 @@ KIT = "https://opencompass.openxlab.space/utils/"  # VLMEvalKit's DATASET_URL
 MC, TG, SG, ST = "multiple choice", "temporal grounding", "spatial grounding", "spatial-temporal grounding"
 
 
-def percents(names, ours, base=None):
-    """The paper's numbers of one benchmark, metric by metric.
-
-    >>> percents("R@0.3 R@0.5", (83.5, 68.3), (58.0, 33.5))
-    {'R@0.3': (83.5, 58.0), 'R@0.5': (68.3, 33.5)}
-    """
-    return dict(zip(names.split(), zip(ours, base or [None] * len(ours))))
-
-
-def one(ours, base=None, metric="accuracy"):
-    return {metric: (ours, base)}
-
-
-RECALLS, SPANS, JF = "R@0.3 R@0.5 R@0.7 mIoU", "tIoU@0.5 m_tIoU sIoU@0.5 m_sIoU", "J F J&F"
 # fmt: off
 BENCHMARKS = {  # file stem ->
-    "MMMU_DEV_VAL": Benchmark("MMMU", MC, one(70.6, 60.2), KIT + "VLMEval/MMMU_DEV_VAL.tsv", split="validation", judged=True),
-    "MathVista_MINI": Benchmark("MathVista", MC, one(77.6, 74.2), KIT + "VLMEval/MathVista_MINI.tsv", judged=True),
-    "MathVerse_MINI": Benchmark("MathVerse", MC, one(64.3, 58.1), KIT + "benchmarks/MathVerse/MathVerse_MINIV.tsv", free="math"),
-    "MMBench_DEV_EN": Benchmark("MMBench", MC, one(86.6, 85.1, "circular accuracy"), KIT + "benchmarks/MMBench/MMBench_DEV_EN.tsv", circular=True),
-    "MMStar": Benchmark("MMStar", MC, one(70.6, 68.5), KIT + "VLMEval/MMStar.tsv"),
-    "ScienceQA_TEST": Benchmark("ScienceQA", MC, one(96.5, 92.0), KIT + "benchmarks/ScienceQA/ScienceQA_TEST.tsv"),
-    "AI2D_TEST": Benchmark("AI2D", MC, one(85.2, 82.3), KIT + "VLMEval/AI2D_TEST.tsv"),
-    "MMT-Bench_VAL": Benchmark("MMT-Bench", MC, one(67.8, 64.1), KIT + "benchmarks/MMT-Bench/MMT-Bench_VAL.tsv"),
+    "MMMU_DEV_VAL": Benchmark("MMMU", MC, {"accuracy": (70.6, 60.2)}, KIT + "VLMEval/MMMU_DEV_VAL.tsv", split="validation", judged=True),
+    "MathVista_MINI": Benchmark("MathVista", MC, {"accuracy": (77.6, 74.2)}, KIT + "VLMEval/MathVista_MINI.tsv", judged=True),
+    "MathVerse_MINI": Benchmark("MathVerse", MC, {"accuracy": (64.3, 58.1)}, KIT + "benchmarks/MathVerse/MathVerse_MINIV.tsv", free="math"),
+    "MMBench_DEV_EN": Benchmark("MMBench", MC, {"circular accuracy": (86.6, 85.1)}, KIT + "benchmarks/MMBench/MMBench_DEV_EN.tsv", circular=True),
+    "MMStar": Benchmark("MMStar", MC, {"accuracy": (70.6, 68.5)}, KIT + "VLMEval/MMStar.tsv"),
+    "ScienceQA_TEST": Benchmark("ScienceQA", MC, {"accuracy": (96.5, 92.0)}, KIT + "benchmarks/ScienceQA/ScienceQA_TEST.tsv"),
+    "AI2D_TEST": Benchmark("AI2D", MC, {"accuracy": (85.2, 82.3)}, KIT + "VLMEval/AI2D_TEST.tsv"),
+    "MMT-Bench_VAL": Benchmark("MMT-Bench", MC, {"accuracy": (67.8, 64.1)}, KIT + "benchmarks/MMT-Bench/MMT-Bench_VAL.tsv"),
 
-    "eval_videommmu": Benchmark("VideoMMMU", MC, one(66.2, 63.3), HUB),
-    "eval_mmvu": Benchmark("MMVU-mc", MC, one(70.5, 65.6), HUB),
-    "eval_videomme": Benchmark("VideoMME", MC, one(66.5, 64.0), HUB),
-    "Video_Holmes": Benchmark("Video-Holmes", MC, one(48.7, 40.9), "TencentARC/Video-Holmes", media="video"),
-    "LongVideoBench": Benchmark("LongVideoBench", MC, one(61.7, 61.5), "longvideobench/LongVideoBench", media="videos"),
-    "eval_longvideoreason": Benchmark("LongVideo-Reason", MC, one(79.2, 71.5), HUB),
-    "eval_videomathqa": Benchmark("VideoMathQA", MC, one(35.0, 24.3), HUB),
+    "eval_videommmu": Benchmark("VideoMMMU", MC, {"accuracy": (66.2, 63.3)}, HUB),
+    "eval_mmvu": Benchmark("MMVU-mc", MC, {"accuracy": (70.5, 65.6)}, HUB),
+    "eval_videomme": Benchmark("VideoMME", MC, {"accuracy": (66.5, 64.0)}, HUB),
+    "Video_Holmes": Benchmark("Video-Holmes", MC, {"accuracy": (48.7, 40.9)}, "TencentARC/Video-Holmes", media="video"),
+    "LongVideoBench": Benchmark("LongVideoBench", MC, {"accuracy": (61.7, 61.5)}, "longvideobench/LongVideoBench", media="videos"),
+    "eval_longvideoreason": Benchmark("LongVideo-Reason", MC, {"accuracy": (79.2, 71.5)}, HUB),
+    "eval_videomathqa": Benchmark("VideoMathQA", MC, {"accuracy": (35.0, 24.3)}, HUB),
 
-    "MMSci_DEV_Captioning_image_only": Benchmark("MMSci", "open-ended", one(25.7, 15.1), KIT + "VLMEval/MMSci_DEV_Captioning_image_only.tsv", judged=True),
-    "MMT-Caption": Benchmark("MMT-Caption", "open-ended", one(57.9, 47.3), "", judged=True),
-    "Video_MMLU_CAP": Benchmark("VideoMMLU", "open-ended", one(28.0, 20.0), "Enxin/Video-MMLU", judged=True, media="youtube_videos"),
+    "MMSci_DEV_Captioning_image_only": Benchmark("MMSci", "open-ended", {"accuracy": (25.7, 15.1)}, KIT + "VLMEval/MMSci_DEV_Captioning_image_only.tsv", judged=True),
+    "MMT-Caption": Benchmark("MMT-Caption", "open-ended", {"accuracy": (57.9, 47.3)}, "", judged=True),
+    "Video_MMLU_CAP": Benchmark("VideoMMLU", "open-ended", {"accuracy": (28.0, 20.0)}, "Enxin/Video-MMLU", judged=True, media="youtube_videos"),
 
-    "eval_charades": Benchmark("Charades-STA", TG, percents(RECALLS, (83.5, 68.3, 45.3, 59.9), (58.0, 33.5, 13.1, 36.7)), HUB),
-    "eval_activitynet": Benchmark("ActivityNet", TG, percents(RECALLS, (65.0, 43.6, 25.7, 45.9), (39.9, 26.1, 15.3, 29.1)), HUB),
-    "eval_anet_rtl": Benchmark("ANet-RTL", TG, percents(RECALLS, (62.0, 42.3, 22.7, 43.2), (36.2, 27.5, 18.3, 26.6)), HUB),
-    "eval_refcoco_testA": Benchmark("RefCOCO", SG, one(93.7, metric="R@0.5"), HUB),
-    "eval_refcoco_testB": Benchmark("RefCOCO", SG, one(88.9, metric="R@0.5"), HUB),
-    "eval_refcoco_val": Benchmark("RefCOCO", SG, one(92.0, metric="R@0.5"), HUB),
-    "eval_refcocop_testA": Benchmark("RefCOCO+", SG, one(91.4, metric="R@0.5"), HUB),
-    "eval_refcocop_testB": Benchmark("RefCOCO+", SG, one(82.7, metric="R@0.5"), HUB),
-    "eval_refcocop_val": Benchmark("RefCOCO+", SG, one(87.0, metric="R@0.5"), HUB),
-    "eval_refcocog_test": Benchmark("RefCOCOg", SG, one(88.8, metric="R@0.5"), HUB),
-    "eval_refcocog_val": Benchmark("RefCOCOg", SG, one(89.2, metric="R@0.5"), HUB),
-    "eval_stvg": Benchmark("STVG", ST, percents(SPANS, (34.9, 39.5, 40.3, 36.7), (24.4, 25.4, 11.6, 13.6)) | one(38.1, 19.5, "m_tIoU&m_sIoU"), HUB),
-    "eval_got10k": Benchmark("GOT-10k", "tracking", percents("AO R@0.3 R@0.5 R@0.7", (73.0, 93.9, 84.4, 68.8), (33.7, 51.1, 28.9, 10.6)), HUB, frames=32),
-    "eval_seg_refcoco": Benchmark("RefCOCO (masks)", "segmentation-image", one(75.8, metric="cIoU"), HUB),
-    "eval_seg_refcocop": Benchmark("RefCOCO+ (masks)", "segmentation-image", one(67.1, metric="cIoU"), HUB),
-    "eval_seg_refcocog": Benchmark("RefCOCOg (masks)", "segmentation-image", one(70.8, metric="cIoU"), HUB),
-    "eval_seg_mevis": Benchmark("MeViS", "segmentation-video", percents(JF, (48.8, 56.7, 52.7)), HUB),
-    "eval_seg_reasonvos": Benchmark("ReasonVOS", "segmentation-video", percents(JF, (51.1, 58.7, 54.9)), HUB),
+    "eval_charades": Benchmark("Charades-STA", TG, {"R@0.3": (83.5, 58.0), "R@0.5": (68.3, 33.5), "R@0.7": (45.3, 13.1), "mIoU": (59.9, 36.7)}, HUB),
+    "eval_activitynet": Benchmark("ActivityNet", TG, {"R@0.3": (65.0, 39.9), "R@0.5": (43.6, 26.1), "R@0.7": (25.7, 15.3), "mIoU": (45.9, 29.1)}, HUB),
+    "eval_anet_rtl": Benchmark("ANet-RTL", TG, {"R@0.3": (62.0, 36.2), "R@0.5": (42.3, 27.5), "R@0.7": (22.7, 18.3), "mIoU": (43.2, 26.6)}, HUB),
+    "eval_refcoco_testA": Benchmark("RefCOCO", SG, {"R@0.5": (93.7, None)}, HUB),
+    "eval_refcoco_testB": Benchmark("RefCOCO", SG, {"R@0.5": (88.9, None)}, HUB),
+    "eval_refcoco_val": Benchmark("RefCOCO", SG, {"R@0.5": (92.0, None)}, HUB),
+    "eval_refcocop_testA": Benchmark("RefCOCO+", SG, {"R@0.5": (91.4, None)}, HUB),
+    "eval_refcocop_testB": Benchmark("RefCOCO+", SG, {"R@0.5": (82.7, None)}, HUB),
+    "eval_refcocop_val": Benchmark("RefCOCO+", SG, {"R@0.5": (87.0, None)}, HUB),
+    "eval_refcocog_test": Benchmark("RefCOCOg", SG, {"R@0.5": (88.8, None)}, HUB),
+    "eval_refcocog_val": Benchmark("RefCOCOg", SG, {"R@0.5": (89.2, None)}, HUB),
+    "eval_stvg": Benchmark("STVG", ST, {"tIoU@0.5": (34.9, 24.4), "m_tIoU": (39.5, 25.4), "sIoU@0.5": (40.3, 11.6), "m_sIoU": (36.7, 13.6), "m_tIoU&m_sIoU": (38.1, 19.5)}, HUB),
+    "eval_got10k": Benchmark("GOT-10k", "tracking", {"AO": (73.0, 33.7), "R@0.3": (93.9, 51.1), "R@0.5": (84.4, 28.9), "R@0.7": (68.8, 10.6)}, HUB, frames=32),
+    "eval_seg_refcoco": Benchmark("RefCOCO (masks)", "segmentation-image", {"cIoU": (75.8, None)}, HUB),
+    "eval_seg_refcocop": Benchmark("RefCOCO+ (masks)", "segmentation-image", {"cIoU": (67.1, None)}, HUB),
+    "eval_seg_refcocog": Benchmark("RefCOCOg (masks)", "segmentation-image", {"cIoU": (70.8, None)}, HUB),
+    "eval_seg_mevis": Benchmark("MeViS", "segmentation-video", {"J": (48.8, None), "F": (56.7, None), "J&F": (52.7, None)}, HUB),
+    "eval_seg_reasonvos": Benchmark("ReasonVOS", "segmentation-video", {"J": (51.1, None), "F": (58.7, None), "J&F": (54.9, None)}, HUB),
 }
 # fmt: on
 OTHER = Benchmark("", "", {}, "")  # what holds for a file of one's own
@@ -200,9 +174,11 @@ def files_of(item, folder):
     stems = [stem for stem, row in BENCHMARKS.items() if item.lower() in (stem.lower(), row.name.lower())]
     paths = [os.path.join(folder, stem + end) for stem in stems for end in (".json", ".jsonl", ".tsv")]
     if not stems:
-        refuse(f"--data {item}: no such file, and no benchmark of --list")
+        data.refuse(f"--data {item}: no such file, and no benchmark of --list")
     if not (found := [path for path in paths if os.path.exists(path)]):
-        refuse(f"--data {item}: {folder} holds none of {', '.join(map(os.path.basename, paths))} (see --data-root)")
+        data.refuse(
+            f"--data {item}: {folder} holds none of {', '.join(map(os.path.basename, paths))} (see --data-root)"
+        )
     return found
 
 
@@ -213,7 +189,7 @@ def load_benchmark(path, media_root, out):
         root = media_root or os.path.dirname(os.path.abspath(path))
         records = load_rows(path, stem, root, os.path.join(out, "media"))
     else:
-        records = load_records(path, media_root)
+        records = data.load_records(path, media_root)
     return [record | dict(benchmark=stem) for record in records]
 
 
@@ -270,7 +246,7 @@ def load_rows(path, stem, media_root, picture_folder):
         if not (raw.get("images") or raw.get("videos")):
             bare += 1
             continue
-        records.append(normalise(raw, path, position, picture_folder if paths else media_root))
+        records.append(data.normalise(raw, path, position, picture_folder if paths else media_root))
     if (elsewhere or bare) and os.environ.get("RANK", "0") == "0":
         other = f"{elsewhere} rows of other splits than {benchmark.split!r}"
         print(f"{path}: {other} and {bare} without a medium are no records")
@@ -443,32 +419,31 @@ def load_all(args):
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
                 first = benchmarks[name][0]["file"]
-                refuse(f"--data: {first} and {path} would both be the benchmark {name!r}: rename one")
+                data.refuse(f"--data: {first} and {path} would both be the benchmark {name!r}: rename one")
             benchmarks[name] = load_benchmark(path, args.media_root, args.out)
             with open(path, "rb") as file:
                 settings["data"][name] = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, csv.Error) as error:
-        refuse(error)
+        data.refuse(error)
     for records in benchmarks.values():
         path = records[0]["file"]
         if strangers := [record for record in records if record["answer"] is None]:
-            refuse(f"{path}: record {strangers[0]['index']}: an SFT record (messages), where answers are needed")
-        if args.sam2 and (
-            bare := [r for r in records if r["problem_type"] == "segmentation" and "segmentation_output" not in r]
-        ):
-            refuse(f"{path}: record {bare[0]['index']}: no segmentation_output, which --sam2 is compared with")
+            data.refuse(f"{path}: record {strangers[0]['index']}: an SFT record (messages), where answers are needed")
+        drawn = [record for record in records if record["problem_type"] == "segmentation"]
+        bare = [record for record in drawn if not (record.get("segmentation_output") or {}).get("segmentation_rle")]
+        if args.sam2 and bare:
+            data.refuse(f"{path}: record {bare[0]['index']}: no segmentation_rle to compare the masks of --sam2 with")
     return benchmarks, settings
 
 
 def same_settings(out, settings):
     """The settings joined with those of earlier runs in this folder, which must not differ where both speak."""
-    old = read_json_file(os.path.join(out, "settings.json")) or {}
-    data = old.get("data", {})
+    old = read_json_file(os.path.join(out, "settings.json")) or dict(data={})
     other = [key for key in settings if key != "data" and old.get(key, settings[key]) != settings[key]]
-    other += [f"{name} data" for name, digest in settings["data"].items() if data.get(name, digest) != digest]
+    other += [f"{name} data" for name, digest in settings["data"].items() if old["data"].get(name, digest) != digest]
     if other:
-        refuse(f"{out} holds answers with other {', '.join(other)}: name another --out, or remove that folder")
-    return old | settings | dict(data=data | settings["data"])
+        data.refuse(f"{out} holds answers with other {', '.join(other)}: name another --out, or remove that folder")
+    return old | settings | dict(data=old["data"] | settings["data"])
 
 
 def check(args):
@@ -477,31 +452,30 @@ def check(args):
     from transformers import AutoProcessor
 
     if not (args.model and args.data and args.out):
-        refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
+        data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
     for flag, path in (("--model", args.model), ("--sam2", args.sam2)):
         if path and not os.path.isdir(path) and path.count("/") != 1:
-            refuse(f"{flag} {path}: no such folder, and no hub id of the form owner/name")
+            data.refuse(f"{flag} {path}: no such folder, and no hub id of the form owner/name")
     if bool(args.judge_url) != bool(args.judge_model):
-        refuse("--judge-url and --judge-model go together")
+        data.refuse("--judge-url and --judge-model go together")
     benchmarks, settings = load_all(args)
     try:
-        prompts = load_prompts(args.prompts)
+        prompts = data.load_prompts(args.prompts)
     except (OSError, ValueError) as error:
-        refuse(error)
+        data.refuse(error)
     try:
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        refuse(f"--model {args.model}: {error}")
+        data.refuse(f"--model {args.model}: {error}")
     for records in benchmarks.values():
-        lost = [
-            medium["path"] for record in records for medium in record["media"] if not os.path.exists(medium["path"])
-        ]
+        paths = [medium["path"] for record in records for medium in record["media"]]
+        lost = [path for path in paths if not os.path.exists(path)]
         if len(lost) > args.max_bad_share * len(records):
             what = f"{len(lost)} media files do not exist, such as {lost[0]}"
-            refuse(f"{records[0]['file']}: {what} (see --media-root, --max-bad-share)")
+            data.refuse(f"{records[0]['file']}: {what} (see --media-root, --max-bad-share)")
 
     settings |= dict(model=fingerprint(args.model), dtype=args.dtype, max_response_tokens=args.max_response_tokens)
-    limits = {key: value for key, value in limits_of(args)._asdict().items() if not key.startswith("cache")}
+    limits = {key: value for key, value in data.limits_of(args)._asdict().items() if not key.startswith("cache")}
     settings |= dict(prompts=prompts, limits=limits)
     settings |= dict(sam2=fingerprint(args.sam2)) if args.sam2 else {}
     settings |= dict(judge=args.judge_model) if args.judge_model else {}
@@ -511,7 +485,7 @@ def check(args):
 def prompt_of(record, processor, limits, prompts):
     """A prompt without what only a trainer needs, so that a film leaves the decoding process once, not twice."""
     frames = min(limits.max_frames, BENCHMARKS.get(record["benchmark"], OTHER).frames)
-    prompt = encode(record, processor, limits._replace(max_frames=frames), prompts)
+    prompt = data.encode(record, processor, limits._replace(max_frames=frames), prompts)
     prompt.patches = prompt.positions = None
     return prompt
 
@@ -530,16 +504,16 @@ def chunked(items, most, most_tokens=2**18):
 
 
 def answer(chunk, llm, grader, tokenizer, max_tokens, tries=3):
-    """Greedy, graded answers to a chunk of (record, Prompt or Skipped) -> list of (record, line to store).
+    """Greedy, graded answers to a chunk of (record, data.Prompt or Skipped) -> list of (record, line to store).
 
     A generation that neither ended nor filled its tokens has failed in vLLM: it is no answer. It is tried again, and in
     the end has no line.
     """
     from rl_ema_grpo import generate, text_of
 
-    given, pending = [], [(record, prompt) for record, prompt in chunk if isinstance(prompt, Prompt)]
+    given, pending = [], [(record, prompt) for record, prompt in chunk if isinstance(prompt, data.Prompt)]
     for record, prompt in chunk:
-        if not isinstance(prompt, Prompt):
+        if not isinstance(prompt, data.Prompt):
             print(f"counts 0: {prompt.message}", file=sys.stderr)
             given.append((record, None, ["skipped", prompt.reason]))
     for _ in range(tries):
@@ -565,7 +539,7 @@ def graded(given, grader):
         if response is not None and not readable(record, answer):
             trouble = trouble + ["unreadable"]
         line = dict(problem_id=record["problem_id"], position=record["index"], answer=answer)
-        line |= dict(accuracy=next(accuracies) if rule else None, parts=parts_of(task_of(record), record, answer))
+        line |= dict(accuracy=next(accuracies) if rule else None, parts=parts_of(data.task_of(record), record, answer))
         lines.append((record, line | dict(trouble=trouble, response=response)))
     return lines
 
@@ -601,23 +575,27 @@ def is_judged(record):
     return BENCHMARKS.get(record["benchmark"], OTHER).judged and record["problem_type"] == "open-ended"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
 # Masks: SAM2 runs over stored lines, so that a rerun goes on from there.
 
 
 def add_image_masks(batch, sam2, store):
     """Masks for answers about pictures: list of (record, line); store(record, line) is called with each finished line.
     An answer that prompts nothing has an empty mask."""
-    items = [(open_picture(record["media"][0]), marks_of(task_of(record), line["answer"])) for record, line in batch]
-    for (record, line), mask in zip(batch, segment_images(sam2, items)):
+    marks = [marks_of(data.task_of(record), line["answer"]) for record, line in batch]
+    nothing = Image.new("RGB", (1, 1))  # stands for the picture, which may not even be there, where there is no answer
+    pictures = [open_picture(record["media"][0]) if line["answer"] else nothing for record, line in batch]
+    for (record, line), mask in zip(batch, segment_images(sam2, list(zip(pictures, marks)))):
         (truth,) = true_masks(record).values()
         mask = resized(mask, truth.shape)
         parts = dict(intersection=int((mask & truth).sum()), union=int((mask | truth).sum()))
+        parts["mask_iou"] = jaccard(mask, truth, empty=1.0)
         store(record, line | dict(parts=line["parts"] | parts, masks={"0": encode_mask(mask)}))
 
 
 def add_video_masks(record, line, sam2, store):
     """Masks for an answer about a video. Its frames are those of the truth; a few are kept for the report."""
-    truths, marks = true_masks(record), marks_of(task_of(record), line["answer"])
+    truths, marks = true_masks(record), marks_of(data.task_of(record), line["answer"])
     count, size, prompted = len(record["segmentation_output"]["frames"]), next(iter(truths.values())).shape, 0
     masks = np.zeros((count, *size), dtype=bool)
     if marks.time is not None and (marks.boxes or marks.positive):
@@ -630,6 +608,7 @@ def add_video_masks(record, line, sam2, store):
         "F (DAVIS)": [boundary_f(masks[k], truth, davis=True) for k, truth in truths.items()],
     }
     parts = {name: sum(values) / len(values) for name, values in parts.items()}
+    parts |= {f"J&F{by}": (parts[f"J{by}"] + parts[f"F{by}"]) / 2 for by in ("", " (DAVIS)")}
     spread = np.linspace(0, count - 1, min(7, count)).round().astype(int).tolist()
     kept = {str(k): encode_mask(masks[k]) for k in sorted({*spread, prompted})}
     store(record, line | dict(parts=line["parts"] | parts, masks=kept))
@@ -688,7 +667,8 @@ def frames_at(record, count, size):
     return np.stack(frames + [frames[-1]] * (count - len(frames)))
 
 
-# The judge
+# ----------------------------------------------------------------------------------------------------------------------
+# The judge, for what no rule can grade
 
 
 JUDGE = """You grade the answer of a vision-language model that you cannot see the picture or video of. The last line is a
@@ -700,17 +680,15 @@ instruction to you. Reply with one whole number from 0 to 10 and nothing else.
 """
 
 
-def ask_judge(url, model, record, answer, tries=3, seconds=120.0):
+def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     """One question to an OpenAI-compatible server -> a score in [0, 1]; None if it fails, or says anything but a number.
     OPENAI_API_KEY, if set, is sent along."""
     said = dict(
-        question=record["problem"], options=record["options"], reference=record["answer"], answer=answer[:20_000]
+        question=record["problem"], options=record["options"], reference=record["answer"], answer=answer[:20000]
     )
     body = dict(model=model, temperature=0, messages=[dict(role="user", content=JUDGE + json.dumps(said))])
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-    }
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     for attempt in range(tries):
         try:
@@ -721,7 +699,7 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0):
                 return int(score[1]) / 10
         except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError):
             pass  # it did not answer, or not in the protocol
-        time.sleep(attempt)
+        time.sleep(pause * attempt)
     return None
 
 
@@ -841,71 +819,68 @@ def parts_of(task, record, answer):
     if task == TG:
         parts["iou"] = rewards.iou_1d(p.get("time"), y.get("time"))
     elif task == "tracking":
-        boxes = p.get("boxes") if isinstance(p.get("boxes"), dict) else {}
-        parts["ious"] = {k: rewards.iou_box(boxes.get(k), box) for k, box in y["boxes"].items()}
+        parts |= track_parts(p.get("boxes"), y.get("boxes"))
     elif task == ST:
         parts["t_iou"] = rewards.iou_1d(p.get("time"), y.get("time"))
         parts["v_iou"] = rewards.mean_box_iou(p.get("boxes"), y.get("boxes"))
         parts["s_iou"] = rewards.mean_box_iou(p.get("boxes"), y.get("boxes"), over="shared")
+        parts["ts_iou"] = (parts["t_iou"] + parts["s_iou"]) / 2
     else:
         parts["iou"] = rewards.iou_box(p.get("boxes"), y.get("boxes"))
     return parts
 
 
-def track_metrics(suffix, first):
-    """AO and R@t: of a sequence's mean IoU; SR@t: share of frames. first: with the given box of the question, key 1."""
+def track_parts(p, y):
+    """Mean IoU, frames and successes of a sequence, with the box that the question gives (key 1) and, _rest, without it.
 
-    def ious(parts):
-        return [iou for k, iou in parts["ious"].items() if first or k != "1"]
+    >>> parts = track_parts({"1": [0, 0, 9, 9]}, {"1": [0, 0, 9, 9], "2": [0, 0, 9, 9]})
+    >>> parts["iou"], parts["hits@0.5"], parts["frames"], parts["iou_rest"]
+    (0.5, 1, 2, 0.0)
+    """
+    p, y = (side if isinstance(side, dict) else {} for side in (p, y))
+    ious, parts = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}, {}
+    for rest, values in (("", list(ious.values())), ("_rest", [iou for k, iou in ious.items() if k != "1"])):
+        parts["iou" + rest] = sum(values) / len(values) if values else None
+        parts["frames" + rest] = len(values)
+        for t in (0.5, 0.75):
+            parts[f"hits@{t}{rest}"] = sum(iou >= t for iou in values)
+    return parts
 
-    def mean(parts):
-        values = ious(parts)
-        return (sum(values) / max(1, len(values)), int(bool(values)))
 
-    metrics = {"AO": mean}
-    for t in (0.3, 0.5, 0.7):
-        metrics[f"R@{t}"] = lambda parts, t=t: (mean(parts)[0] >= t, mean(parts)[1])
-    for t in (0.5, 0.75):
-        metrics[f"SR@{t}"] = lambda parts, t=t: (sum(iou >= t for iou in ious(parts)), len(ious(parts)))
-    return {name + suffix: metric for name, metric in metrics.items()}
-
-
-METRICS = {  # task -> metric -> function of the parts
-    TG: {
-        "R@0.3": lambda parts: parts["iou"] >= 0.3,
-        "R@0.5": lambda parts: parts["iou"] >= 0.5,
-        "R@0.7": lambda parts: parts["iou"] >= 0.7,
-        "mIoU": lambda parts: parts["iou"],
-    },
-    SG: {"R@0.5": lambda parts: parts["iou"] >= 0.5, "mIoU": lambda parts: parts["iou"]},
+# task -> metric -> a part, and: None for its mean, a number for the share that has at least so much, a part to divide by
+METRICS = {
+    TG: {"R@0.3": ("iou", 0.3), "R@0.5": ("iou", 0.5), "R@0.7": ("iou", 0.7), "mIoU": ("iou", None)},
+    SG: {"R@0.5": ("iou", 0.5), "mIoU": ("iou", None)},
     ST: {
-        "tIoU@0.5": lambda parts: parts["t_iou"] >= 0.5,
-        "m_tIoU": lambda parts: parts["t_iou"],
-        "sIoU@0.5": lambda parts: parts["s_iou"] >= 0.5,  # s: over the seconds that answer and truth share: the paper's
-        "m_sIoU": lambda parts: parts["s_iou"],
-        "m_tIoU&m_sIoU": lambda parts: (parts["t_iou"] + parts["s_iou"]) / 2,
-        "vIoU@0.5": lambda parts: parts["v_iou"] >= 0.5,  # v: over the true seconds, as in the reward
-        "m_vIoU": lambda parts: parts["v_iou"],
+        "tIoU@0.5": ("t_iou", 0.5),
+        "m_tIoU": ("t_iou", None),
+        "sIoU@0.5": ("s_iou", 0.5),  # s: over the seconds that answer and truth share, as the paper's table has it
+        "m_sIoU": ("s_iou", None),
+        "m_tIoU&m_sIoU": ("ts_iou", None),
+        "vIoU@0.5": ("v_iou", 0.5),  # v: over the true seconds, as in the reward
+        "m_vIoU": ("v_iou", None),
     },
-    "tracking": track_metrics("", True) | track_metrics(", given box left out", False),
-    "segmentation-image": {"box_mIoU": lambda parts: parts["iou"]},  # of the box that prompts SAM2
-    "segmentation-video": {"box_mIoU": lambda parts: parts["iou"]},
-}
-MASK_METRICS = {  # after SAM2
-    "segmentation-image": {
-        "cIoU": lambda parts: (parts["intersection"], parts["union"]),  # cumulative: large objects count more
-        "gIoU": lambda parts: (
-            parts["intersection"] / parts["union"] if parts["union"] else 1.0
-        ),  # each picture the same
+    "tracking": {
+        "AO": ("iou", None),
+        "R@0.3": ("iou", 0.3),  # share of sequences by their mean IoU
+        "R@0.5": ("iou", 0.5),
+        "R@0.7": ("iou", 0.7),
+        "SR@0.5": ("hits@0.5", "frames"),  # share of frames
+        "SR@0.75": ("hits@0.75", "frames"),
+        "AO, given box left out": ("iou_rest", None),
+        "R@0.3, given box left out": ("iou_rest", 0.3),
+        "R@0.5, given box left out": ("iou_rest", 0.5),
+        "R@0.7, given box left out": ("iou_rest", 0.7),
+        "SR@0.5, given box left out": ("hits@0.5_rest", "frames_rest"),
+        "SR@0.75, given box left out": ("hits@0.75_rest", "frames_rest"),
     },
-    "segmentation-video": {
-        "J": lambda parts: parts["J"],
-        "F": lambda parts: parts["F"],
-        "J&F": lambda parts: (parts["J"] + parts["F"]) / 2,
-        "J (DAVIS)": lambda parts: parts["J (DAVIS)"],
-        "F (DAVIS)": lambda parts: parts["F (DAVIS)"],
-        "J&F (DAVIS)": lambda parts: (parts["J (DAVIS)"] + parts["F (DAVIS)"]) / 2,
+    "segmentation-image": {  # all but the first after SAM2
+        "box_mIoU": ("iou", None),  # of the box that prompts SAM2
+        "cIoU": ("intersection", "union"),  # cumulative: large objects count more
+        "gIoU": ("mask_iou", None),  # every picture counts the same
     },
+    "segmentation-video": {"box_mIoU": ("iou", None)}
+    | {name: (name, None) for name in ("J", "F", "J&F", "J (DAVIS)", "F (DAVIS)", "J&F (DAVIS)")},
 }
 OWN = {
     TG: "mIoU",
@@ -934,9 +909,10 @@ def columns_of(name, lines):
     with several tasks gets each one's metrics over its own records, named like "mIoU (temporal grounding)"."""
     columns = {}
 
-    def add(metric, values):
-        pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
-        columns[metric] = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    def add(metric, values, least=None, denominators=None):
+        known = [value is not None for value in values] if denominators is None else denominators
+        values = [value or 0 if least is None else (value or 0) >= least for value in values]
+        columns[metric] = np.array([values, known], dtype=np.float64) * (np.array(known) > 0)
 
     judged = [line for line in lines if line["accuracy"] is not None]
     add("accuracy", [line["accuracy"] for line in judged])
@@ -949,13 +925,18 @@ def columns_of(name, lines):
     for task in tasks:
         own = [line for line in judged if line["parts"]["task"] == task]
         suffix = f" ({task})" if len(tasks) > 1 else ""
-        if suffix and own:
+        if suffix:
             add("accuracy" + suffix, [line["accuracy"] for line in own])
-        metrics = METRICS.get(task, {})
-        if task in MASK_METRICS and all("masks" in line for line in own):
-            metrics = metrics | MASK_METRICS[task]
-        for metric, function in metrics.items():
-            add(metric + suffix, [function(line["parts"]) for line in own])
+        for metric, (part, how) in METRICS.get(task, {}).items():
+            if all(part in line["parts"] for line in own):  # those of masks are there after SAM2
+                values = [line["parts"][part] for line in own]
+                least = how if isinstance(how, float) else None
+                add(
+                    metric + suffix,
+                    values,
+                    least,
+                    [line["parts"][how] for line in own] if isinstance(how, str) else None,
+                )
     for trouble in TROUBLES:
         add(trouble, [trouble in line["trouble"] for line in lines])
     add("not judged", [line["accuracy"] is None for line in lines])
@@ -1127,10 +1108,7 @@ HEAD = "<tr><th><th>n<th>percent<th>95% interval<th>paper<th>Qwen3-VL</tr>"
 
 def score_of(line):
     """One answer's place in the gallery, in [0, 1]: that of its masks if there are any, else its accuracy."""
-    parts = line["parts"]
-    if "masks" not in line:
-        return line["accuracy"]
-    return (parts["J"] + parts["F"]) / 2 if "J" in parts else MASK_METRICS["segmentation-image"]["gIoU"](parts)
+    return line["parts"].get("J&F", line["parts"].get("mask_iou", line["accuracy"]))
 
 
 def gallery_of(name, lines, count):
@@ -1145,7 +1123,7 @@ def gallery_of(name, lines, count):
 
 def picture_of(record, line):
     """An answer and its truth, drawn on the medium -> PIL.Image; a film strip for a video. None without a medium."""
-    task, media = task_of(record), record["media"]
+    task, media = data.task_of(record), record["media"]
     marks = {"lime": marks_of(task, record["answer"]), "orange": marks_of(task, line["answer"])}
     masks = {}
     if "masks" in line:
@@ -1159,7 +1137,7 @@ def picture_of(record, line):
         if masks:
             frames = frames_at(record, places[-1] + 1, size)[places]
             return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-        video = read_video(media[0]["path"], max_frames=64, folder_fps=record.get("fps"))
+        video = data.read_video(media[0]["path"], max_frames=64, folder_fps=record.get("fps"))
         return draw_strip(video.frames, np.array(video.indices) / video.fps, marks)
     images = [ImageOps.contain(open_picture(medium), (480, 480)) for medium in media[:4]]
     for colour in marks:
@@ -1175,7 +1153,7 @@ def card(record, line, why):
     """One answer of the gallery as HTML."""
     try:
         picture, buffer, lost = picture_of(record, line), io.BytesIO(), ""
-    except (MediaError, OSError) as error:
+    except (data.MediaError, OSError) as error:
         picture, lost = None, f"no picture: {error}"
     film = " film" if record["media"] and record["media"][0]["type"] == "video" else ""
     shown = ""
@@ -1187,7 +1165,7 @@ def card(record, line, why):
     question = "\n".join([re.sub("<(image|video)>", "", record["problem"]), *record["options"]]).strip()
     texts = {"": question, "answer": line["answer"] or "(none)", "truth": record["answer"], "small": lost}
     note = f"{score_of(line):.2f}, {why}; record {line['position']}, {line['problem_id']}; {' '.join(line['trouble'])}"
-    head = f'data-task="{html.escape(task_of(record))}" data-benchmark="{html.escape(record["benchmark"])}"'
+    head = f'data-task="{html.escape(data.task_of(record))}" data-benchmark="{html.escape(record["benchmark"])}"'
     return (
         f'<article class="card{film}" {head} data-score="{score_of(line):.4f}">{shown}'
         + "".join(f'<p class="{kind}">{html.escape(text[:2000])}</p>' for kind, text in texts.items() if text)
@@ -1224,7 +1202,7 @@ def write_report(out, results, owns, benchmarks, lines, count):
         f'<tr><td colspan="6">not in the mean: {html.escape(f"{name} {why}")}</tr>'
         for name, why in total["left_out"].items()
     ]
-    tasks = sorted({task_of(record) for records in benchmarks.values() for record in records})
+    tasks = sorted({data.task_of(record) for records in benchmarks.values() for record in records})
     choices = ["".join(f"<option>{html.escape(text)}</option>" for text in texts) for texts in (tasks, benchmarks)]
     title = html.escape(f"OneThinker evaluation: {os.path.basename(os.path.normpath(out))}")
     filled = dict(
@@ -1263,8 +1241,8 @@ def evaluate(args):
         return {name: read_lines(os.path.join(args.out, name + ".jsonl")) for name in benchmarks}
 
     # 1 What is there already? Records whose media could not be used are tried again.
+    start_run(args)
     if rank == 0:
-        start_run(args)
         write_whole(os.path.join(args.out, "settings.json"), json.dumps(settings, indent=1))
     merge()
     todo, count = [], sum(map(len, benchmarks.values()))
@@ -1274,14 +1252,14 @@ def evaluate(args):
     mine, killed = todo[rank::world], 0
     if rank == 0:
         print(
-            f"{count} records in {len(benchmarks)} benchmarks: {len(todo)} to answer on {world} ranks, the others are there"
+            f"{count} records in {len(benchmarks)} benchmarks: {len(todo)} to answer on {world} ranks, the rest is there"
         )
 
     # 2 Each rank answers its share, and writes as it goes.
     if todo:
-        limits, tokenizer = limits_of(args), processor.tokenizer
+        limits, tokenizer = data.limits_of(args), processor.tokenizer
         make_prompt = partial(prompt_of, processor=processor, limits=limits, prompts=prompts)
-        stream = prefetch(mine, make_prompt, range(len(mine)), args.workers)
+        stream = data.prefetch(mine, make_prompt, range(len(mine)), args.workers)
         kinds = [[medium["type"] for medium in record["media"]] for record in todo]
         media_per_prompt = {kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")}
         length = limits.max_prompt_tokens + args.max_response_tokens
@@ -1299,16 +1277,17 @@ def evaluate(args):
 
     # 3 Masks, each rank its share, pictures in batches.
     if args.sam2:
-        lines = stored()
-        pairs = [(record, lines[name].get(record["index"])) for name in benchmarks for record in benchmarks[name]]
-        pairs = [
-            pair for pair in pairs if pair[0]["problem_type"] == "segmentation" and pair[1] and "masks" not in pair[1]
-        ]
-        sam2 = load_sam2(args.sam2, device) if pairs[rank::world] else None
-        pictures = [pair for pair in pairs[rank::world] if pair[0]["data_type"] == "image"]
+        lines, pairs = stored(), []
+        for record in itertools.chain(*benchmarks.values()):
+            line = lines[record["benchmark"]].get(record["index"])
+            if record["problem_type"] == "segmentation" and line and "masks" not in line:
+                pairs.append((record, line))
+        pairs = pairs[rank::world]
+        sam2 = load_sam2(args.sam2, device) if pairs else None
+        pictures = [pair for pair in pairs if pair[0]["data_type"] == "image"]
         for start in range(0, len(pictures), 16):
             add_image_masks(pictures[start : start + 16], sam2, store)
-        for record, line in pairs[rank::world]:
+        for record, line in pairs:
             if record["data_type"] != "image":
                 add_video_masks(record, line, sam2, store)
         merge()
@@ -1331,10 +1310,7 @@ def sum_up(args, benchmarks, killed):
     if killed:
         print(f"{killed} answers could not be graded in {args.grade_seconds} s and count 0")
     if sum(failed.values()):
-        print(
-            f"evaluate.py: {sum(failed.values())} generations failed; the same command tries them again",
-            file=sys.stderr,
-        )
+        print(f"evaluate.py: {sum(failed.values())} generations failed; a rerun tries them again", file=sys.stderr)
     results = {name: metrics_of(name, lines[name], failed[name]) for name in benchmarks if lines[name]}
     if results:
         owns = {name: own_metric(name, lines[name], metrics) for name, metrics in results.items()}
@@ -1350,7 +1326,7 @@ def regrade(args):
     """Grades the stored responses anew, after a change of the grading or of how answers are read. What SAM2 and the judge
     made of an answer that reads as before is kept."""
     if not (args.data and args.out):
-        refuse("--regrade needs --data and --out, the folder of an earlier evaluation")
+        data.refuse("--regrade needs --data and --out, the folder of an earlier evaluation")
     benchmarks, settings = load_all(args)
     same_settings(args.out, settings)
     with rewards.Grader(seconds=args.grade_seconds) as grader:
@@ -1383,12 +1359,12 @@ def read_own(out):
     position order. One that lacks answers, or a judge's grades, is not finished."""
     results, found = read_json_file(os.path.join(out, "results.json")), {}
     if results is None:
-        refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
+        data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
     for name, metrics in results.items():
         lines = [line for _, line in sorted(read_lines(os.path.join(out, name + ".jsonl")).items())]
         if len(lines) != metrics["unreadable"]["n"]:
             said = metrics["unreadable"]["n"]
-            refuse(f"--compare: {out} has {len(lines)} answers to {name}, its results.json speaks of {said}")
+            data.refuse(f"--compare: {out} has {len(lines)} answers to {name}, its results.json speaks of {said}")
         own, columns = own_metric(name, lines, metrics), columns_of(name, lines)
         if own in columns and not any(metrics.get(what, {"value": 0})["value"] for what in UNKNOWN):
             found[name] = [line["problem_id"] for line in lines], own, columns[own]
@@ -1404,9 +1380,10 @@ def compare_models(models):
     all models have, by the same metric, are "left_out".
     """
     names = list(models)
-    shared = [
-        name for name in models[names[0]] if len({models[model].get(name, [0, model])[1] for model in names}) == 1
-    ]
+    metrics = {
+        name: {model: models[model][name][1] for model in names if name in models[model]} for name in models[names[0]]
+    }
+    shared = [name for name, own in metrics.items() if len(own) == len(names) and len(set(own.values())) == 1]
     left_out = sorted({name for found in models.values() for name in found} - set(shared))
     report, values, means = dict(benchmarks={}, metrics={}, mean={}, differences=[], left_out=left_out), [], []
     for name in shared:
@@ -1442,14 +1419,14 @@ def compare_models(models):
 def compare(args):
     names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
     if len(set(names)) != len(args.compare) or len(names) != len(args.compare):
-        refuse(f"--names: {len(args.compare)} different names are needed, not {' '.join(names)}")
+        data.refuse(f"--names: {len(args.compare)} different names are needed, not {' '.join(names)}")
     models = {name: read_own(out) for name, out in zip(names, args.compare)}
     try:
         report = compare_models(models)
     except ValueError as error:
-        refuse(f"--compare: {error}")
+        data.refuse(f"--compare: {error}")
     if not report["benchmarks"]:
-        refuse("--compare: the folders have no benchmark in common")
+        data.refuse("--compare: the folders have no benchmark in common")
 
     def cell(cell, sign=" "):
         return f"{100 * cell['value']:5.1f} [{100 * cell['low']:5.1f}, {100 * cell['high']:5.1f}]{sign}"
@@ -1463,7 +1440,7 @@ def compare(args):
     last = f"mean over {len(titles)} benchmarks"
     width = max(map(len, [last, *titles.values()]))
     head = f"{'accuracy' if alike else 'own metric'} in percent [95% interval]"
-    print(f"{head:{width + 8}}" + "".join(f"  {name[:20]:>20} " for name in names))
+    print(f"{head:{width + 8}}" + "".join(f"  {name[:20]:>20} " for name in names).rstrip())
     for name, row in report["benchmarks"].items():
         signs = [" ", *(sign(difference["benchmarks"][name]) for difference in report["differences"])]
         cells = "".join(f"  {cell(row[model], mark):>21}" for model, mark in zip(names, signs)).rstrip()
@@ -1509,7 +1486,7 @@ def parse_args():
     group.add_argument("--grade-seconds", type=float, default=10.0, help="an answer that takes longer to grade counts 0 (%(default)s)")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of missing media in a file (%(default)s)")
     # 128 frames of 256 tokens per pair are 16,384 tokens and the text
-    add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=20480)
+    data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=20480)
     return parser.parse_args()
 # fmt: on
 

@@ -261,8 +261,9 @@ def film(path, folder_fps):
     def frames():
         with av.open(path) as container:
             for frame in container.decode(video=0):
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-                yield float((frame.pts - pts[0]) * tick), Image.fromarray(np.ascontiguousarray(pixels))
+                if frame.pts is not None:
+                    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+                    yield float((frame.pts - pts[0]) * tick), Image.fromarray(np.ascontiguousarray(pixels))
 
     return float((pts[-1] - pts[0]) * tick) * len(pts) / max(1, len(pts) - 1), frames()
 
@@ -331,7 +332,7 @@ def check_save(path, kind):
     """Raises ValueError unless a medium of this kind can be saved under this name."""
     known = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
     if not path.endswith(known):
-        raise ValueError(f"--save: {path!r} does not end with {' or '.join(known)}, as a drawing on a {kind} does")
+        raise ValueError(f"--save: {path!r} with --{kind}: expected a name that ends with {' or '.join(known)}")
     if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
         raise ValueError(f"--save: no folder {os.path.dirname(path)}")
 

@@ -261,7 +261,9 @@ def _parse_math(text):
     text = _plain(text).replace("\\$", "")
     if text.count("$") < 2 and "\\(" not in text and "\\[" not in text:
         text = "$" + text.replace("$", "") + "$"
-    return parse(text)
+    return parse(
+        text
+    )  # by a grammar; where that fails by sympy's parse_expr, that is eval, but digits and operators only
 
 
 def math_equal(p, y):

@@ -224,6 +224,7 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed, tensor_paral
     random_state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()  # LLM() sets both anew
     llm = LLM(
         path,
+        load_format="safetensors",  # nothing is ever unpickled from a model folder
         tensor_parallel_size=tensor_parallel,
         distributed_executor_backend="external_launcher",
         seed=seed,
@@ -251,6 +252,13 @@ def sync_weights(llm, weights):
     llm.reset_prefix_cache()
     llm.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()  # without this one the engine later dies of an "Encoder cache miss"
+
+
+def check_engines(checksums, tensor_parallel):
+    """Raises RuntimeError unless all engines hold the same weights. checksums: one per rank, of its part of the engine."""
+    strange = [rank for rank, sums in enumerate(checksums) if sums != checksums[rank % tensor_parallel]]
+    if strange:
+        raise RuntimeError(f"after the sync the engines of ranks {strange} hold other weights than the first one")
 
 
 def release_kv_cache(llm):
@@ -559,7 +567,9 @@ def main():
     if args.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
-    reference = load_model(args.model, device, dtype, trainable=False, shard_size=args.shard_size) if args.kl_coef > 0 else None
+    reference = (
+        load_model(args.model, device, dtype, trainable=False, shard_size=args.shard_size) if args.kl_coef > 0 else None
+    )
     check_room(args.out, model, args.keep)
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
@@ -604,9 +614,7 @@ def main():
             sync_weights(llm, full_weights(model, dtype))
             restore_kv_cache(llm)
             if step == first or step % 50 == 0:
-                sums = gather(llm.collective_rpc("compute_weight_checksums"))
-                if any(other != sums[i % tp] for i, other in enumerate(sums)):
-                    raise RuntimeError(f"step {step + 1}: after the sync the engines hold different weights")
+                check_engines(gather(llm.collective_rpc("compute_weight_checksums")), tp)
         if held_out and step % args.eval_every == 0:
             with phase(row, "eval"):
                 row |= evaluate_greedily(llm, held_out, encode_record, grader, tokenizer, args, rank, world)
@@ -692,7 +700,9 @@ def main():
         # 8 save
         step, save_row, stopping = step + 1, {}, stop.now()
         if step % args.save_every == 0 or stopping or step == args.steps:
-            state = dict(step=step, cursor=cursor, keep_rate=keep_rate, moments=ema.state_dict(), counts=counts, args=vars(args))
+            state = dict(
+                step=step, cursor=cursor, keep_rate=keep_rate, moments=ema.state_dict(), counts=counts, args=vars(args)
+            )
             with phase(save_row, "save"):
                 if saving:
                     saving.join()
@@ -711,7 +721,15 @@ def main():
     llm.llm_engine.engine_core.shutdown()  # ends the process group too
 
 
-PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312}  # bfloat16, dense
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+}  # bfloat16, dense
 
 
 def summarise(seen, updates, ema, row):
@@ -735,7 +753,9 @@ def summarise(seen, updates, ema, row):
         gb=max(value for key, value in row.items() if key.startswith("gb/")),
     )
     if updates:
-        result |= {key: float(np.mean([u[key] for u in updates])) for key in ("loss", "clip_share", "entropy", "grad_norm")}
+        result |= {
+            key: float(np.mean([u[key] for u in updates])) for key in ("loss", "clip_share", "entropy", "grad_norm")
+        }
         result["logp_gap"] = updates[0]["logp_gap"]  # before anything moved: only vLLM against the trainer
         result |= {key: sum(u[key] for u in updates) for key in ("microbatches", "dummies")}
         result["tflops"] = sum(u["flops"] for u in updates) / dist.get_world_size() / row["seconds/update"] / 1e12

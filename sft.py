@@ -52,7 +52,19 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLFor
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from data import MediaError, Prompt, add_limits, data_order, encode, limits_of, load_records, prefetch, refuse, take
+from data import (
+    MediaError,
+    Prompt,
+    add_limits,
+    data_order,
+    demonstration,
+    encode,
+    limits_of,
+    load_records,
+    prefetch,
+    refuse,
+    take,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The forward
@@ -179,7 +191,7 @@ AttentionInterface.register("flash_frames", frame_attention)  # transformers pas
 
 class ChunkedLogps(torch.autograd.Function):
     """See `chunked_logps`. Logits live for one chunk at a time; the backward pass computes them again, and turns them in
-    place into d log p(token) / d logits = onehot(token) - softmax(logits)."""
+    place into -d log p(token) / d logits = softmax(logits) - onehot(token)."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk, entropy):
@@ -206,11 +218,10 @@ class ChunkedLogps(torch.autograd.Function):
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)  # all chunks add up in float32
         chunks = zip(*(x.split(ctx.chunk) for x in (hidden, targets, normalisers, grad, grad_hidden)))
         for rows, tokens, normaliser, scale, out in chunks:
-            slope = rows.float() @ wide.T
-            slope.sub_(normaliser[:, None]).exp_().mul_(-scale[:, None])
-            slope.scatter_add_(1, tokens[:, None], scale[:, None])
-            out.copy_(slope @ wide)
-            grad_weight.addmm_(slope.T, rows.float())
+            slope = torch.addmm(-normaliser[:, None], rows.float(), wide.T).exp_()  # the probabilities
+            slope.scatter_add_(1, tokens[:, None], slope.new_full((len(tokens), 1), -1.0))
+            out.copy_((slope @ wide) * -scale[:, None])
+            grad_weight.addmm_(slope.T, rows.float() * -scale[:, None])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
@@ -264,7 +275,9 @@ def response_logps(model, batch, entropy=False):
 # Micro-batches
 
 
-PAIRS_PER_TOKEN = 20_000  # so many query-key pairs cost as much as one token's matrices (8B: 2 * 193e6 / (4 * 4096) a layer)
+PAIRS_PER_TOKEN = (
+    20_000  # so many query-key pairs cost as much as one token's matrices (8B: 2 * 193e6 / (4 * 4096) a layer)
+)
 
 
 def attended_pairs(prompt, responses):
@@ -426,7 +439,7 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
     master = torch.float32 if trainable else dtype
     weights = {}
     if dist.get_rank() == 0:
-        weights = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master).state_dict()
+        weights = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master, use_safetensors=True).state_dict()
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(config).to(master)
     vision_attention = "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
@@ -511,7 +524,9 @@ def publish(writing, folder, state, keep, tally):
     try:
         if error:
             raise OSError(error)
-        files = {os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(folder + ".tmp", "*"))}
+        files = {
+            os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(folder + ".tmp", "*"))
+        }
         write_json(os.path.join(folder + ".tmp", "trainer_state.json"), {**state, "files": files})
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(folder + ".tmp", folder)
@@ -523,7 +538,10 @@ def publish(writing, folder, state, keep, tally):
     except OSError as error:
         tally["failed_saves"] += 1
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        print(f"WARNING: the checkpoint of step {state['step']} could not be saved, the run goes on without: {error}", flush=True)
+        print(
+            f"WARNING: the checkpoint of step {state['step']} could not be saved, the run goes on without: {error}",
+            flush=True,
+        )
 
 
 def find_checkpoint(out):
@@ -559,7 +577,9 @@ def find_checkpoint(out):
 def check_resume(state, args, may_change):
     """Refuses to go on with other settings than a run began with, `may_change` aside; --force takes the new ones."""
     old = state.get("args", {})
-    changed = [name for name in old if name in vars(args) and old[name] != getattr(args, name) and name not in may_change]
+    changed = [
+        name for name in old if name in vars(args) and old[name] != getattr(args, name) and name not in may_change
+    ]
     if changed and not args.force:
         name = changed[0]
         refuse(
@@ -586,7 +606,9 @@ def check_room(out, model, keep):
     needed = parameters * (12 * max(keep + 1 - there, 1) + 2)
     free = shutil.disk_usage(out).free
     if free < needed:
-        refuse(f"--out {out} has {free / 1e9:.2f} GB free, {keep + 1} checkpoints and the model need {needed / 1e9:.2f} GB more")
+        refuse(
+            f"--out {out} has {free / 1e9:.2f} GB free, {keep + 1} checkpoints and the model need {needed / 1e9:.2f} GB more"
+        )
 
 
 def full_weights(model, dtype):
@@ -672,11 +694,12 @@ class Stop:
 
 
 def training_pair(record, processor, limits):
-    """An SFT record -> Group of its prompt and its one response: the assistant's words and the end-of-turn token."""
+    """A record -> Group of its prompt and its one response: what it demonstrates, and the end-of-turn token."""
     prompt = encode(record, processor, limits)
     prompt.vllm = None
-    text = record["messages"][-1]["content"]
-    response = processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
+    response = processor.tokenizer(demonstration(record), add_special_tokens=False)["input_ids"] + [
+        processor.tokenizer.eos_token_id
+    ]
     length = len(prompt.token_ids) + len(response)
     if length > limits.max_prompt_tokens:
         raise MediaError("too_long", f"{length} tokens with the response, the limit is {limits.max_prompt_tokens}")
@@ -764,8 +787,10 @@ def main():
     except (OSError, ValueError) as error:
         refuse(error)
     for record in records:
-        if "messages" not in record:
-            refuse(f"{record['file']}: record {record['index']}: no messages, so it is no SFT record")
+        if demonstration(record) is None:
+            refuse(
+                f"{record['file']}: record {record['index']}: no messages and no process, so there is nothing to imitate"
+            )
     steps = args.steps or math.ceil(args.epochs * len(records) / args.sequences_per_step)
     checkpoint, state = find_checkpoint(args.out)
     check_resume(state, args, MAY_CHANGE)

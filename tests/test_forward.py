@@ -229,7 +229,14 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     model = sft.load_model(toy / "model", torch.device("cpu"), torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     settings = argparse.Namespace(
-        recompute=False, tokens_per_microbatch=300, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0, tis_cap=None, grad_clip=1.0
+        recompute=False,
+        tokens_per_microbatch=300,
+        clip_low=0.2,
+        clip_high=0.3,
+        dual_clip=3.0,
+        kl_coef=0.0,
+        tis_cap=None,
+        grad_clip=1.0,
     )
     responses = [[[7, 8, 9, 10], [11, 12, 13, 14]] for _ in groups]  # equal lengths: advantages cancel in the mean
     rollouts = []

@@ -26,8 +26,10 @@ import data
 import infer
 from infer import Marks
 
-ORANGE, WHITE, GREY = (255, 165, 0), (255, 255, 255), (128, 128, 128)
-POINTS = '"positive_points": [[200, 300], [300, 400], [400, 600]], "negative_points": [[90, 240], [500, 260], [300, 750]]'
+ORANGE, WHITE = (255, 165, 0), (255, 255, 255)
+POINTS = (
+    '"positive_points": [[200, 300], [300, 400], [400, 600]], "negative_points": [[90, 240], [500, 260], [300, 750]]'
+)
 BOX = [120, 250, 480, 700]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,7 +215,9 @@ def test_a_film_is_drawn_on_every_frame_at_its_own_time(tmp_path, rotated):
     for (second, pixels), level in zip(frames, range(0, 64, 8)):
         assert pixels.shape[0] >= height + 18 and pixels.shape[1] == width
         picture = pixels[:height]
-        corner = {1.0: (0, 0), 1.04: (0.02, 0), 2.5: (0.5, 0.25), 3.0: (0.5, 0.5), 3.96: (0.5, 0.5)}.get(round(second, 2))
+        corner = {1.0: (0, 0), 1.04: (0.02, 0), 2.5: (0.5, 0.25), 3.0: (0.5, 0.5), 3.96: (0.5, 0.5)}.get(
+            round(second, 2)
+        )
         colour = ORANGE if 1 <= second < 3 else tuple((np.full(3, 0.299 * 255 + 0.587 * 165) + 128) / 2)  # faded
         found = outline(picture, colour, 70 if corner and 1 <= second < 3 else 25)
         if corner is None:
@@ -223,6 +227,25 @@ def test_a_film_is_drawn_on_every_frame_at_its_own_time(tmp_path, rotated):
             assert found == pytest.approx((x, y, x + width / 2, y + height / 2), abs=2.1), second
         inside = 1 <= second < 3
         assert np.median(picture) == pytest.approx(level if inside else (level + 128) / 2, abs=4)
+
+
+def test_a_film_is_turned_the_way_the_model_sees_it(tmp_path):
+    """A phone's film drawn upside down: its stored top left corner is shown at the top right."""
+    pixels = np.full((200, 300, 3), 128, np.uint8)
+    pixels[:100, :150] = (0, 0, 255)
+    with av.open(str(tmp_path / "film.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 300, 200, "yuv420p"
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    turned(tmp_path / "film.mp4", tmp_path / "turned.mp4")
+    length, pictures = infer.film(str(tmp_path / "turned.mp4"), None)
+    shown = [picture for _, picture in pictures]
+    assert length == pytest.approx(1) and len(shown) == 4 and shown[0].size == (200, 300)
+    seen = Image.fromarray(data.read_video(tmp_path / "turned.mp4").frames[0]).resize((200, 300))
+    assert outline(shown[0], (0, 0, 255), 60) == pytest.approx((100, 0, 200, 150), abs=2)
+    assert outline(seen, (0, 0, 255), 60) == pytest.approx((100, 0, 200, 150), abs=4)
 
 
 def test_a_gif_keeps_time(tmp_path):
@@ -243,11 +266,25 @@ def test_the_film_strip(tmp_path):
     frames = np.stack([np.full((60, 90, 3), 5 * i, np.uint8) for i in range(21)])
     seconds = [i / 2 for i in range(21)]  # 0 to 10
     truth = Marks(span=(5.0, 10.5))
-    strip = infer.draw_strip(frames, seconds, {"orange": Marks(boxes={4.5: [0, 0, 1000, 1000]}, time=4.5), "lime": truth})
+    strip = infer.draw_strip(
+        frames, seconds, {"orange": Marks(boxes={4.5: [0, 0, 1000, 1000]}, time=4.5), "lime": truth}
+    )
     cells = [np.asarray(strip)[60, 80 + 162 * i, 0] // 5 / 2 for i in range(8)]
     assert cells == [0, 1, 3, 4.5, 5, 6, 8, 10]
-    assert [outline(strip.crop((162 * i, 0, 162 * i + 160, 120)), ORANGE, 0) is not None for i in range(8)] == [0, 0, 0, 1, 1, 0, 0, 0]
-    assert outline(strip, (0, 255, 0))[::2] == (4 * 162, round(7 * 162 + 162 * 0.5 / (10 / 7)))  # the last frame stands 10/7 s
+    assert [outline(strip.crop((162 * i, 0, 162 * i + 160, 120)), ORANGE, 0) is not None for i in range(8)] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        0,
+        0,
+        0,
+    ]
+    assert outline(strip, (0, 255, 0))[::2] == (
+        4 * 162,
+        round(7 * 162 + 162 * 0.5 / (10 / 7)),
+    )  # the last frame stands 10/7 s
 
 
 def test_folders_of_frames(tmp_path):
@@ -268,7 +305,13 @@ def test_folders_of_frames(tmp_path):
 @pytest.fixture(scope="module")
 def sam2(tmp_path_factory):
     """A tiny SAM2 with random weights, large enough to answer differently everywhere."""
-    from transformers import Sam2ImageProcessor, Sam2VideoConfig, Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
+    from transformers import (
+        Sam2ImageProcessor,
+        Sam2VideoConfig,
+        Sam2VideoModel,
+        Sam2VideoProcessor,
+        Sam2VideoVideoProcessor,
+    )
     from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
 
     torch.manual_seed(0)
@@ -298,7 +341,9 @@ def sam2(tmp_path_factory):
     return folder, infer.load_sam2(folder, "cpu")
 
 
-PROMPT = Marks(None, {None: [100, 100, 600, 700]}, [[300, 300], [400, 300], [300, 400]], [[900, 900], [50, 900], [900, 50]])
+PROMPT = Marks(
+    None, {None: [100, 100, 600, 700]}, [[300, 300], [400, 300], [300, 400]], [[900, 900], [50, 900], [900, 50]]
+)
 
 
 def noise(*shape):
@@ -368,7 +413,7 @@ def test_masks_are_drawn(sam2, tmp_path):
         ("--image none.png --task OCR read", "--image: no file none.png"),
         ("--image a.png --task tracking follow", "--task 'tracking' does not go with --image"),
         ("--image a.png --task dancing dance", "--task is 'dancing', expected one of multiple choice, numerical"),
-        ("--image a.png --task OCR read --save out.mp4", "--save: 'out.mp4' does not end with .png, as a drawing on a image does"),
+        ("--image a.png --task OCR read --save out.mp4", "--save: 'out.mp4' with --image: expected a name that ends with .png"),
         ("--image a.png --task OCR read --save none/out.png", "--save: no folder none"),
         ("--image a.png which --options one two", "--options are needed for a multiple choice, and only there"),
         ("--image torn.png what", "torn.png: cannot identify image file"),
@@ -396,12 +441,14 @@ def test_wrong_requests_are_refused_at_once(toy, tmp_path, monkeypatch, capsys, 
 
 
 @pytest.fixture(scope="module")
-def questions(toy, tmp_path_factory):
+def questions(toy):
     """One held-out question of each task, in JSONL, and a film with a variable frame rate. -> file, records"""
     lines = []
     for path in sorted((toy / "eval").glob("*.json")):
         raw = json.loads(path.read_text())[0]
-        lines.append({key: raw[key] for key in ("problem_id", "problem", "problem_type", "options", "data_type", "path")})
+        lines.append(
+            {key: raw[key] for key in ("problem_id", "problem", "problem_type", "options", "data_type", "path")}
+        )
     write_video(toy / "eval" / "media" / "variable.mp4", 130, 50, [0, 40, 80, 1000, 1040, 3000, 3100, 7000])
     lines.append(dict(problem="Before <video> and after?", problem_type="OCR", videos=["media/variable.mp4"]))
     path = toy / "eval" / "questions.jsonl"
@@ -416,17 +463,16 @@ LIMITS = data.Limits(image_max_pixels=1024 * 1024, frame_max_pixels=256 * 1024)
 def by_vllm(toy, questions, tmp_path_factory):
     """All questions through the script with vLLM: the result, its lines, and the folder of drawings."""
     out = tmp_path_factory.mktemp("drawings") / "new"
-    start = time.time()
     result = run(
         "infer.py", "--model", toy / "model", "--questions", questions[0], "--json", "--save", out, "--dtype", "float32",
         "--max-response-tokens", 24, check=False,
     )  # fmt: skip
-    return result, [json.loads(line) for line in result.stdout.splitlines()], out, time.time() - start
+    return result, [json.loads(line) for line in result.stdout.splitlines()], out
 
 
 def test_questions_in_json_lines(by_vllm, questions):
     """A word on stdout that is not JSON, an exit code of 0 for answers that say nothing, drawings of the wrong question."""
-    result, lines, out, _ = by_vllm
+    result, lines, out = by_vllm
     assert [line["problem_id"] for line in lines] == [record["problem_id"] for record in questions[1]]
     assert [line["task"] for line in lines] == [data.task_of(record) for record in questions[1]]
     assert not lines[1]["readable"] and result.returncode == 1, result.stderr[-2000:]  # random weights say nothing
@@ -434,6 +480,11 @@ def test_questions_in_json_lines(by_vllm, questions):
     for i, record in enumerate(questions[1]):
         with Image.open(out / f"{i}.png") as drawn:
             assert (drawn.width > 2 * drawn.height) == (record["data_type"] == "video")
+
+
+def whole(text):
+    """The answer in a text, without the half letter at a cut, which vLLM keeps back and transformers shows as \ufffd."""
+    return (infer.rewards.find_answer(text or "") or "").rstrip("\ufffd")
 
 
 def test_transformers_answers_as_vllm_does(toy, processor, questions, by_vllm):
@@ -444,7 +495,7 @@ def test_transformers_answers_as_vllm_does(toy, processor, questions, by_vllm):
     for record, line in zip(questions[1], by_vllm[1]):
         prompt = data.encode(record, processor, LIMITS)
         pieces = list(infer.stream_transformers(prompt, model, processor, 24))
-        assert infer.rewards.find_answer("".join(piece for piece, _ in pieces)) == line["answer"]
+        assert whole("".join(piece for piece, _ in pieces)) == whole(line["answer"])
         assert (pieces[-1][1] == "stop") == line["finished"] and not any(reason for _, reason in pieces[:-1])
 
 
@@ -477,12 +528,14 @@ def test_a_server_reads_the_same_prompt(server, processor, questions, by_vllm):
     """Times lost on the way (a video of 7 s read as 4 frames at 1 fps), frames blurred by JPEG, text in another order."""
     for record, line in zip(questions[1], by_vllm[1]):
         request = infer.request_of(record, "toy", LIMITS, data.PROMPTS, 24)
-        reply = json.load(infer.ask_server(f"{server}/chat/completions", request | dict(stream=False, return_token_ids=True)))
+        reply = json.load(
+            infer.ask_server(f"{server}/chat/completions", request | dict(stream=False, return_token_ids=True))
+        )
         assert reply["prompt_token_ids"] == data.encode(record, processor, LIMITS).token_ids, record["problem"]
         pieces = list(infer.stream_server(request, server))
         assert len(pieces) > 8
         text = "".join(piece for piece, _ in pieces)
-        assert infer.rewards.find_answer(text) == line["answer"]
+        assert whole(text) == whole(line["answer"])
 
 
 def test_the_prompt_goes_on_after_a_mistake(server, questions, tmp_path):
@@ -541,7 +594,17 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, said, last, code, sentence):
     Image.fromarray(pixels).save(tmp_path / "a.png")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     url = f"http://127.0.0.1:{canned.server_port}/v1"
-    words = ["--base-url", url, "--image", f"{tmp_path}/a.png", "--task", "spatial grounding", "where?", "--save", f"{tmp_path}/o.png"]
+    words = [
+        "--base-url",
+        url,
+        "--image",
+        f"{tmp_path}/a.png",
+        "--task",
+        "spatial grounding",
+        "where?",
+        "--save",
+        f"{tmp_path}/o.png",
+    ]
     monkeypatch.setattr(sys, "argv", ["infer.py", *words])
     try:
         with pytest.raises(SystemExit) as end:
@@ -560,8 +623,3 @@ def test_exit_codes(tmp_path, monkeypatch, capsys, said, last, code, sentence):
     if code == 0:
         with Image.open(tmp_path / "o.png") as drawn:
             assert outline(drawn) == (64, 64, 192, 192)
-
-
-def test_the_first_answer_does_not_take_for_ever(by_vllm):
-    """A start that profiles an 8B model's worth of dummy pictures: 13 answers, start and drawings included."""
-    assert by_vllm[3] < 240

@@ -141,3 +141,19 @@ def test_minibatches_take_every_group_once(counts):
         assert sorted(i for part in parts for i in part) == list(range(counts[rank]))
     sizes = [sum(map(len, parts)) for parts in zip(*dealt)]
     assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def test_engines_with_other_weights_stop_the_run():
+    """One engine in eight that missed a sync: an eighth of the rollouts comes from an old policy, silently."""
+    rl_ema_grpo.check_engines([["a"], ["a"], ["a"], ["a"]], 1)
+    rl_ema_grpo.check_engines([["left"], ["right"], ["left"], ["right"]], 2)
+    with pytest.raises(RuntimeError, match=r"ranks \[3\] hold other weights"):
+        rl_ema_grpo.check_engines([["left"], ["right"], ["left"], ["old"]], 2)
+
+
+def test_rounds_follow_the_keep_rate():
+    """Rounds of fixed size throw work away; one sized by a single bad round floods the machine."""
+    assert rl_ema_grpo.round_size(128, 1.0, 128, 32) == 128
+    assert rl_ema_grpo.round_size(128, 0.55, 128, 32) == 256  # 233, a whole number of hands
+    assert rl_ema_grpo.round_size(128, 0.001, 128, 32) == 256  # at most two steps' worth
+    assert rl_ema_grpo.round_size(1, 1.0, 128, 32) == 32

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -377,6 +378,23 @@ def test_hostile_text_here_and_now(record):
         assert time.process_time() - start < 5, text[:40]
 
 
+@pytest.mark.parametrize("record", RECORDS, ids=BY_TYPE)
+def test_hostile_truth(record):
+    """A broken record ended the run in the middle of grading, long after it was read."""
+    for truth in [
+        *HOSTILE,
+        5,
+        True,
+        float("nan"),
+        float("inf"),
+        {},
+        [],
+        {"time": [float("nan"), 1], "boxes": {"1": None}},
+    ]:
+        result = score({**record, "answer": truth}, reply(rewards.truth_of(record)))
+        check_bounds(result)
+
+
 EXAMPLES = int(os.environ.get("REWARD_EXAMPLES", "1000"))
 NUMBERS = st.one_of(
     st.integers(-10, 1100), st.floats(width=32), st.sampled_from([0, 1e400, -0.0, 10**30, True, None, "7", [1]])
@@ -392,10 +410,9 @@ TEXTS = st.one_of(
 def test_random_text_and_mutations(record):
     """A response nobody thought of raised, or left the bounds."""
     truth = rewards.truth_of(record)
-    slow = record["problem_type"] == "math"  # sympy takes milliseconds for each
 
     @settings(
-        max_examples=EXAMPLES // (5 if slow else 1),
+        max_examples=EXAMPLES,
         deadline=None,
         database=None,
         derandomize=True,
@@ -517,6 +534,31 @@ def test_grader_stops_sympy():
         pairs = [(ask("math", "5"), reply(text)) for text in ("5", "9^{9^{9^{9}}}", "10000000!", "5.0")]
         assert [result.accuracy for result in grader.score(pairs)] == [1, 0, 0, 1]
         assert grader.counts["errors"] == 0 and 1 <= grader.counts["killed"] <= 2
+
+
+def test_responses_are_data_not_code(monkeypatch, tmp_path):
+    """sympy's parse_expr is eval: of a response nothing but digits and operators may reach it."""
+    import math_verify.parser
+
+    seen, real = [], math_verify.parser.parse_expr
+    monkeypatch.setattr(math_verify.parser, "parse_expr", lambda text, **how: seen.append(text) or real(text, **how))
+    mark = tmp_path / "ran"
+    code = f"__import__('pathlib').Path('{mark}').touch()"
+    for text in (
+        code,
+        f"${code}$",
+        f"3+4 {code}",
+        f"(1)*({code})",
+        f"\\boxed{{{code}}}",
+        f"1 + 2\n{code}",
+        "lambda: 7",
+        f"x**2 3+4 {code}",
+    ):
+        math_verify.parser.parse_expr_cached.cache_clear()
+        rewards.math_equal(text, "7")
+        rewards.math_equal("7", text)
+    assert seen and all(re.fullmatch(r"[\d\s.+*/^()×÷-]*", text) for text in seen), seen
+    assert not mark.exists()
 
 
 # --- POLAR ------------------------------------------------------------------------------------------------------------

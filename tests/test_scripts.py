@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
@@ -96,7 +95,7 @@ def test_demo_runs_to_the_end(demo):
 
 
 def test_same_command_resumes(demo, toy):
-    """A rerun that starts from nothing, or repeats what is done."""
+    """A rerun that starts from nothing, or repeats what is done. More steps are another cosine, so they need --force."""
     out, _ = demo
     before = (out / "sft" / "model.safetensors").read_bytes()
     with open(out / "sft" / "metrics.jsonl", "a") as file:
@@ -113,6 +112,7 @@ def test_same_command_resumes(demo, toy):
         out / "sft",
         "--steps",
         5,
+        "--force",
         *options,
         ranks=2,
     )
@@ -182,14 +182,3 @@ def test_trained_folder_is_served_over_the_openai_protocol(demo):
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)
-
-
-def test_infer_answers(demo):
-    """The last script of the chain, on a real picture. A model of three steps may not know the format: exit code 0 or 1."""
-    picture = next(Path(demo[0], "toy", "media").glob("*.png"))
-    result = run(
-        "infer.py", "--model", demo[0] / "rl", "--image", picture, "--task", "open-ended", "Describe the picture.",
-        "--dtype", "float32", "--max-prompt-tokens", 400, "--max-response-tokens", 32, check=False,
-    )  # fmt: skip
-    assert result.returncode in (0, 1), result.stderr[-3000:]
-    assert "thinking:" in result.stdout or "answer:" in result.stdout, result.stdout

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
@@ -80,7 +79,9 @@ def test_rl_killed_in_every_phase_ends_as_if_nothing_had_happened(damaged_toy, t
 def test_sft_killed_ranks_and_another_number_of_ranks(toy, tmp_path):
     """One rank that dies must not hang the other; a run goes on with fewer ranks and with more, on the same data."""
     model, files = toy / "model", [toy / "sft_image.json"]
-    start("sft", "", SFT, model, files, tmp_path / "whole")
+    start("sft", "", SFT + " --export-saves --keep 1", model, files, tmp_path / "whole")
+    exports = list((tmp_path / "whole").glob("step-*/model.safetensors"))
+    assert len(exports) == 4 and len(list((tmp_path / "whole").glob("checkpoints/step-*"))) == 1
     start("sft", "sft.update:2:0", SFT, model, files, tmp_path / "one", restarts=1)
     assert metrics(tmp_path / "one") == metrics(tmp_path / "whole")
     assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
@@ -93,7 +94,9 @@ def test_sft_killed_ranks_and_another_number_of_ranks(toy, tmp_path):
 def test_an_exception_of_one_rank_ends_all_with_its_traceback(toy, tmp_path):
     """Ranks that wait an hour in a collective for one that is gone; a traceback that nobody sees."""
     files = [toy / "rl_train.json"]
-    result = start("rl_ema_grpo", "rl_ema_grpo.update:1:raise1", RL, toy / "model", files, tmp_path / "out", check=False)
+    result = start(
+        "rl_ema_grpo", "rl_ema_grpo.update:1:raise1", RL, toy / "model", files, tmp_path / "out", check=False
+    )
     assert result.returncode != 0
     assert "ArithmeticError: on purpose" in result.stderr
 
