@@ -63,7 +63,7 @@ from sft import (
     check_room,
     export_model,
     find_checkpoint,
-    forget_metrics_after,
+    forget_after,
     full_weights,
     gather,
     global_sum,
@@ -310,6 +310,16 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
     return rollouts
 
 
+def common_prompts(prompts, rank, tensor_parallel):
+    """The prompts that all ranks of this rank's engine could read: ranks that ask it for different things fall out of step."""
+    if tensor_parallel == 1:
+        return prompts
+    name = lambda prompt: (prompt.record["file"], prompt.record["index"])  # noqa: E731
+    everyone = gather([name(prompt) for prompt in prompts])
+    mates = everyone[rank - rank % tensor_parallel :][:tensor_parallel]
+    return [prompt for prompt in prompts if all(name(prompt) in names for names in mates)]
+
+
 def text_of(rollout, i, tokenizer):
     """Response i as text, without its end-of-turn token. Other special tokens stay visible: they break the format."""
     return tokenizer.decode(rollout.responses[i][: -1 if rollout.finished[i] else None])
@@ -500,6 +510,13 @@ def check(args, world):
     for flag, ranks in (("--rollout-tp", args.rollout_tp), ("--shard-size", args.shard_size or world)):
         if ranks < 1 or world % ranks:
             refuse(f"{flag} {ranks} does not divide {world} ranks")
+    for flag, number in (
+        ("--prompts-per-step", args.prompts_per_step),
+        ("--updates-per-step", args.updates_per_step),
+        ("--keep", args.keep),
+    ):
+        if number < 1:
+            refuse(f"{flag} {number} must be at least 1")
     if args.rollouts_per_prompt < 2:
         refuse(f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from")
     try:
@@ -533,7 +550,7 @@ def evaluate_greedily(llm, records, encode_record, grader, tokenizer, args, rank
     mine, graded = records[rank // tp :: world // tp], []
     stream = prefetch(mine, encode_record, range(len(mine)), args.workers)
     for start in range(0, len(mine), 64):  # so that few pictures are in memory at a time
-        prompts = take(stream, min(64, len(mine) - start), Counter(), 1.0)
+        prompts = common_prompts(take(stream, min(64, len(mine) - start), Counter(), 1.0), rank, tp)
         rollouts = generate(llm, prompts, [0] * len(prompts), 1, args.max_response_tokens, tokenizer, temperature=0.0)
         rollouts = rollouts[rank % tp :: tp]
         grade(rollouts, grader, tokenizer)
@@ -570,15 +587,16 @@ def main():
     reference = (
         load_model(args.model, device, dtype, trainable=False, shard_size=args.shard_size) if args.kl_coef > 0 else None
     )
-    check_room(args.out, model, args.keep)
+    first, cursor, keep_rate = state.get("step", 0), state.get("cursor", 0), state.get("keep_rate", 1.0)
+    check_room(args.out, model, args.keep, 1 + args.export_saves * (args.steps - first) // args.save_every)
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
     for group in optimizer.param_groups:  # a checkpoint brings its old ones back
         group.update(lr=args.lr, weight_decay=args.weight_decay)
     ema = EMAStd(args.ema_decay)
     ema.load_state_dict(state.get("moments", {}))
-    first, cursor, keep_rate = state.get("step", 0), state.get("cursor", 0), state.get("keep_rate", 1.0)
-    forget_metrics_after(args.out, first)
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        forget_after(first, os.path.join(args.out, name))
 
     # An engine is held by `tp` ranks, which read the same prompts and then share out the groups.
     tp, engine, engines = args.rollout_tp, rank // args.rollout_tp, world // args.rollout_tp
@@ -625,7 +643,7 @@ def main():
             missing = args.prompts_per_step - all_kept
             size = round_size(missing, keep_rate, args.prompts_per_step, rows * engines) // engines
             with phase(row, "data"):
-                prompts = take(stream, size, tally, args.max_bad_share)
+                prompts = common_prompts(take(stream, size, tally, args.max_bad_share), rank, tp)
             seeds = [args.seed + (cursor + engine + i * engines) * n for i in range(len(prompts))]
             cursor += size * engines
             with phase(row, "generate"):
@@ -635,6 +653,9 @@ def main():
             with phase(row, "grade"):
                 grade(rollouts, grader, tokenizer)
             new = [rollout for rollout in rollouts if teaches(rollout)]
+            for rollout in rollouts:  # pixels are large, and in shared memory
+                rollout.prompt.vllm = None
+                rollout.prompt.patches = rollout.prompt.patches if teaches(rollout) else None
             kept, seen, rounds = kept + new, seen + rollouts, rounds + 1
             new_kept, new_seen = map(int, global_sum(len(new), len(rollouts)))
             all_kept, all_seen = all_kept + new_kept, all_seen + new_seen

@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from types import MethodType
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class Group(NamedTuple):
 def pack(groups, device):
     """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] after each other, as a dict of
 
-    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3), segments [(prompt length, [response lengths])],
+    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3), segments ((prompt length, (response lengths)),),
     rows (R,): the row of the sequence that predicts each response token, targets (R,): that token.
     R counts the response tokens in the order of the groups and their responses.
     """
@@ -98,13 +98,13 @@ def pack(groups, device):
             positions.append((first + torch.arange(len(response))).expand(3, -1))
             rows += [last_prompt_row, *range(start, start + len(response) - 1)]  # token k is predicted by token k - 1
             start += len(response)
-        segments.append((len(prompt.token_ids), [len(response) for response in responses]))
+        segments.append((len(prompt.token_ids), tuple(len(response) for response in responses)))
     return dict(
         ids=torch.tensor(ids, device=device),
         positions=torch.cat(positions, dim=1).to(device),
         patches=torch.cat([group.prompt.patches for group in groups]).to(device),
         grids=torch.cat([group.prompt.grids for group in groups]).to(device),
-        segments=segments,
+        segments=tuple(segments),
         rows=torch.tensor(rows, device=device),
         targets=torch.tensor(targets, device=device),
     )
@@ -117,21 +117,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     The first response continues its prompt, so [prompt | R1] is one ordinary causal sequence; every other response asks
     the keys [prompt | itself]. Two varlen calls on CUDA, SDPA sequence by sequence on a CPU.
     """
-    queries, keys = [], []  # row indices of each attention sequence
-    start = 0
-    for prompt, responses in segments:
-        end = start + prompt + responses[0]
-        queries.append((start, end))
-        keys.append([(start, end)])
-        for length in responses[1:]:
-            queries.append((end, end + length))
-            keys.append([(start, start + prompt), (end, end + length)])
-            end += length
-        start = end
     if query.is_cuda and query.dtype != torch.float32:  # the kernel knows 16 bits only
-        return varlen_attention(query, key, value, scaling, queries, keys), None
+        return varlen_attention(query, key, value, scaling, segments), None
     out = []
-    for (begin, end), spans in zip(queries, keys):
+    for (begin, end), spans in attention_sequences(segments):
         k = torch.cat([key[:, :, a:b] for a, b in spans], dim=2)
         v = torch.cat([value[:, :, a:b] for a, b in spans], dim=2)
         # Causal from the bottom right corner: the last query sees every key.
@@ -144,24 +133,49 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def varlen_attention(query, key, value, scaling, queries, keys):
+def attention_sequences(segments):
+    """The sequences of a packed batch, each as (begin, end) of its queries and a list of (begin, end) of its keys.
+
+    >>> attention_sequences(((4, (2, 3)),))  # [prompt | R1], then R2 with the prompt
+    [((0, 6), [(0, 6)]), ((6, 9), [(0, 4), (6, 9)])]
+    """
+    sequences, start = [], 0
+    for prompt, responses in segments:
+        end = start + prompt + responses[0]
+        sequences.append(((start, end), [(start, end)]))
+        for length in responses[1:]:
+            sequences.append(((end, end + length), [(start, start + prompt), (end, end + length)]))
+            end += length
+        start = end
+    return sequences
+
+
+def varlen_attention(query, key, value, scaling, segments):
     """The same on CUDA, where one kernel runs all sequences of a call: (1, H, T, D) -> (1, T, H, D)."""
     from torch.nn.attention.varlen import varlen_attn
 
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     out = torch.empty_like(query)
-    for shared in (False, True):  # first the prompts with their first responses, then the other responses
-        chosen = [i for i, spans in enumerate(keys) if (len(spans) > 1) == shared]
-        if not chosen:
-            continue
-        q_rows, q_offsets, q_longest = rows_and_offsets([[queries[i]] for i in chosen], query.device)
-        k_rows, k_offsets, k_longest = rows_and_offsets([keys[i] for i in chosen], query.device)
+    for (q_rows, q_offsets, q_longest), (k_rows, k_offsets, k_longest) in varlen_calls(segments, query.device):
+        q, k, v = query.index_select(0, q_rows), key.index_select(0, k_rows), value.index_select(0, k_rows)
         part = varlen_attn(
-            query[q_rows], key[k_rows], value[k_rows], q_offsets, k_offsets, q_longest, k_longest,
+            q, k, v, q_offsets, k_offsets, q_longest, k_longest,
             scale=scaling, window_size=(-1, 0), enable_gqa=True,  # (-1, 0) is causal, aligned at the bottom right
         )  # fmt: skip
         out = out.index_copy(0, q_rows, part)
     return out[None]
+
+
+@lru_cache(2)  # all layers of a micro-batch ask for the same
+def varlen_calls(segments, device):
+    """What the (at most) two calls take: first the prompts with their first responses, then the other responses."""
+    sequences = attention_sequences(segments)
+    halves = ([s for s in sequences if len(s[1]) == 1], [s for s in sequences if len(s[1]) == 2])
+    return [
+        (rows_and_offsets([[q] for q, _ in half], device), rows_and_offsets([k for _, k in half], device))
+        for half in halves
+        if half
+    ]
 
 
 def rows_and_offsets(sequences, device):
@@ -275,9 +289,8 @@ def response_logps(model, batch, entropy=False):
 # Micro-batches
 
 
-PAIRS_PER_TOKEN = (
-    20_000  # so many query-key pairs cost as much as one token's matrices (8B: 2 * 193e6 / (4 * 4096) a layer)
-)
+# So many query-key pairs cost as much as one token's matrices: 2 * 193e6 / (4 * 4096) in a layer of the 8B.
+PAIRS_PER_TOKEN = 20_000
 
 
 def attended_pairs(prompt, responses):
@@ -369,7 +382,7 @@ def reset_peak_memory():
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        with open("/proc/self/clear_refs", "w") as file:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # some sandboxes have none
             file.write("5")
 
 
@@ -395,7 +408,6 @@ def init_distributed():
             count = torch.cuda.device_count()
             raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")  # for the head: its operands are bfloat16 values, TF32 loses nothing
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
@@ -435,6 +447,8 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
     shard_size: ranks that share one copy of the trainer (default: all). With the GPUs of one node, gathers stay inside it
     and only gradients cross the network.
     """
+    if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values, and its gradient becomes one
+        torch.set_float32_matmul_precision("high")
     config = AutoConfig.from_pretrained(path)
     master = torch.float32 if trainable else dtype
     weights = {}
@@ -446,10 +460,9 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision_attention})
     model.requires_grad_(trainable)
 
-    copies = dist.get_world_size() // (shard_size or dist.get_world_size())
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    if copies > 1:
-        mesh = init_device_mesh(device.type, (copies, shard_size), mesh_dim_names=("copies", "shards"))
+    world = dist.get_world_size()
+    shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     # Inputs are left as they are: patches arrive as uint8, and the rotary tables of the vision tower stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
@@ -472,7 +485,11 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
 
 def adamw(model, lr, weight_decay):
     params = [param for param in model.parameters() if param.requires_grad]
-    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
+    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
+    get_state_dict(model, optimizer)  # makes the moments, by a step without gradient that Adam must not count:
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
 
 
 def optimizer_step(model, optimizer, grad_clip, loss):
@@ -524,18 +541,16 @@ def publish(writing, folder, state, keep, tally):
     try:
         if error:
             raise OSError(error)
-        files = {
-            os.path.basename(path): os.path.getsize(path) for path in glob.glob(os.path.join(folder + ".tmp", "*"))
-        }
+        files = {name: os.path.getsize(os.path.join(folder + ".tmp", name)) for name in os.listdir(folder + ".tmp")}
         write_json(os.path.join(folder + ".tmp", "trainer_state.json"), {**state, "files": files})
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(folder + ".tmp", folder)
         with open(os.path.join(checkpoints, "latest.tmp"), "w") as file:
             file.write(os.path.basename(folder))
         os.replace(file.name, file.name.removesuffix(".tmp"))
-        for old in sorted(glob.glob(os.path.join(checkpoints, "step-*[0-9]")))[:-keep]:
-            shutil.rmtree(old)
-    except OSError as error:
+        for old in published(checkpoints)[:-keep]:
+            shutil.rmtree(os.path.join(checkpoints, old))
+    except OSError:
         tally["failed_saves"] += 1
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
         print(
@@ -544,16 +559,21 @@ def publish(writing, folder, state, keep, tally):
         )
 
 
+def published(checkpoints):
+    """Names of the checkpoints in a folder, oldest first."""
+    return sorted(glob.glob("step-*[0-9]", root_dir=checkpoints))
+
+
 def find_checkpoint(out):
     """The newest complete checkpoint of a run -> its folder and its state; (None, {}) for a run that has none yet.
 
     A damaged one (a file is missing or has another size than when it was published) is named and passed over; when all are
     damaged the run does not begin anew by itself.
     """
-    found = [(None, {})]
+    names = published(os.path.join(out, "checkpoints"))
+    found = [None if names else (None, {})]
     if dist.get_rank() == 0:
-        folders = sorted(glob.glob(os.path.join(out, "checkpoints", "step-*[0-9]")), reverse=True)
-        for folder in folders:
+        for folder in [os.path.join(out, "checkpoints", name) for name in reversed(names)]:
             try:
                 with open(os.path.join(folder, "trainer_state.json")) as file:
                     state = json.load(file)
@@ -565,9 +585,6 @@ def find_checkpoint(out):
             else:
                 found = [(folder, state)]
                 break
-        else:
-            if folders:
-                found = [None]
     dist.broadcast_object_list(found)
     if found[0] is None:
         refuse(f"all checkpoints under {out} are damaged: remove the folder to begin anew")
@@ -598,16 +615,16 @@ def load_checkpoint(folder, state, model, optimizer):
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
-def check_room(out, model, keep):
+def check_room(out, model, keep, exports=1):
     """Refuses a disk without room for the checkpoints to come (weights and two Adam moments in float32; one more than is kept,
-    since the newest is written before the oldest goes) and the exported model (bfloat16)."""
+    since the newest is written before the oldest goes) and for so many exported models (bfloat16)."""
     parameters = sum(param.numel() for param in model.parameters())
-    there = len(glob.glob(os.path.join(out, "checkpoints", "step-*[0-9]")))
-    needed = parameters * (12 * max(keep + 1 - there, 1) + 2)
-    free = shutil.disk_usage(out).free
+    there = len(published(os.path.join(out, "checkpoints")))
+    needed = parameters * (12 * max(keep + 1 - there, 1) + 2 * exports)
+    free = -global_max(-float(shutil.disk_usage(out).free))  # of the node that has least
     if free < needed:
         refuse(
-            f"--out {out} has {free / 1e9:.2f} GB free, {keep + 1} checkpoints and the model need {needed / 1e9:.2f} GB more"
+            f"--out {out} has {free / 1e9:.2f} GB free, checkpoints and exported models need {needed / 1e9:.2f} GB more"
         )
 
 
@@ -628,6 +645,7 @@ def export_model(model, processor, out):
         if rank0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
             weights[name] = tensor.cpu().clone()  # a gathered tensor may be a view of a padded one
     if rank0:
+        os.makedirs(out, exist_ok=True)
         save_torch_state_dict(weights, out)
         model.config.dtype = torch.bfloat16
         model.config.save_pretrained(out)
@@ -648,9 +666,8 @@ def log_metrics(out, row):
             file.write(json.dumps(row) + "\n")
 
 
-def forget_metrics_after(out, step):
-    """Drops the lines of steps that a killed run logged but did not save; they will be run, and logged, again."""
-    path = os.path.join(out, "metrics.jsonl")
+def forget_after(step, path):
+    """Drops the lines of a log that a killed run wrote for steps it did not save; they will be run, and logged, again."""
     if dist.get_rank() == 0 and os.path.exists(path):
         with open(path) as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -768,7 +785,7 @@ def parse_args():
 
 
 MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every keep export_saves force
-    max_bad_share cache cache_gb""".split()  # settings that a resumed run may change: they do not change what is computed
+    max_bad_share cache cache_gb""".split()  # a resumed run may: they change nothing but the order of sums
 
 
 def main():
@@ -779,8 +796,10 @@ def main():
     # Everything that can be wrong with the input is found before a model is loaded.
     if args.sequences_per_step % world:
         refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
-    if args.shard_size and world % args.shard_size:
+    if args.shard_size is not None and (args.shard_size < 1 or world % args.shard_size):
         refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
+    if args.keep < 1:
+        refuse("--keep must be at least 1")
     try:
         records = [record for path in args.data for record in load_records(path, args.media_root)]
         processor = AutoProcessor.from_pretrained(args.model)
@@ -801,11 +820,11 @@ def main():
     if args.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
-    check_room(args.out, model, args.keep)
+    step, cursor = state.get("step", 0), state.get("cursor", 0)
+    check_room(args.out, model, args.keep, 1 + args.export_saves * (steps - step) // args.save_every)
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
-    step, cursor = state.get("step", 0), state.get("cursor", 0)
-    forget_metrics_after(args.out, step)
+    forget_after(step, os.path.join(args.out, "metrics.jsonl"))
     if rank == 0:
         print(
             f"{len(records)} records, {steps} steps of {args.sequences_per_step} sequences on {world} ranks,"

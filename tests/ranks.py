@@ -60,9 +60,8 @@ rollouts = [
 ]  # fmt: skip
 old = rl_ema_grpo.current_logps(model, mine, 300, device) - 0.05
 numbers = rl_ema_grpo.update(model, optimizer, rollouts, old, old - 0.1, settings, device)
-result["dummies"] = [numbers.pop("microbatches"), numbers.pop("dummies")][
-    1
-]  # these two do depend on the number of ranks
+del numbers["microbatches"]  # this and the dummies do depend on the number of ranks
+result["dummies"] = numbers.pop("dummies")
 result["numbers"] += list(numbers.values())
 result["rl"] = {name: value - start[name] for name, value in weights().items()}
 

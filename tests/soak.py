@@ -67,7 +67,7 @@ def unmeasured(row):
 
 def kills(folder, args):
     """Uninterrupted run first; then one that is killed at random moments, and resumed each time."""
-    steps, rng = 8 * args.times, random.Random(args.seed)
+    steps, rng = 12 * args.times, random.Random(args.seed)
     whole, killed, lost, back = f"{folder}/whole", f"{folder}/killed", [], []
     assert launch(folder, whole, steps, 4).wait() == 0
     run, start, done = launch(folder, killed, steps, 4), time.time(), 0

@@ -64,6 +64,30 @@ def test_packed_forward_equals_one_at_a_time(toy, groups, seeded):
         assert (a.grad - b.grad).norm() <= 1e-5 * b.grad.norm() + 1e-7, name
 
 
+def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
+    """Rows, offsets or alignment of the two calls on a GPU: its kernel is replaced by SDPA, sequence by sequence."""
+    import torch.nn.attention.varlen as varlen
+
+    def kernel(q, k, v, q_offsets, k_offsets, q_longest, k_longest, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa and q_offsets.dtype == k_offsets.dtype == torch.int32
+        assert q_longest == q_offsets.diff().max() and k_longest == k_offsets.diff().max()
+        out = []
+        for a, b, c, d in zip(q_offsets, q_offsets[1:], k_offsets, k_offsets[1:]):
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned at the bottom right
+            heads = (x[None].transpose(1, 2) for x in (q[a:b], k[c:d], v[c:d]))
+            part = torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True)
+            out.append(part[0].transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    segments = sft.pack(groups, "cpu")["segments"]
+    length = sum(prompt + sum(responses) for prompt, responses in segments)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2))
+    expected, _ = sft.shared_prefix_attention(None, query, key, value, None, 0.3, segments)
+    assert torch.allclose(sft.varlen_attention(query, key, value, 0.3, segments), expected, atol=1e-6)
+
+
 def test_text_alone_runs_the_vision_tower_without_effect(toy, groups):
     """A micro-batch without pictures that skips the vision tower hangs FSDP; one that leaks the dummy changes the text."""
     model = load(toy, packed=True)
@@ -198,7 +222,7 @@ def test_microbatches_lose_nothing(alone, groups):
             assert size <= budget or (len(members) == 1 and len(members[0].responses) == 1)
         least = sum(len(group.prompt.token_ids) + sum(map(len, group.responses)) for group in groups) / budget
         assert budget < 250 or len(bins) <= 2 * least + 1  # no micro-batch for every little group
-    assert sft.microbatches([], 100) == [] or not sft.microbatches([], 100)[0][0]
+    assert [members for members, _ in sft.microbatches([], 100)] == [[]]
 
 
 def test_work_is_spread_evenly(seeded):
@@ -257,6 +281,21 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     old = rl_ema_grpo.current_logps(model, [rollout.group for rollout in rollouts], 300, torch.device("cpu"))
     again = rl_ema_grpo.update(model, optimizer, rollouts, old, None, settings, torch.device("cpu"))
     assert again == pytest.approx(result, abs=1e-5)
+
+
+def test_bfloat16_stays_near_float32(alone, toy, groups):
+    """An operand of another type somewhere in the forward or backward that the real runs take."""
+    logps, gradients = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = sft.load_model(toy / "model", torch.device("cpu"), dtype)
+        logps[dtype], entropies = model.response_logps(sft.pack(groups, "cpu"), entropy=True)
+        assert logps[dtype].dtype == entropies.dtype == torch.float32 and (entropies > 0).all()
+        logps[dtype].mean().backward()
+        gradients[dtype] = torch.cat([param.grad.full_tensor().flatten() for param in model.parameters()])
+        assert all(param.dtype == torch.float32 for param in model.parameters())
+    assert 0 < (logps[torch.float32] - logps[torch.bfloat16]).abs().mean() < 0.05
+    a, b = gradients.values()
+    assert (a - b).norm() < 0.1 * a.norm()
 
 
 def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):

@@ -533,7 +533,7 @@ def test_a_server_reads_the_same_prompt(server, processor, questions, by_vllm):
         )
         assert reply["prompt_token_ids"] == data.encode(record, processor, LIMITS).token_ids, record["problem"]
         pieces = list(infer.stream_server(request, server))
-        assert len(pieces) > 8
+        assert len(pieces) > 1  # a busy server joins some
         text = "".join(piece for piece, _ in pieces)
         assert whole(text) == whole(line["answer"])
 
