@@ -1,6 +1,6 @@
 """EMA-GRPO: reinforcement learning on many tasks at once, each task's advantages divided by its own moving reward std.
 
-    torchrun --nproc-per-node 2 rl_ema_grpo.py --model runs/demo/sft --data runs/demo/toy/rl_train.json --dtype float32 ...  # laptop
+    bash demo.sh                                                        # a laptop: its third part is this script on 2 CPU ranks
     torchrun --nproc-per-node 8 rl_ema_grpo.py --model runs/sft --data onethinker_rl_train.json --out runs/rl        # 8 x 80 GB
 
 Every rank holds a shard of the trainer and a whole vLLM engine. A step, numbered as in the code:
@@ -461,7 +461,7 @@ def parse_args():
     group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
     group.add_argument("--out", required=True, help="run folder; the same command resumes from it")
     group.add_argument("--eval-data", nargs="+", default=[], help="held-out record files to answer greedily during the run")
-    group.add_argument("--eval-every", type=int, default=50, help="steps between such evaluations (%(default)s)")
+    group.add_argument("--eval-every", type=int, default=50, help="steps between such evaluations, each before its step; for the final model there is evaluate.py (%(default)s)")
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=["ema_grpo", "grpo", "dr_grpo"], default="ema_grpo")
     group.add_argument("--ema-decay", type=float, default=0.99, help="of the moving reward moments, per step (%(default)s)")

@@ -1,6 +1,6 @@
 """Supervised cold start: one pass over chain-of-thought data, and the forward that reinforcement learning shares.
 
-    torchrun --nproc-per-node 2 sft.py --model runs/demo/toy/model --data runs/demo/toy/sft_*.json --dtype float32 ...  # laptop
+    bash demo.sh                                                   # a laptop: its second part is this script on 2 CPU ranks
     torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct \\
         --data onethinker_sft_image.json onethinker_sft_video.json --out runs/sft                             # 8 x 80 GB
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, tiny_sam2
 from scipy import ndimage
 
 import data
@@ -914,37 +914,6 @@ def test_a_folder_never_mixes_two_models_or_settings(request_of, tmp_path, capsy
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs
-
-
-def tiny_sam2(path):
-    """A SAM2 of the real architecture with random weights, 64 x 64 pixels inside."""
-    import torch
-    import transformers as hf
-    from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
-
-    torch.manual_seed(0)
-    backbone = dict(
-        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1] * 4, window_size_per_stage=[4] * 4, global_attention_blocks=[3],
-        window_positional_embedding_background_size=[2, 2],
-    )  # fmt: skip
-    vision = dict(backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=128)
-    vision |= dict(backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]])
-    decoder = Sam2VideoMaskDecoderConfig(hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
-    config = hf.Sam2VideoConfig(
-        vision_config=vision, prompt_encoder_config=dict(hidden_size=128, image_size=64, patch_size=16), image_size=64,
-        mask_decoder_config=decoder, memory_attention_hidden_size=128, memory_attention_feed_forward_hidden_size=128,
-        memory_attention_num_layers=1, memory_attention_rope_feat_sizes=[4, 4], memory_encoder_hidden_size=128,
-        memory_encoder_output_channels=64, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
-        memory_fuser_intermediate_dim=32,
-    )  # fmt: skip
-    hf.Sam2VideoModel(config).save_pretrained(path)
-    size = dict(height=64, width=64)
-    pictures, films = (
-        hf.Sam2ImageProcessor(size=size, mask_size=dict(height=16, width=16)),
-        hf.Sam2VideoVideoProcessor(size=size),
-    )
-    hf.Sam2VideoProcessor(pictures, films).save_pretrained(path)
 
 
 # A model that knows the truth, and errs in every other record: the rest of the run is real. Runs one after another, each in

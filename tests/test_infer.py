@@ -18,7 +18,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, run, tiny_sam2
 from PIL import Image
 from test_vllm import write_video
 
@@ -304,40 +304,8 @@ def test_folders_of_frames(tmp_path):
 
 @pytest.fixture(scope="module")
 def sam2(tmp_path_factory):
-    """A tiny SAM2 with random weights, large enough to answer differently everywhere."""
-    from transformers import (
-        Sam2ImageProcessor,
-        Sam2VideoConfig,
-        Sam2VideoModel,
-        Sam2VideoProcessor,
-        Sam2VideoVideoProcessor,
-    )
-    from transformers.models.sam2_video.configuration_sam2_video import Sam2VideoMaskDecoderConfig
-
-    torch.manual_seed(0)
-    backbone = dict(
-        hidden_size=8, image_size=[64, 64], blocks_per_stage=[1, 1, 2, 1], embed_dim_per_stage=[8, 16, 32, 64],
-        num_attention_heads_per_stage=[1] * 4, window_size_per_stage=[4] * 4, global_attention_blocks=[3],
-        window_positional_embedding_background_size=[2, 2],
-    )  # fmt: skip
-    vision = dict(backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=128)
-    config = Sam2VideoConfig(
-        vision_config=vision | dict(backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]]),
-        prompt_encoder_config=dict(hidden_size=128, image_size=64, patch_size=16),
-        mask_decoder_config=Sam2VideoMaskDecoderConfig(hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
-        image_size=64, memory_attention_hidden_size=128, memory_attention_feed_forward_hidden_size=32,
-        memory_attention_num_layers=1, memory_attention_rope_feat_sizes=[4, 4], memory_encoder_hidden_size=128,
-        memory_encoder_output_channels=64, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
-        memory_fuser_intermediate_dim=32,
-    )  # fmt: skip
-    model = Sam2VideoModel(config)
-    for param in model.parameters():
-        param.data *= 4 if param.ndim > 1 else 1
-    model.mask_decoder.pred_obj_score_head.proj_out.bias.data += 100  # the object is in sight in every frame
-    folder, size = tmp_path_factory.mktemp("sam2"), dict(height=64, width=64)
-    model.save_pretrained(folder)
-    pictures = Sam2ImageProcessor(size=size, mask_size=dict(height=16, width=16))
-    Sam2VideoProcessor(pictures, Sam2VideoVideoProcessor(size=size)).save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("sam2")
+    tiny_sam2(folder)
     return folder, infer.load_sam2(folder, "cpu")
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import rl_ema_grpo
+from data import Prompt
 from rl_ema_grpo import EMAStd, advantages, deal_minibatches, policy_loss
 
 
@@ -157,3 +158,13 @@ def test_rounds_follow_the_keep_rate():
     assert rl_ema_grpo.round_size(128, 0.55, 128, 32) == 256  # 233, a whole number of hands
     assert rl_ema_grpo.round_size(128, 0.001, 128, 32) == 256  # at most two steps' worth
     assert rl_ema_grpo.round_size(1, 1.0, 128, 32) == 32
+
+
+def test_ranks_of_an_engine_ask_for_the_same(monkeypatch):
+    """A medium that one of two ranks cannot read: their shared engine gets two different lists and hangs."""
+    prompts = [Prompt(dict(file="a", index=i), [], None, None, None, {}) for i in range(4)]
+    names = [("a", i) for i in range(4)]
+    monkeypatch.setattr(rl_ema_grpo, "gather", lambda mine: [names, names[1:], mine, [names[0], names[3]]])
+    kept = [[prompt.record["index"] for prompt in rl_ema_grpo.common_prompts(prompts, rank, 2)] for rank in (0, 2)]
+    assert kept == [[1, 2, 3], [0, 3]]
+    assert rl_ema_grpo.common_prompts(prompts, 0, 1) is prompts
