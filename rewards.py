@@ -43,6 +43,7 @@ from typing import NamedTuple
 import numpy as np
 
 LIMIT = 1e9  # no coordinate, second or reward-model score is larger; also keeps products finite
+NUMBERS = {int, float}  # not bool
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "ocr", "open-ended")
 JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking", "segmentation")
 SLOW_TYPES = ("math", "open-ended", "ocr")  # graded in worker processes
@@ -288,7 +289,7 @@ def is_number(x):
     >>> is_number(3.5), is_number(True), is_number("12"), is_number(float("nan"))
     (True, False, False, False)
     """
-    return (type(x) is int or type(x) is float) and -LIMIT <= x <= LIMIT
+    return type(x) in NUMBERS and -LIMIT <= x <= LIMIT
 
 
 def are_numbers(x, n):
@@ -300,7 +301,7 @@ def are_numbers(x, n):
     if type(x) is not list or len(x) != n:
         return False
     for v in x:  # is_number, inlined: most of the time of grading a track goes here
-        if (type(v) is not int and type(v) is not float) or not -LIMIT <= v <= LIMIT:
+        if type(v) not in NUMBERS or not -LIMIT <= v <= LIMIT:
             return False
     return True
 

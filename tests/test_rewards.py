@@ -582,6 +582,7 @@ def server():
 
     httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
+    httpd.handle_error = lambda *_: None  # a client that has given up
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
     httpd.shutdown()
