@@ -174,7 +174,7 @@ def test_order_depends_on_the_seed_alone():
 def test_every_rank_is_dealt_as_much_work():
     """One rank that writes the long answers while the others wait; a dealing that takes other records than the order says."""
     work = np.random.default_rng(0).lognormal(6, 0.8, 1000).tolist()  # long answers are few and long
-    excess = {}
+    excess, whole = {}, {}
     for name, options in dict(cards={}, dealt=dict(work=work)).items():
         ranks = [data.data_order(1000, 0, 0, rank, 8, rows=4, **options) for rank in range(8)]
         steps = [[list(itertools.islice(rank, 16)) for rank in ranks] for _ in range(7)]
@@ -183,7 +183,10 @@ def test_every_rank_is_dealt_as_much_work():
         assert [sorted(sum(step, [])) for step in steps] == [
             sorted(itertools.islice(data.data_order(1000, 0, 128 * i), 128)) for i in range(7)
         ]
+        totals = np.sum(loads, axis=0)
+        whole[name] = max(totals) / np.mean(totals) - 1
     assert excess["dealt"] < 0.6 * excess["cards"], excess
+    assert whole["dealt"] < 0.05 < whole["cards"], whole  # nobody gets the heaviest of every hand
 
 
 # --- films of every kind ----------------------------------------------------------------------------------------------

@@ -244,6 +244,12 @@ def test_flops_are_those_that_torch_counts(toy, groups):
     batch = sft.pack(groups, "cpu")
     with FlopCounterMode(display=False) as counter:
         sft.response_logps(model, batch).sum().backward()
+    # By hand: one causal sequence of 110 has 110 * 111 / 2 pairs, two of 55 have 2 * 55 * 56 / 2, 3,025 fewer.
+    text, lengths = model.config.text_config, (((100, (10,)),), ((50, (5,)), (50, (5,))))
+    fake = dict(ids=torch.zeros(110), rows=torch.zeros(10), grids=torch.zeros(0, 3, dtype=torch.int64))
+    one, two = (sft.training_flops(model, fake | dict(segments=segments), recompute=False) for segments in lengths)
+    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
+    assert one - two == 3 * 2 * 2 * width * 3025  # forward and two backward, two products, a multiply and an add
     # Torch counts a masked product in full, we count the half that a causal kernel executes; the toy's attention is small.
     assert sft.training_flops(model, batch, recompute=False) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
