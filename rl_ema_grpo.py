@@ -653,9 +653,10 @@ def main():
             with phase(row, "grade"):
                 grade(rollouts, grader, tokenizer)
             new = [rollout for rollout in rollouts if teaches(rollout)]
-            for rollout in rollouts:  # pixels are large, and in shared memory
-                rollout.prompt.vllm = None
-                rollout.prompt.patches = rollout.prompt.patches if teaches(rollout) else None
+            for rollout in rollouts:
+                rollout.prompt.vllm = None  # pixels are large, and in shared memory
+                if not teaches(rollout):
+                    rollout.prompt.patches = None
             kept, seen, rounds = kept + new, seen + rollouts, rounds + 1
             new_kept, new_seen = map(int, global_sum(len(new), len(rollouts)))
             all_kept, all_seen = all_kept + new_kept, all_seen + new_seen
@@ -742,15 +743,8 @@ def main():
     llm.llm_engine.engine_core.shutdown()  # ends the process group too
 
 
-PEAK_TFLOPS = {
-    "B200": 2250,
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "H800": 989,
-    "A100": 312,
-    "A800": 312,
-}  # bfloat16, dense
+# bfloat16, dense; the first name that is part of the device's
+PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312}
 
 
 def summarise(seen, updates, ema, row):

@@ -550,13 +550,10 @@ def publish(writing, folder, state, keep, tally):
         os.replace(file.name, file.name.removesuffix(".tmp"))
         for old in published(checkpoints)[:-keep]:
             shutil.rmtree(os.path.join(checkpoints, old))
-    except OSError:
+    except OSError as failure:
         tally["failed_saves"] += 1
         shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        print(
-            f"WARNING: the checkpoint of step {state['step']} could not be saved, the run goes on without: {error}",
-            flush=True,
-        )
+        print(f"WARNING: the checkpoint of step {state['step']} could not be saved, the run goes on: {failure}", flush=True)
 
 
 def published(checkpoints):

@@ -176,7 +176,7 @@ def save(out, trainer, group, step, tally=None, keep=2):
     sft.save_checkpoint(str(out), *trainer, dict(step=step), group, keep, Counter() if tally is None else tally).join()
 
 
-def test_a_full_disk_keeps_the_run_and_the_older_checkpoint(alone, trainer, tmp_path, capsys):
+def test_a_full_disk_keeps_the_run_and_the_older_checkpoint(alone, trainer, tmp_path, capsys, monkeypatch):
     """A failed save that ends the run, destroys the checkpoint before it, leaves its ruins, or is kept quiet."""
     tally = Counter()
     save(tmp_path, trainer, alone, 1, tally)
@@ -185,6 +185,11 @@ def test_a_full_disk_keeps_the_run_and_the_older_checkpoint(alone, trainer, tmp_
     save(tmp_path, trainer, alone, 2, tally)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tally == {"failed_saves": 1} and "step 2 could not be saved" in capsys.readouterr().out
+    with monkeypatch.context() as patch:  # the last few bytes
+        patch.setattr(sft, "write_json", lambda path, value: os.fsync(-1))
+        save(tmp_path, trainer, alone, 2, tally)
+    assert tally.pop("failed_saves") == 2 and "Bad file descriptor" in capsys.readouterr().out
+    tally["failed_saves"] = 1
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-000001"]
     assert sft.find_checkpoint(str(tmp_path))[1]["step"] == 1
     save(tmp_path, trainer, alone, 3, tally)
