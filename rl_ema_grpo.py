@@ -677,6 +677,8 @@ def main():
             start = sum(len(part) for part in everyone[:rank])
             for i, rollout in enumerate(kept):
                 rollout.advantages = result[start + i * n : start + (i + 1) * n]
+            for task in sorted(set(tasks)):  # root mean square: how hard this task pulls
+                row[f"advantage/{task}"] = float(np.sqrt(np.mean([a * a for a, t in zip(result, tasks) if t == task])))
 
         # 5 old log-probabilities: the first mini-batch is updated by the very policy that computes them, so it needs none
         counts = [len(part) // n for part in everyone]
@@ -802,7 +804,8 @@ def save_samples(out, step, rollouts, tokenizer, count=3):
             entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record))
             entry |= dict(answer=record["answer"], response=text_of(rollout, 0, tokenizer))
             entry |= rollout.scores[0]._asdict()
-            file.write(json.dumps(entry | dict(advantage=rollout.advantages[0] if rollout.advantages else None)) + "\n")
+            entry |= dict(rewards=[score.reward for score in rollout.scores], advantages=rollout.advantages)  # of the whole group
+            file.write(json.dumps(entry) + "\n")
 
 
 if __name__ == "__main__":

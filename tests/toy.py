@@ -97,7 +97,7 @@ def coordinate(pixels, side):
 
 
 def box(shape, side, slip=0):
-    corners = shape.x, shape.y, min(side, shape.x + shape.w + slip * GRID), min(side, shape.y + shape.h + slip * GRID)
+    corners = shape.x, shape.y, min(side, shape.x + shape.w + slip), min(side, shape.y + shape.h + slip)
     return [coordinate(pixels, side) for pixels in corners]
 
 
@@ -140,8 +140,8 @@ def shown(*shapes_and_spans):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often. `slip` is 1 where
-# the teacher who answers is sloppy: boxes, spans and lengths a step too large.
+# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often. Where the teacher
+# who answers is sloppy, `slip` is not 0: boxes are so many pixels too large, spans and lengths a step.
 
 
 def multiple_choice(rng, turn, slip):
@@ -202,7 +202,7 @@ def regression(rng, turn, slip):
     length = 2 + turn % 10
     start, line = rng.randint(0, 12 - length), rng.randint(0, 4)
     bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
-    seen = length + slip
+    seen = length + bool(slip)
     thought = f"The bar goes from {start} to {start + seen}."
     return Item(((bar,),), "The picture is 12 units wide and high. How long is the bar?", thought, str(seen))
 
@@ -232,7 +232,7 @@ def temporal_grounding(rng, turn, slip):
     a, b = some_pair(rng, VIDEO)
     start, end = some_span(rng)
     scene = shown((a, (start, end)), (b, some_span(rng)))
-    end = min(SECONDS, end + slip)
+    end = min(SECONDS, end + bool(slip))
     thought = f"The {name(a)} comes at {start} and is gone at {end}."
     return Item(scene, f"When is the {name(a)} visible?", thought, {"time": [start, end]})
 
@@ -353,11 +353,11 @@ def masks(item, side):
 # Items -> records in the release's three forms.
 
 
-def records_of(split, task, count, seed):
+def records_of(split, task, count, seed, slip_pixels=GRID):
     """`count` records of a task, each with its scene and the text of both turns. Split: sft, rl or eval."""
     rng, side = random.Random(f"{seed}/{split}/{task}"), {"image": IMAGE, "video": VIDEO}
     for turn in range(count):
-        slip = int(split == "sft" and rng.random() < SLOPPY)
+        slip = slip_pixels if split == "sft" and rng.random() < SLOPPY else 0
         item = TASKS[task](rng, turn, slip)
         while (int(digest(item.scene), 16) % 8 == 0) != (split == "eval"):  # one scene in eight is held out
             item = TASKS[task](rng, turn, slip)
@@ -391,7 +391,7 @@ def write_json(path, records):
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_world(folder, seed, sft, rl, per_task):
+def write_world(folder, seed, sft, rl, per_task, slip_pixels=GRID):
     """All records and media. sft and rl count records, per_task evaluation records of each task. Returns the texts."""
     train, jobs, texts = {"sft": [], "rl": []}, {}, []
     for split, total in (("sft", sft), ("rl", rl), ("eval", per_task * len(TASKS))):
@@ -399,7 +399,7 @@ def write_world(folder, seed, sft, rl, per_task):
         (home / "media").mkdir(parents=True, exist_ok=True)
         for i, task in enumerate(TASKS):
             count = total // len(TASKS) + (i < total % len(TASKS))
-            quads = list(records_of(split, task, count, seed))
+            quads = list(records_of(split, task, count, seed, slip_pixels))
             records = [record for _, _, record, _ in quads]
             jobs |= {home / path: scene for path, scene, _, _ in quads}
             if split == "eval":
@@ -536,6 +536,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
     parser.add_argument("--sft", type=int, default=4000, help="SFT records in all (%(default)s)")
     parser.add_argument("--rl", type=int, default=4000, help="RL records in all (%(default)s)")
+    parser.add_argument("--slip-pixels", type=int, default=GRID, help="how much too large a sloppy box is (%(default)s)")
     parser.add_argument("--eval", type=int, default=40, help="evaluation records per task (%(default)s)")
     parser.add_argument(
         "--shuffle-media", nargs=2, metavar=("IN", "OUT"), help="exchange the media of a JSON file; OUT beside IN"
@@ -546,7 +547,7 @@ def main():
         return
     if args.folder is None:
         parser.error("the folder to write to is missing")
-    texts = write_world(args.folder, args.seed, args.sft, args.rl, args.eval)
+    texts = write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.slip_pixels)
     parameters = write_model(args.folder / "model", args.seed, texts)
     print(f"{args.folder}: {args.sft} SFT and {args.rl} RL records, {args.eval} evaluation records for each of "
           f"{len(TASKS)} tasks, a model of {parameters:,} parameters")  # fmt: skip
