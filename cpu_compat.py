@@ -26,7 +26,7 @@ if torch.version.cuda is None:
         except (ImportError, OSError, RuntimeError):
             sys.modules[name] = None
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:  # "operator torchvision::nms does not exist"
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]

@@ -33,53 +33,22 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import cpu_compat  # before transformers
-
-# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoProcessor
 
+# fmt: off
 from data import (
-    Prompt,
-    add_limits,
-    data_order,
-    encode,
-    limits_of,
-    load_prompts,
-    load_records,
-    prefetch,
-    refuse,
-    take,
-    task_of,
+    Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, refuse, take, task_of,
 )
 from rewards import Grader
 from sft import (
-    DUMMY,
-    Group,
-    Stop,
-    adamw,
-    check_resume,
-    check_room,
-    export_model,
-    find_checkpoint,
-    forget_after,
-    full_weights,
-    gather,
-    global_sum,
-    init_distributed,
-    load_checkpoint,
-    load_model,
-    log_metrics,
-    microbatches,
-    optimizer_step,
-    pack,
-    peak_memory_gb,
-    reset_peak_memory,
-    save_checkpoint,
-    start_run,
-    training_flops,
+    DUMMY, Group, Stop, adamw, check_resume, check_room, export_model, find_checkpoint, forget_after, full_weights, gather,
+    global_sum, init_distributed, load_checkpoint, load_model, log_metrics, microbatches, optimizer_step, pack,
+    peak_memory_gb, reset_peak_memory, save_checkpoint, start_run, training_flops,
 )
+# fmt: on
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The method
@@ -212,9 +181,10 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed, tensor_paral
 
     cpu_compat.register_qwen3_vl()
     if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         device = dict(
             enable_sleep_mode=True,
-            kv_cache_memory_bytes=24 << 30,
+            kv_cache_memory_bytes=min(24 << 30, memory // 3),
             gpu_memory_utilization=0.5,  # only compared with the memory that is free now; the line above sizes the pool
             compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256},
         )
@@ -314,7 +284,7 @@ def common_prompts(prompts, rank, tensor_parallel):
     """The prompts that all ranks of this rank's engine could read: ranks that ask it for different things fall out of step."""
     if tensor_parallel == 1:
         return prompts
-    name = lambda prompt: (prompt.record["file"], prompt.record["index"])  # noqa: E731
+    name = lambda prompt: (prompt.record["file"], prompt.record["index"])
     everyone = gather([name(prompt) for prompt in prompts])
     mates = everyone[rank - rank % tensor_parallel :][:tensor_parallel]
     return [prompt for prompt in prompts if all(name(prompt) in names for names in mates)]
@@ -760,7 +730,7 @@ def summarise(seen, updates, ema, row):
     by_task = defaultdict(list)
     for response in responses:
         by_task[response[0]].append(response)
-    mean = lambda rows, column: float(np.mean([row[column] for row in rows])) if rows else 0.0  # noqa: E731
+    mean = lambda rows, column: float(np.mean([row[column] for row in rows])) if rows else 0.0
     result = dict(
         reward=mean(responses, 1),
         accuracy=mean(responses, 2),
@@ -804,7 +774,9 @@ def save_samples(out, step, rollouts, tokenizer, count=3):
             entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record))
             entry |= dict(answer=record["answer"], response=text_of(rollout, 0, tokenizer))
             entry |= rollout.scores[0]._asdict()
-            entry |= dict(rewards=[score.reward for score in rollout.scores], advantages=rollout.advantages)  # of the whole group
+            entry |= dict(
+                rewards=[score.reward for score in rollout.scores], advantages=rollout.advantages
+            )  # the group's
             file.write(json.dumps(entry) + "\n")
 
 

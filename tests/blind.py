@@ -13,9 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import cpu_compat  # noqa: E402, F401
-from data import load_records, task_of  # noqa: E402
-from rewards import accuracy  # noqa: E402
+import cpu_compat  # noqa: F401
+from data import load_records, task_of
+from rewards import accuracy
 
 
 def best_blind_answer(records, candidates):

@@ -9,10 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on two cores; before torch star
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-import cpu_compat  # noqa: E402, F401
+import cpu_compat  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cpu_compat  # noqa: F401, I001
+import cpu_compat  # noqa: F401
 import torch
 from transformers import AutoProcessor
 

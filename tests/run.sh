@@ -3,4 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tests/venv.sh
+ruff check .
+ruff format --check .
 python -m pytest tests -q -n 2 --dist loadfile --durations=15 "$@"

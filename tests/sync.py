@@ -6,8 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cpu_compat  # noqa: F401, I001
+import cpu_compat  # noqa: F401
 import torch
+from copying import paste
 from transformers import AutoProcessor
 
 import data
@@ -56,7 +57,8 @@ groups = [sft.Group(rollout.prompt, rollout.responses) for rollout in first]
 settings = type("Settings", (), dict(tokens_per_microbatch=4096, grad_clip=1.0))
 sft.update(model, optimizer, groups, settings, device)
 result["gap_without_sync"] = gap(rollouts())
-rl.sync_weights(llm, sft.full_weights(model, torch.float32))
+pasted = paste("weight sync from FSDP2 to vLLM")  # as a reader copies it; the loop uses the same lines
+pasted.sync_weights(llm, pasted.full_weights(model, torch.float32))
 result["gap_after_sync"] = gap(rollouts())
 result["checksums_after_sync"] = checksums()
 banned = processor.tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])

@@ -42,7 +42,7 @@ def test_advantages_of_two_tasks_and_two_groups():
     expected = [1.0, -1.0, 0.05 / box, -0.05 / box, -0.05 / box, 0.05 / box]
     assert advantages(rewards, groups, tasks, ema) == pytest.approx(expected)
     shuffled = [3, 0, 5, 2, 1, 4]  # entries may come in any order
-    pick = lambda values: [values[i] for i in shuffled]  # noqa: E731
+    pick = lambda values: [values[i] for i in shuffled]
     assert advantages(pick(rewards), pick(groups), pick(tasks), EMAStd()) == pytest.approx(pick(expected))
     # A second batch that only has QA leaves the other task's moments alone.
     before = ema.std("box")

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import toy  # noqa: E402
+import toy
 
-from data import PROMPTS, load_records, task_of  # noqa: E402
+from data import PROMPTS, load_records, task_of
 
 
 def write(folder):
@@ -152,7 +152,7 @@ def test_no_constant_answer_scores_well(records):
 
 def test_tokenizer_round_trip_and_one_token_numbers(world, records):
     """A loader that swaps in Qwen's own splitting rules makes ten tokens of a box's four, and longer responses."""
-    import cpu_compat  # noqa: F401, I001 (before transformers)
+    import cpu_compat  # noqa: F401 (before transformers)
     from transformers import AutoProcessor
 
     tokenizer = AutoProcessor.from_pretrained(world / "model").tokenizer
@@ -172,7 +172,7 @@ def test_tokenizer_round_trip_and_one_token_numbers(world, records):
 
 def test_model_sees_pictures_and_videos(world, records):
     """Special token ids of config, tokenizer and processor that disagree leave the vision features unused."""
-    import cpu_compat  # noqa: F401, I001 (before transformers)
+    import cpu_compat  # noqa: F401 (before transformers)
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -28,6 +28,7 @@ import json
 import os
 import random
 import sys
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +40,7 @@ from pycocotools import mask as coco
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import render_problem  # noqa: E402
+from data import render_problem
 
 COLOURS = {"red": (230, 40, 40), "green": (40, 200, 70), "blue": (60, 90, 255), "yellow": (240, 220, 50)}
 KINDS = ("circle", "square", "triangle")
@@ -97,7 +98,7 @@ def coordinate(pixels, side):
 
 
 def box(shape, side, slip=0):
-    corners = shape.x, shape.y, min(side, shape.x + shape.w + slip), min(side, shape.y + shape.h + slip)
+    corners = shape.x, shape.y, min(side, shape.x + shape.w + slip * GRID), min(side, shape.y + shape.h + slip * GRID)
     return [coordinate(pixels, side) for pixels in corners]
 
 
@@ -140,8 +141,8 @@ def shown(*shapes_and_spans):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often. Where the teacher
-# who answers is sloppy, `slip` is not 0: boxes are so many pixels too large, spans and lengths a step.
+# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often. `slip` is 1 where
+# the teacher who answers is sloppy: boxes, spans and lengths a step too large.
 
 
 def multiple_choice(rng, turn, slip):
@@ -198,13 +199,14 @@ def math(rng, turn, slip):
     return Item(scene, problem, f"I see {r} {first} and {b} {second} shapes.", rf"\frac{{\sqrt{{{r}}}}}{{{b}}}")
 
 
-def regression(rng, turn, slip):
+def regression(rng, turn, slip, plus=0):
     length = 2 + turn % 10
     start, line = rng.randint(0, 12 - length), rng.randint(0, 4)
     bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
-    seen = length + bool(slip)
+    seen = length + slip
     thought = f"The bar goes from {start} to {start + seen}."
-    return Item(((bar,),), "The picture is 12 units wide and high. How long is the bar?", thought, str(seen))
+    problem = "The picture is 12 units wide and high. How long is the bar?" + f" Add {plus}." * bool(plus)
+    return Item(((bar,),), problem, thought, str(seen + plus))
 
 
 def ocr(rng, turn, slip):
@@ -232,7 +234,7 @@ def temporal_grounding(rng, turn, slip):
     a, b = some_pair(rng, VIDEO)
     start, end = some_span(rng)
     scene = shown((a, (start, end)), (b, some_span(rng)))
-    end = min(SECONDS, end + bool(slip))
+    end = min(SECONDS, end + slip)
     thought = f"The {name(a)} comes at {start} and is gone at {end}."
     return Item(scene, f"When is the {name(a)} visible?", thought, {"time": [start, end]})
 
@@ -353,14 +355,15 @@ def masks(item, side):
 # Items -> records in the release's three forms.
 
 
-def records_of(split, task, count, seed, slip_pixels=GRID):
+def records_of(split, task, count, seed, plus=0):
     """`count` records of a task, each with its scene and the text of both turns. Split: sft, rl or eval."""
+    make = partial(regression, plus=plus) if task == "regression" else TASKS[task]
     rng, side = random.Random(f"{seed}/{split}/{task}"), {"image": IMAGE, "video": VIDEO}
     for turn in range(count):
-        slip = slip_pixels if split == "sft" and rng.random() < SLOPPY else 0
-        item = TASKS[task](rng, turn, slip)
+        slip = int(split == "sft" and rng.random() < SLOPPY)
+        item = make(rng, turn, slip)
         while (int(digest(item.scene), 16) % 8 == 0) != (split == "eval"):  # one scene in eight is held out
-            item = TASKS[task](rng, turn, slip)
+            item = make(rng, turn, slip)
         kind, suffix = ("image", "png") if len(item.scene) == 1 else ("video", "mp4")
         path = f"media/{digest(item.scene)}.{suffix}"  # equal scenes share their file
         answer = item.answer if isinstance(item.answer, str) else compact(item.answer)
@@ -391,7 +394,7 @@ def write_json(path, records):
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_world(folder, seed, sft, rl, per_task, slip_pixels=GRID):
+def write_world(folder, seed, sft, rl, per_task, plus=0):
     """All records and media. sft and rl count records, per_task evaluation records of each task. Returns the texts."""
     train, jobs, texts = {"sft": [], "rl": []}, {}, []
     for split, total in (("sft", sft), ("rl", rl), ("eval", per_task * len(TASKS))):
@@ -399,7 +402,7 @@ def write_world(folder, seed, sft, rl, per_task, slip_pixels=GRID):
         (home / "media").mkdir(parents=True, exist_ok=True)
         for i, task in enumerate(TASKS):
             count = total // len(TASKS) + (i < total % len(TASKS))
-            quads = list(records_of(split, task, count, seed, slip_pixels))
+            quads = list(records_of(split, task, count, seed, plus))
             records = [record for _, _, record, _ in quads]
             jobs |= {home / path: scene for path, scene, _, _ in quads}
             if split == "eval":
@@ -433,7 +436,7 @@ CHAT = """{% for turn in messages %}<|im_start|>{{ turn.role }}
 
 def write_model(folder, seed, texts):
     """A Qwen3-VL with random weights in the folder, with a byte-level BPE that knows every piece of the texts."""
-    import cpu_compat  # noqa: F401, I001 (before transformers)
+    import cpu_compat  # noqa: F401 (before transformers)
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
@@ -536,8 +539,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
     parser.add_argument("--sft", type=int, default=4000, help="SFT records in all (%(default)s)")
     parser.add_argument("--rl", type=int, default=4000, help="RL records in all (%(default)s)")
-    parser.add_argument("--slip-pixels", type=int, default=GRID, help="how much too large a sloppy box is (%(default)s)")
     parser.add_argument("--eval", type=int, default=40, help="evaluation records per task (%(default)s)")
+    parser.add_argument(
+        "--plus", type=int, default=0, help="add this to every length: rewards then differ little (%(default)s)"
+    )
     parser.add_argument(
         "--shuffle-media", nargs=2, metavar=("IN", "OUT"), help="exchange the media of a JSON file; OUT beside IN"
     )
@@ -547,7 +552,7 @@ def main():
         return
     if args.folder is None:
         parser.error("the folder to write to is missing")
-    texts = write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.slip_pixels)
+    texts = write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.plus)
     parameters = write_model(args.folder / "model", args.seed, texts)
     print(f"{args.folder}: {args.sft} SFT and {args.rl} RL records, {args.eval} evaluation records for each of "
           f"{len(TASKS)} tasks, a model of {parameters:,} parameters")  # fmt: skip

@@ -5,7 +5,7 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
     [ -x .venv/bin/python ] || python3 -m venv .venv
     source .venv/bin/activate
 fi
-stamp="$VIRTUAL_ENV/installed-$(cat requirements-cpu.txt tests/requirements.txt | cksum | cut -d' ' -f1)"
+stamp="$VIRTUAL_ENV/installed-$(cat requirements.txt requirements-cpu.txt tests/requirements.txt | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ]; then
     echo "Installing into $VIRTUAL_ENV (a few minutes, 4 GB)"
     index=$(grep -o 'https://[^ ]*' requirements-cpu.txt)
