@@ -14,6 +14,7 @@ import argparse
 import ctypes
 import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -24,8 +25,7 @@ import sys
 import tempfile
 import warnings
 import zipfile
-from collections import Counter
-from contextlib import suppress
+from collections import Counter, namedtuple
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,7 +37,6 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageOps
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
-TOKEN_PIXELS = PATCH * MERGE  # one vision token shows 32 x 32 pixels
 
 
 def refuse(message):
@@ -51,6 +50,8 @@ def refuse(message):
 # Prompts: one instruction per task. Coordinates are 0-1000 of the width and height, times are seconds.
 
 THINK = "Think first, between <think> and </think>. Then write only the final answer between <answer> and </answer>"
+MARKS = '"boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
+MARKS += '"negative_points": [[90, 240], [500, 260], [300, 750]]'
 PROMPTS = {
     "multiple choice": f"{THINK}: the letter of the right option.",
     "numerical": f"{THINK}: one number.",
@@ -67,23 +68,16 @@ PROMPTS = {
     "tracking": f"{THINK}: the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, as JSON "
     'like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
     "segmentation-image": f"{THINK}: the box, three points on the object and three beside it, in coordinates from 0 "
-    'to 1000, as JSON like {"boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
-    '"negative_points": [[90, 240], [500, 260], [300, 750]]}.',
+    f"to 1000, as JSON like {{{MARKS}}}.",
     "segmentation-video": f"{THINK}: a second at which the object is well seen, and for that frame its box, three "
-    "points on the object and three beside it, in coordinates from 0 to 1000, as JSON "
-    'like {"time": 4.0, "boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
-    '"negative_points": [[90, 240], [500, 260], [300, 750]]}.',
+    f'points on the object and three beside it, in coordinates from 0 to 1000, as JSON like {{"time": 4.0, {MARKS}}}.',
 }
 PROBLEM_TYPES = [task for task in PROMPTS if not task.startswith("segmentation")] + ["segmentation"]
 JSON_TYPES = PROBLEM_TYPES[PROBLEM_TYPES.index("temporal grounding") :]  # the answer is JSON
 
 
 def task_of(record):
-    """The key of a record's prompt and of its moving averages: problem_type, segmentation split by medium.
-
-    >>> task_of({"problem_type": "segmentation", "data_type": "video"})
-    'segmentation-video'
-    """
+    """The key of a record's prompt and of its moving averages: problem_type, segmentation split by medium."""
     if record["problem_type"] == "segmentation":
         return f"segmentation-{'image' if record['data_type'] == 'image' else 'video'}"
     return record["problem_type"]
@@ -101,26 +95,17 @@ def load_prompts(path):
         return PROMPTS
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
-    if not isinstance(prompts, dict):
-        raise ValueError(f"{path}: expected an object {{task: instruction}}")
-    if missing := [task for task in PROMPTS if not isinstance(prompts.get(task), str)]:
-        raise ValueError(f"{path}: no instruction for {', '.join(missing)}")
+    if not isinstance(prompts, dict) or not all(isinstance(prompts.get(task), str) for task in PROMPTS):
+        raise ValueError(f"{path}: expected an object with an instruction for each of {', '.join(PROMPTS)}")
     return prompts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Records: the release's three forms (RL, SFT, evaluation), JSON list or JSONL, become one.
 
-
 DATA_TYPES = ("image", "video", "video-image", "text")
 ROLES = ("system", "user", "assistant")
-
-
-def _refuse_constant(name):
-    raise ValueError(f"{name} is not a number")
-
-
-_TRUTH = json.JSONDecoder(parse_constant=_refuse_constant)  # NaN would make every response to the record worth nothing
+_TRUTH = json.JSONDecoder(parse_constant=int)  # int("NaN") raises: with NaN in the truth no response could be right
 
 
 def load_records(path, media_root=None):
@@ -133,30 +118,27 @@ def load_records(path, media_root=None):
     is their owner's business. Raises ValueError naming file, record, field and value when a record is malformed.
     """
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
-    with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
-        try:
-            text = file.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8: {error}") from error
     gc.disable()  # a million new objects and nothing to collect: the collector's rounds would take a third of the time
     try:
-        raws = parse_records(text, path)
-        del text  # as large as all records together
-        return [normalise(raw, str(path), index, root) for index, raw in enumerate(raws)]
+        return [normalise(raw, str(path), index, root) for index, raw in enumerate(read_values(path))]
     finally:
         gc.enable()
 
 
-def parse_records(text, path):
-    """The text of a JSON list, or of JSONL, as a list of values."""
-    is_list, values = re.match(r"\s*\[", text) is not None, []
-    for number, line in enumerate([text] if is_list else text.split("\n"), 1):  # other line ends may stand in a text
-        if line.strip():
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
-                raise ValueError(f"{path}: {'' if is_list else f'line {number}: '}not JSON: {error}") from error
-            values += value if is_list else [value]
+def read_values(path):
+    """The values of a JSON list, or of the lines of a JSONL file."""
+    line, values = "", []
+    try:
+        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
+            text = file.read()
+        if text.lstrip().startswith("["):
+            values = json.loads(text)
+        else:
+            for number, content in enumerate(text.split("\n"), 1):  # other line ends may stand in a text
+                line = f"line {number}: "
+                values += [json.loads(content)] if content.strip() else []
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+        raise ValueError(f"{path}: {line}not JSON in UTF-8: {error}") from error
     if not values:
         raise ValueError(f"{path}: holds no records")
     return values
@@ -171,49 +153,39 @@ def normalise(raw, file, index, root):
 
     if not isinstance(raw, dict):
         fail("record", "an object")
-    record = {**raw, "file": file, "index": index, "problem_id": str(raw.get("problem_id", index))}
+    for field, kind in dict(options=list, process=str, path=str, additional_path=str, fps=(int, float)).items():
+        if raw.get(field) and not isinstance(raw[field], kind):
+            fail(field, "a list" if kind is list else "a text" if kind is str else "a number")
     media = find_media(raw, fail)
     for medium in media:
         medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
         if not medium["path"].startswith(root + os.sep):
             raise ValueError(f"{file}: record {index}: {medium['path']!r} is outside the media folder {root!r}")
     kinds = [medium["type"] for medium in media]
+    record = {**raw, "file": file, "index": index, "problem_id": str(raw.get("problem_id", index))}
+    record["options"] = [str(option) for option in raw.get("options") or []]
     if record.setdefault("data_type", "-".join(sorted({*kinds}, reverse=True)) or "text") not in DATA_TYPES:
         fail("data_type", f"one of {', '.join(DATA_TYPES)}")
-    if not isinstance(raw.get("options") or [], list):
-        fail("options", "a list")
-    record["options"] = [str(option) for option in raw.get("options") or []]
-    if not isinstance(raw.get("process") or "", str):
-        fail("process", "the thinking as text")
-    fps = raw.get("fps")
-    if fps is not None and not (isinstance(fps, (int, float)) and 0 < fps < math.inf):
-        fail("fps", "frames per second, or nothing")
 
     if "messages" in raw:
-        turns = raw["messages"]
-        if not (isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns)):
-            fail("messages", "a list of turns")
-        if not all(turn.get("role") in ROLES and isinstance(turn.get("content"), str) for turn in turns):
-            fail("messages", f"turns with a role ({', '.join(ROLES)}) and a text")
-        if turns[-1]["role"] != "assistant":
-            fail("messages", "a last turn of the assistant")
+        turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
+        if not all(isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str) for t in turns):
+            fail("messages", f"a list of turns with a role ({', '.join(ROLES)}) and a text")
         asked = [turn for turn in turns if turn["role"] == "user"]
-        if not asked:
-            fail("messages", "a turn of the user")
+        if not asked or turns[-1]["role"] != "assistant":
+            fail("messages", "a turn of the user, and a last turn of the assistant")
         text = "\n".join(turn["content"] for turn in asked)  # media may come in any turn of the user
         record["problem"], record["answer"] = place_media(text, kinds, fail, "messages"), None
         asked[0]["content"] = record["problem"].removesuffix(text) + asked[0]["content"]
-        record["media"] = in_text_order(media, record["problem"])
         record.setdefault("problem_type", None)
-        return record
-
-    if raw.get("problem_type") not in PROBLEM_TYPES:
-        fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-    if not isinstance(raw.get("problem"), str):
-        fail("problem", "a text")
-    record["problem"] = place_media(raw["problem"], kinds, fail, "problem")
-    record["media"] = in_text_order(media, record["problem"])
-    record["answer"] = read_truth(raw, fail)
+    else:
+        if raw.get("problem_type") not in PROBLEM_TYPES:
+            fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        if not isinstance(raw.get("problem"), str):
+            fail("problem", "a text")
+        record["problem"], record["answer"] = place_media(raw["problem"], kinds, fail, "problem"), read_truth(raw, fail)
+    order = re.findall("<(image|video)>", record["problem"])  # the pixels meet their tokens in this order
+    record["media"] = [media.pop([medium["type"] for medium in media].index(kind)) for kind in order]
     return record
 
 
@@ -227,50 +199,34 @@ def find_media(raw, fail):
         if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
             fail(kind + "s", "a list of paths")
         media += [{"type": kind, "path": path} for path in paths]
-    if media:
-        return media
-    main = "image" if raw.get("data_type") == "image" else "video"
-    for field, kind in (("path", main), ("additional_path", "image")):
-        if raw.get(field):
-            if not isinstance(raw[field], str):
-                fail(field, "a path")
-            media.append({"type": kind, "path": raw[field]})
+    if not media and raw.get("path"):
+        media.append({"type": "image" if raw.get("data_type") == "image" else "video", "path": raw["path"]})
+        media += [{"type": "image", "path": raw["additional_path"]}] if raw.get("additional_path") else []
     return media
 
 
 def read_truth(raw, fail):
-    """The true answer of a raw record as text without tags. Segmentation may have its masks alone: an empty text.
-
-    >>> read_truth({"solution": "<answer>B</answer>", "problem_type": "multiple choice"}, None)
-    'B'
-    """
+    """The true answer of a raw record as text without tags. Segmentation may have its masks alone: an empty text."""
     field = "answer" if raw.get("answer") is not None or "solution" not in raw else "solution"
     answer = raw.get(field)
     if not answer and raw.get("segmentation_output"):
         return ""
-    if isinstance(answer, (dict, list)):
-        answer = json.dumps(answer)
-    if not isinstance(answer, (str, int, float)) or answer != answer or not str(answer).strip():  # NaN is not itself
+    text = json.dumps(answer) if isinstance(answer, (dict, list)) else str(answer)
+    text = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    if answer is None or answer != answer or not text:  # NaN is not itself
         fail(field, "the true answer")
-    answer = str(answer).strip()
-    if "<answer>" in answer:
-        answer = answer.partition("<answer>")[2].partition("</answer>")[0].strip()
     if raw["problem_type"] in JSON_TYPES:
         try:
-            truth = _TRUTH.decode(answer)
+            truth = _TRUTH.decode(text)
         except (ValueError, RecursionError):
             truth = None
         if not isinstance(truth, dict):
             fail(field, "JSON, an object of finite numbers")
-    return answer
+    return text
 
 
 def demonstration(record):
-    """The response that a record teaches in SFT: its last turn, or its thinking (`process`) and answer. None: neither.
-
-    >>> demonstration({"process": "<think>Two legs.</think>", "answer": "B"})
-    '<think>Two legs.</think><answer>B</answer>'
-    """
+    """The response that a record teaches in SFT: its last turn, or its thinking (`process`) and answer, or None."""
     if "messages" in record:
         return record["messages"][-1]["content"]
     if not record.get("process"):
@@ -280,25 +236,13 @@ def demonstration(record):
 
 
 def place_media(text, kinds, fail, field):
-    """Puts the placeholders that are missing in front of the text; too many are an error.
-
-    >>> place_media("What is it?", ["image"], None, "problem")
-    '<image>What is it?'
-    """
+    """Puts the placeholders that are missing in front of the text; too many are an error."""
     for kind in ("video", "image"):
         missing = kinds.count(kind) - text.count(f"<{kind}>")
         if missing < 0:
             fail(field, f"{kinds.count(kind)} <{kind}> placeholders, one per {kind}")
         text = f"<{kind}>" * missing + text
     return text
-
-
-def in_text_order(media, text):
-    """Media in the order of their placeholders, which is the order in which their pixels meet their tokens."""
-    if len({medium["type"] for medium in media}) < 2:
-        return media
-    queues = {kind: iter([medium for medium in media if medium["type"] == kind]) for kind in ("image", "video")}
-    return [next(queues[kind]) for kind in re.findall("<(image|video)>", text)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -309,52 +253,35 @@ class MediaError(Exception):
     """A record that cannot be used. `reason` is a short word for the counts, the message says what and where."""
 
     def __init__(self, reason, message):
-        super().__init__(reason, message)
+        super().__init__(message)
         self.reason = reason
 
-    def __str__(self):
-        return self.args[1]
 
+Skipped = namedtuple("Skipped", ["reason", "message"])  # stands where a prompt would be
 
-class Limits(NamedTuple):
-    """How large media may be. Pixels are per image and per video frame; a prompt longer than its limit is skipped."""
-
-    image_min_pixels: int = 3136
-    image_max_pixels: int = 1024 * 1024
-    fps: float = 2.0
-    max_frames: int = 128
-    frame_min_pixels: int = 4 * 32 * 32
-    frame_max_pixels: int = 64 * 32 * 32
-    max_prompt_tokens: int = 16384
-    cache: str | None = None
-    cache_gb: float = 100.0
+LIMITS = {  # how large media may be: a default, and what it means
+    "image_min_pixels": (3136, "pixels per image, smaller ones are enlarged"),
+    "image_max_pixels": (1024 * 1024, "pixels per image, larger ones are shrunk"),
+    "fps": (2.0, "video frames per second"),
+    "max_frames": (128, "frames per video"),
+    "frame_min_pixels": (4 * 32 * 32, "pixels per video frame"),
+    "frame_max_pixels": (64 * 32 * 32, "pixels per video frame"),
+    "max_prompt_tokens": (16384, "longer prompts are skipped and counted, never cut"),
+    "cache": (None, "folder that keeps decoded, resized media for all processes and later runs"),
+    "cache_gb": (100.0, "GiB that this folder may hold; a full one keeps what it has"),
+}
+Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _ in LIMITS.values()])
 
 
 def add_limits(parser, **defaults):
     """The argparse group whose flags `limits_of` reads back; each script names the paper's values for its stage."""
     group = parser.add_argument_group("media")
-    units = {
-        "image_min_pixels": "pixels per image, smaller ones are enlarged",
-        "image_max_pixels": "pixels per image, larger ones are shrunk",
-        "fps": "video frames per second",
-        "max_frames": "frames per video",
-        "frame_min_pixels": "pixels per video frame",
-        "frame_max_pixels": "pixels per video frame",
-        "max_prompt_tokens": "longer prompts are skipped and counted, never cut",
-        "cache": "folder that keeps decoded, resized media for all processes and later runs",
-        "cache_gb": "GiB that this folder may hold; what has not been used for longest goes",
-    }
     for name, value in Limits(**defaults)._asdict().items():
-        kind = str if value is None else type(value)
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=f"{units[name]} (%(default)s)")
+        flag, kind = f"--{name.replace('_', '-')}", str if value is None else type(value)
+        group.add_argument(flag, type=kind, default=value, help=f"{LIMITS[name][1]} (%(default)s)")
 
 
 def limits_of(args):
-    if args.cache:
-        try:
-            os.makedirs(args.cache, exist_ok=True)
-        except OSError as error:
-            refuse(f"--cache: {error}")
     return Limits(**{name: getattr(args, name) for name in Limits._fields})
 
 
@@ -366,16 +293,13 @@ def fit(height, width, min_pixels, max_pixels):
     """
     if max(height, width) > 200 * min(height, width):
         raise MediaError("aspect_ratio", f"{width} x {height} pixels: an aspect ratio over 200")
-    new_height = max(TOKEN_PIXELS, round(height / TOKEN_PIXELS) * TOKEN_PIXELS)
-    new_width = max(TOKEN_PIXELS, round(width / TOKEN_PIXELS) * TOKEN_PIXELS)
+    new_height, new_width = (max(32, round(side / 32) * 32) for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new_height = max(TOKEN_PIXELS, math.floor(height / shrink / TOKEN_PIXELS) * TOKEN_PIXELS)
-        new_width = max(TOKEN_PIXELS, math.floor(width / shrink / TOKEN_PIXELS) * TOKEN_PIXELS)
+        new_height, new_width = (max(32, math.floor(side / shrink / 32) * 32) for side in (height, width))
     elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / TOKEN_PIXELS) * TOKEN_PIXELS
-        new_width = math.ceil(width * grow / TOKEN_PIXELS) * TOKEN_PIXELS
+        new_height, new_width = (math.ceil(side * grow / 32) * 32 for side in (height, width))
     return new_height, new_width
 
 
@@ -391,29 +315,18 @@ def read_image(path, min_pixels=3136, max_pixels=1024 * 1024):
     """
     try:
         with Image.open(path) as image:
-            image = to_rgb(ImageOps.exif_transpose(image))
-    except FileNotFoundError as error:
-        raise MediaError("missing_media", f"no file {path}") from error
-    except IMAGE_ERRORS as error:
-        raise MediaError("unreadable_image", f"{path}: {error}") from error
-    try:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        image = image.convert("RGB")
         height, width = fit(image.height, image.width, min_pixels, max_pixels)
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
+    except IMAGE_ERRORS as error:
+        raise MediaError("unreadable_image", f"{path}: {error}") from error
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def to_rgb(image):
-    """A Pillow image of any mode as RGB.
-
-    >>> [to_rgb(Image.new(mode, (1, 1), colour)).getpixel((0, 0)) for mode, colour in (("I;16", 32768), ("LA", (0, 0)))]
-    [(127, 127, 127), (255, 255, 255)]
-    """
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
 
 
 class Video(NamedTuple):
@@ -438,15 +351,15 @@ def sample_positions(total, duration, fps, max_frames):
 def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, folder_fps=None):
     """Frames of a video file, or of a folder of numbered pictures (which play at `folder_fps`, by default at `fps`).
 
-    The packets are listed first, without decoding, for the true time stamp of every frame, in seconds after the first one.
+    The packets are listed first, without decoding, for the true time stamp of every frame, in seconds after the first.
     Then the decoder visits the wanted frames in order and jumps to a key frame whenever one lies on the way. With a
-    variable frame rate positions are spread evenly in time, and indices are milliseconds at 1000 fps: time = index / fps
-    holds for both. A film that ends before its header says, or lacks a wanted frame, raises MediaError: it is not the film
-    that the question is about.
+    variable frame rate positions are spread evenly in time, and indices are milliseconds at 1000 fps: index / fps is
+    the time of both. Raises MediaError also where a film ends before its header says, or lacks a wanted frame: it is
+    not the film that the question is about.
     """
-    if os.path.isdir(path):
-        return read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps)
     try:
+        if os.path.isdir(path):
+            return read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps)
         with av.open(path, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a record
@@ -456,27 +369,22 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
             step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean seconds per frame
             duration = seconds[-1] + step
             positions = sample_positions(len(pts), duration, fps, max_frames)
-            constant = np.abs(seconds - np.arange(len(pts)) * step).max() < step / 2
-            if not constant:
+            indices, rate, total = positions, 1 / step, len(pts)
+            if np.abs(seconds - np.arange(len(pts)) * step).max() >= step / 2:  # a variable frame rate
                 times = np.linspace(0, seconds[-1], len(positions))
-                positions = np.array([np.abs(seconds - t).argmin() for t in times])
+                positions = np.array([np.abs(seconds - time).argmin() for time in times])
+                indices, rate, total = (seconds[positions] * 1000).round().astype(int), 1000, round(duration * 1000)
             frames = decode_at(container, stream, pts[positions], keys, min_pixels, max_pixels)
-    except FileNotFoundError as error:
-        raise MediaError("missing_media", f"no file {path}") from error
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
-    if constant:
-        return Video(np.stack(frames), positions.tolist(), float(1 / step), len(pts))
-    return Video(
-        np.stack(frames), (seconds[positions] * 1000).round().astype(int).tolist(), 1000.0, round(duration * 1000)
-    )
+    return Video(np.stack(frames), indices.tolist(), float(rate), total)
 
 
 def list_frames(container, stream):
-    """Time stamps of all frames that are shown, ascending (total,), and where one may start to decode: for each key frame
-    its time stamp and its place in decoding order, (keys, 2). All in units of the stream's time_base."""
+    """Time stamps of all frames that are shown, ascending (total,), and where decoding may start: of each key frame the
+    time stamp and the place in decoding order, (keys, 2). All in units of the stream's time_base."""
     shown, keys, end = set(), {}, 0
     for packet in container.demux(stream):
         if packet.pts is not None:
@@ -498,31 +406,29 @@ def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
     """The frames at the time stamps `wanted` (ascending, repeats allowed), as a list of uint8 (H, W, 3)."""
     stream.thread_type = "AUTO"
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
-    decoder, frame, frames, size = None, None, [], None
+    decoder, frame, frames = None, None, []
     for target in wanted.tolist():
         if frame is not None and frame.pts == target:  # the same frame once more
             frames.append(frames[-1])
             continue
         last = max(0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1)  # key frame not after the target
-        if frame is not None and keys[last, 0] <= frame.pts:  # no key frame lies on the way: just go on
-            frame = next_frame(decoder, target, frame.pts)
-        else:
-            frame = None
-        # MP4 and MKV seek by time, others by place in decoding order; the key frame before, should that land late as well
-        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
-            if frame is None or frame.pts != target:
+        # MP4 and MKV seek by time, others by place in decoding order; the key frame before, should that be late too
+        places = [*keys[last].tolist(), int(keys[max(0, last - 1), 1])]
+        if frame is not None and keys[last, 0] <= frame.pts:  # no key frame lies on the way: first just go on
+            places.insert(0, None)
+        for place in places:
+            if place is not None:
                 container.seek(place, stream=stream)
-                decoder = container.decode(stream)
-                frame = next_frame(decoder, target, -math.inf)
-        if frame is None or frame.pts != target:
+                decoder, frame = container.decode(stream), None
+            frame = next_frame(decoder, target, -math.inf if frame is None else frame.pts)
+            if frame is not None and frame.pts == target:
+                break
+        else:
             raise MediaError("unreadable_video", f"no frame can be decoded at {float(target * stream.time_base):.2f} s")
-        turns = round(frame.rotation / 90) % 4
-        if size is None:
-            height, width = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-            size = fit(height, width, min_pixels, max_pixels)
-        height, width = size[::-1] if turns % 2 else size
+        if not frames:
+            height, width = fit(frame.height, frame.width, min_pixels, max_pixels)
         pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
-        frames.append(np.ascontiguousarray(np.rot90(pixels, turns)))
+        frames.append(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
     return frames
 
 
@@ -541,27 +447,24 @@ def read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps)
     names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
     names.sort(key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))  # 2 before 10
     if not names:
-        raise MediaError("unreadable_video", f"{path}: no frames in this folder")
+        raise MediaError("unreadable_video", "no frames in this folder")
     indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
     frames = [read_image(os.path.join(path, names[i]), min_pixels, max_pixels) for i in indices]
-    if len({frame.shape for frame in frames}) > 1:
-        raise MediaError("unreadable_video", f"{path}: frames of different sizes")
     return Video(np.stack(frames), indices, float(folder_fps), len(names))
 
 
 def cached(limits, read, path, *settings):
     """read(path, *settings), or what limits.cache has kept of it: same file, size, time of change and settings.
 
-    An entry is one .npz file, uint8 pixels as they are, nothing pickled. Entries lie in 16 folders by the first digit of
-    their name, each with a 16th of the room, so that making room looks at few files. An entry is written aside and then
-    renamed: nobody reads half of one, and what a crash leaves behind ages out like the rest. All processes share it.
+    An entry is one .npz file, uint8 pixels as they are, nothing pickled, written aside and then renamed: nobody reads
+    half of one. All processes share the folder. Entries lie in 16 folders by the first digit of their name, each with a
+    16th of the room. A full one stays as it is, which serves more reads of shuffled epochs than making room would.
     """
+    if not os.path.exists(path):
+        raise MediaError("missing_media", f"no file {path}")
     if not limits.cache:
         return read(path, *settings)
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return read(path, *settings)  # which says what is wrong
+    status = os.stat(path)
     key = repr((read.__name__, path, status.st_mtime_ns, status.st_size, settings))
     name = hashlib.sha256(key.encode()).hexdigest()
     folder = os.path.join(limits.cache, name[0])
@@ -569,35 +472,19 @@ def cached(limits, read, path, *settings):
     try:
         with np.load(file) as saved:
             parts = list(saved.values())
-        os.utime(file)  # used now
         return Video(parts[0], parts[1].tolist(), float(parts[2]), int(parts[3])) if len(parts) == 4 else parts[0]
     except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there, or damaged: its checksum tells
         value = read(path, *settings)
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as aside:
-            np.savez(aside, *(value if isinstance(value, Video) else [value]))
-        with suppress(FileNotFoundError):  # another process has just made room
+        parts = value if isinstance(value, Video) else [value]
+        if sum(entry.stat().st_size for entry in os.scandir(folder)) + parts[0].nbytes < limits.cache_gb * 2**30 / 16:
+            with tempfile.NamedTemporaryFile(dir=limits.cache, suffix=".tmp", delete=False) as aside:
+                np.savez(aside, *parts)
             os.replace(aside.name, file)
     except OSError as error:  # a full disk makes reading slower, it does not end the run
         warnings.warn(f"--cache {limits.cache}: {error}", stacklevel=1)
-    make_room(folder, limits.cache_gb * 2**30 / 16)
     return value
-
-
-def make_room(folder, room):
-    """Deletes those files of a folder that have not been used for longest, until the rest holds at most `room` bytes."""
-    files = []
-    for entry in os.scandir(folder):
-        with suppress(FileNotFoundError):  # another process makes room as well
-            files.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
-    excess = sum(size for _, size, _ in files) - room
-    for _, size, path in sorted(files):
-        if excess <= 0:
-            break
-        with suppress(FileNotFoundError):
-            os.remove(path)
-        excess -= size
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -619,50 +506,37 @@ class Prompt:
 def patchify(frames):
     """Pixels in the order in which Qwen3-VL's vision tower reads them: 2 x 2 neighbouring patches stand together.
 
-    frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16) and the grid (T/2, H/16, W/16).
+    frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16), the grid (T/2, H/16, W/16).
     """
     time, height, width = frames.shape[0] // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
     blocks = frames.reshape(time, TEMPORAL, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
-    blocks = blocks.transpose(
-        0, 2, 5, 3, 6, 8, 1, 4, 7
-    )  # time, row, column, row in token, column in token | c, t, y, x
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # time, row, column, both in the token | channel, frame, y, x
     return blocks.reshape(time * height * width, -1), (time, height, width)
 
 
 def mrope_positions(token_ids, vision_ids, grids):
-    """Qwen3-VL's positions: text counts on in all three rows; a frame spans its token grid and advances by its longer side.
-
-    token_ids: (T,). vision_ids: the ids of the image and video tokens. grids: (M, 3), one per medium.
-    Returns int64 (3, T). A video has one run of vision tokens per time step, since time stamps stand between them.
-    """
-    token_ids = np.asarray(token_ids)
-    frames = [(height // MERGE, width // MERGE) for time, height, width in grids for _ in range(time)]
+    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows, a frame spans its token grid and takes its
+    longer side. vision_ids: the ids of the image and video tokens. grids: (M, 3), one per medium. A video has one run
+    of vision tokens per time step, since time stamps stand between them."""
     is_vision = np.isin(token_ids, vision_ids)
-    edges = np.flatnonzero(np.diff(is_vision, prepend=False, append=False))  # starts and ends of the runs
-    rows, start, done = [], 0, 0
-    for (begin, end), (height, width) in zip(edges.reshape(-1, 2), frames, strict=True):
-        text = begin - done
-        rows.append(np.broadcast_to(np.arange(start, start + text), (3, text)))
-        start += text
-        if end - begin != height * width:
-            raise MediaError("token_mismatch", f"{end - begin} vision tokens for a frame of {height} x {width}")
-        y, x = np.divmod(np.arange(height * width), width)
-        rows.append(start + np.stack([np.zeros_like(y), y, x]))  # time stamps in the text tell the time, not this row
-        start, done = start + max(height, width), end
-    text = len(token_ids) - done
-    rows.append(np.broadcast_to(np.arange(start, start + text), (3, text)))
-    return np.concatenate(rows, axis=1).astype(np.int64)
+    runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)  # start and end of each
+    frames = [(height // MERGE, width // MERGE) for time, height, width in grids for _ in range(time)]
+    inside, advance = np.zeros((3, len(token_ids)), np.int64), np.ones(len(token_ids), np.int64)
+    for (start, end), (height, width) in zip(runs, frames, strict=True):
+        if end - start != height * width:
+            raise MediaError("token_mismatch", f"{end - start} vision tokens for a frame of {height} x {width}")
+        inside[1:, start:end] = np.divmod(np.arange(height * width), width)  # not in time: that is told by time stamps
+        advance[start:end], advance[end - 1] = 0, max(height, width)
+    return inside + np.cumsum(advance) - advance
 
 
 def check_text(texts, tokenizer):
-    """Raises MediaError where a text holds what a tokenizer takes for a control token, such as <|im_end|>, or half a character."""
+    """Raises MediaError where a text holds a control token, such as <|im_end|>, or half a character."""
     control = [word for word in tokenizer.get_added_vocab() if word.startswith("<|")]
     if found := [word for word in control if any(word in text for text in texts)]:
         raise MediaError("control_token", f"the text holds {found[0]}, which the model would not read as text")
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise MediaError("broken_text", f"half a character, {error.object[error.start]!r}, in the text") from error
+    if half := re.search("[\ud800-\udfff]", "".join(texts)):
+        raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
 
 
 def encode(record, processor, limits=None, prompts=PROMPTS):
@@ -672,70 +546,50 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
     """
     tokenizer, limits = processor.tokenizer, limits or Limits()
-    if "messages" in record:
-        turns = record["messages"][:-1]
-    else:
-        turns = [{"role": "user", "content": render_problem(record, prompts)}]
+    turns = record.get("messages", [])[:-1] or [{"role": "user", "content": render_problem(record, prompts)}]
     check_text([turn["content"] for turn in turns] + [demonstration(record) or ""], tokenizer)
     kinds = [medium["type"] for medium in record["media"]]
-    turns = [
-        {**turn, "content": turn["content"].replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image")).replace("<video>", "<|video_pad|>", kinds.count("video"))}
-        if turn["role"] == "user" else turn
-        for turn in turns
-    ]  # as many as there are media: they come first, an <image> in an option or in an answer stays text  # fmt: skip
+
+    def placed(text):  # as many as there are media: they come first, an <image> in an option or an answer stays text
+        text = text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image"))
+        return text.replace("<video>", "<|video_pad|>", kinds.count("video"))
+
+    turns = [turn | {"content": placed(turn["content"])} if turn["role"] == "user" else turn for turn in turns]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    patches, grids, expanded = [], [], {"image": [], "video": []}
-    vllm_data = {"image": [], "video": []}
+    patches, grids, expanded, vllm_data = [], [], [], {"image": [], "video": []}
     for medium in record["media"]:
         if medium["type"] == "image":
             pixels = cached(limits, read_image, medium["path"], limits.image_min_pixels, limits.image_max_pixels)
             rows, grid = patchify(np.stack([pixels, pixels]))  # a picture is a film of two equal frames
-            expanded["image"].append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
+            expanded.append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
             vllm_data["image"].append(Image.fromarray(pixels))
         else:
-            settings = (
-                limits.fps,
-                limits.max_frames,
-                limits.frame_min_pixels,
-                limits.frame_max_pixels,
-                record.get("fps"),
-            )
-            video = cached(limits, read_video, medium["path"], *settings)
+            bounds = limits.fps, limits.max_frames, limits.frame_min_pixels, limits.frame_max_pixels
+            video = cached(limits, read_video, medium["path"], *bounds, record.get("fps"))
             rows, grid = patchify(video.frames)
             frame = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2) + "<|vision_end|>"
             shown = [index / video.fps for index in video.indices]  # seconds
             pairs = zip(shown[::2], shown[1::2])  # in the library's own order: 3.15 is else 3.1 here and 3.2 there
-            expanded["video"].append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
+            expanded.append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
             metadata = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
             metadata |= dict(video_backend="pyav", do_sample_frames=False)
             vllm_data["video"].append((video.frames.transpose(0, 3, 1, 2), metadata))
         patches.append(rows)
         grids.append(grid)
 
-    full = text
-    for kind, texts in expanded.items():
-        parts = full.split(f"<|{kind}_pad|>")
-        if len(parts) != len(texts) + 1:
-            raise MediaError("token_mismatch", f"{len(parts) - 1} places for {len(texts)} {kind}s in the text")
-        full = "".join(part + medium for part, medium in zip(parts, texts + [""]))
+    waiting = iter(expanded)
+    full = re.sub(r"<\|(image|video)_pad\|>", lambda _: next(waiting), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
     if len(token_ids) > limits.max_prompt_tokens:
         raise MediaError("too_long", f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}")
 
-    vision_ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
-    return Prompt(
-        record=record,
-        token_ids=token_ids,
-        positions=mrope_positions(token_ids, vision_ids, grids),
-        patches=torch.from_numpy(np.concatenate(patches)) if patches else torch.zeros(0, 3 * TEMPORAL * PATCH**2, dtype=torch.uint8),
-        grids=torch.tensor(grids, dtype=torch.int64).reshape(-1, 3),
-        vllm=dict(
-            prompt=text,
-            multi_modal_data={kind: items for kind, items in vllm_data.items() if items},
-            mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False),
-        ),
-    )  # fmt: skip
+    positions = mrope_positions(token_ids, tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]), grids)
+    rows = np.concatenate(patches) if patches else np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)
+    grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    vllm = dict(prompt=text, mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False))
+    vllm["multi_modal_data"] = {kind: items for kind, items in vllm_data.items() if items}
+    return Prompt(record, token_ids, positions, torch.from_numpy(rows), grids, vllm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -743,25 +597,26 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1, rows=1, work=None):
-    """Endless record indices of one rank: a fresh permutation every epoch, dealt to the ranks in blocks of rows * world.
+    """Endless record indices of one rank: a new permutation every epoch, dealt to the ranks in blocks of rows * world.
 
-    The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all ranks
-    together have taken, a multiple of rows * world. work: expected work of each record. The heaviest record of a block then
-    goes first, each to the rank with the least so far; without `work` a block is dealt like cards.
+    The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all
+    ranks together have taken, a multiple of rows * world. work: expected work of each record. The heaviest record of a
+    block then goes first, each to the rank with the least so far; without `work` a block is dealt like cards.
 
-    >>> import itertools
-    >>> [list(itertools.islice(data_order(8, 0, rank=rank, world=2, rows=2, work=[10, 20, 30, 40, 50, 60, 70, 80]), 2)) for rank in (0, 1)]
+    >>> ranks = [data_order(8, 0, rank=rank, world=2, rows=2, work=[1, 2, 3, 4, 5, 6, 7, 8]) for rank in (0, 1)]
+    >>> [list(itertools.islice(rank, 2)) for rank in ranks]
     [[6, 2], [4, 3]]
     """
-    epoch = None
-    while True:
-        block = []
-        for position in range(cursor, cursor + rows * world):
-            if epoch != position // count:
-                epoch = position // count
-                permutation = np.random.default_rng([seed, epoch]).permutation(count)
-            block.append(int(permutation[position % count]))
-        turn, cursor = cursor // (rows * world), cursor + rows * world
+
+    def whole():
+        epoch, done = divmod(cursor, count)
+        while True:
+            yield from np.random.default_rng([seed, epoch]).permutation(count)[done:].tolist()
+            epoch, done = epoch + 1, 0
+
+    indices = whole()
+    for turn in itertools.count(cursor // (rows * world)):
+        block = list(itertools.islice(indices, rows * world))
         hands = [block[r::world] for r in range(world)]
         if work is not None:
             hands = [[] for _ in range(world)]
@@ -772,50 +627,36 @@ def data_order(count, seed, cursor=0, rank=0, world=1, rows=1, work=None):
         yield from hands[rank]
 
 
-class Skipped(NamedTuple):
-    reason: str
-    message: str
-
-
-class Decoder(torch.utils.data.Dataset):
-    """What the worker processes run: an index -> function(record), or Skipped."""
-
-    def __init__(self, records, function):
-        self.records, self.function = records, function
-
-    def __getitem__(self, index):
-        record = self.records[index]
-        try:
-            return self.function(record)
-        except MediaError as error:
-            return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
-
-
-def become_worker(_):
-    os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: never outlives the script, even one that is killed
-
-
 def prefetch(records, function, order, workers, seconds=600):
     """Yields function(records[i]) for each i in `order`, computed ahead by worker processes (0: in this process).
 
     Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs.
     """
-    loader = torch.utils.data.DataLoader(
-        Decoder(records, function), sampler=order, batch_size=None, collate_fn=lambda item: item, num_workers=workers,
-        worker_init_fn=become_worker, timeout=seconds if workers else 0,
-    )  # fmt: skip
-    return iter(loader)
+
+    def become_worker(_):
+        os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: does not outlive the script, even a killed one
+
+    def use(record):
+        try:
+            return function(record)
+        except MediaError as error:
+            return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
+
+    return iter(torch.utils.data.DataLoader(
+        records, sampler=order, batch_size=None, collate_fn=use, num_workers=workers, worker_init_fn=become_worker,
+        timeout=seconds if workers else 0,
+    ))  # fmt: skip
 
 
 def take(stream, count, tally, max_bad_share):
     """The next `count` items less the unusable ones, which are named on the screen and counted.
 
-    tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>" are counted in it. Raises RuntimeError when
-    more than `max_bad_share` of all records so far (and of at least 200) were unusable.
+    tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>" are counted in it. Raises
+    RuntimeError when more than `max_bad_share` of all records so far (and of at least 200) were unusable.
     """
     items = []
-    for item in (next(stream) for _ in range(count)):
+    for item in itertools.islice(stream, count):
         tally["records"] += 1
         if isinstance(item, Skipped):
             tally[f"skipped/{item.reason}"] += 1
@@ -832,40 +673,27 @@ def take(stream, count, tally, max_bad_share):
 # --peek: what training will see.
 
 
-def fold(text):
-    """Text with runs of vision tokens folded.
-
-    >>> fold("a <|image_pad|><|image_pad|> b")
-    'a <|image_pad|>x2 b'
-    """
-    return re.sub(r"(<\|(?:image|video)_pad\|>)+", lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", text)
-
-
 def token_table(prompt, tokenizer, few=6):
-    """Which tokens SFT learns, as text: position, id, token, label. All of the prompt is given, all of the response is
-    learned, the end of the turn included; each label is predicted by the row above it."""
+    """Which tokens SFT learns, as text: a `few` around the first learned token, and the last ones. All of the prompt is
+    given, all of the response is learned, the end of the turn included; the row above a label predicts it."""
     response = tokenizer(demonstration(prompt.record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     ids, start = prompt.token_ids + response, len(prompt.token_ids)
-    shown = sorted({*range(start - few, start + few), *range(len(ids) - few, len(ids))})
-    lines = [
-        f"labels: {start} tokens given, {len(response)} learned",
-        f"{'position':>10}{'id':>10}{'label':>10}  token",
-    ]
-    for before, i in zip([start - few - 1, *shown], shown):
-        lines += [f"{'...':>10}"] * (i > before + 1)
-        lines.append(f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}")
-    return "\n".join(lines)
+    rows = [f"labels: {start} tokens given, {len(response)} learned", f"{'position':>10}{'id':>10}{'label':>10}  token"]
+    for i in range(start - few, len(ids)):
+        if i < start + few or i >= len(ids) - few:
+            rows.append(f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}")
+    return "\n".join(rows)
 
 
 def contact_sheet(prompts, path, cell=160, line=14):
-    """Saves a PNG with one row per prompt: the pixels that the model sees, videos as up to eight frames with their seconds."""
+    """Saves a PNG with a row for each prompt: the pixels that the model sees, of a video up to eight frames."""
     sheet = Image.new("RGB", (8 * cell, len(prompts) * (cell + 2 * line)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(prompts):
-        top, record = row * (cell + 2 * line), prompt.record
-        draw.text((2, top), f"record {record['index']}, {record['problem_type'] or 'SFT'}", "black")
-        cells = [("image", image) for image in prompt.vllm["multi_modal_data"].get("image", [])]
-        for frames, metadata in prompt.vllm["multi_modal_data"].get("video", []):
+        top, media = row * (cell + 2 * line), prompt.vllm["multi_modal_data"]
+        draw.text((2, top), f"record {prompt.record['index']}, {prompt.record['problem_type'] or 'SFT'}", "black")
+        cells = [("image", image) for image in media.get("image", [])]
+        for frames, metadata in media.get("video", []):
             for i in np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int):
                 seconds = metadata["frames_indices"][i] / metadata["fps"]
                 cells.append((f"{seconds:.2f} s", Image.fromarray(frames[i].transpose(1, 2, 0))))
@@ -888,8 +716,7 @@ def main():
     from transformers import AutoProcessor
 
     try:
-        processor = AutoProcessor.from_pretrained(args.model)
-        table = load_prompts(args.prompts)
+        processor, table = AutoProcessor.from_pretrained(args.model), load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
@@ -904,18 +731,13 @@ def main():
             print(f"skipped, {error.reason}: {error}")
             continue
         prompts.append(prompt)
+        sizes = [f"{TEMPORAL * t} x {PATCH * h} x {PATCH * w}" for t, h, w in prompt.grids.tolist()]
         vision = int(prompt.grids.prod(1).sum()) // MERGE**2
-        print(f"{len(prompt.token_ids)} tokens, {vision} of them vision; grids {prompt.grids.tolist()}")
-        for image in prompt.vllm["multi_modal_data"].get("image", []):
-            print(f"image: {image.width} x {image.height}")
-        for frames, metadata in prompt.vllm["multi_modal_data"].get("video", []):
-            first, last = (metadata["frames_indices"][i] / metadata["fps"] for i in (0, -1))
-            print(f"video: {len(frames)} frames of {frames.shape[3]} x {frames.shape[2]}, {first:.2f} to {last:.2f} s")
-        print(fold(tokenizer.decode(prompt.token_ids)))
-        if (response := demonstration(record)) is not None:
-            print(f"{response}\n\n{token_table(prompt, tokenizer)}")
-        else:
-            print(f"truth: {record['answer']}")
+        print(f"{len(prompt.token_ids)} tokens, {vision} of them vision; frames x height x width: {', '.join(sizes)}")
+        text = tokenizer.decode(prompt.token_ids)
+        print(re.sub(r"(<\|(?:image|video)_pad\|>)+", lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", text))
+        response = demonstration(record)
+        print(f"truth: {record['answer']}" if response is None else f"{response}\n\n{token_table(prompt, tokenizer)}")
     if not prompts:
         refuse(f"{args.file}: none of the first {args.peek} records can be used")
     contact_sheet(prompts, args.sheet)

@@ -8,33 +8,29 @@
     python evaluate.py --compare runs/eval/base runs/eval/sft runs/eval/rl --names base SFT RL          # no model either
 
 A benchmark is a record file (JSON, JSONL, VLMEvalKit's TSV), named by its stem. Every rank has a vLLM engine and answers
-its share, greedily; then SAM2 turns boxes and points into masks, and a judge reads captions. Under --out:
+its share, greedily; SAM2 turns boxes and points into masks, a judge reads captions, the rest goes by rules. Under --out:
 
-    <benchmark>.jsonl   one line per record, in the file's order: problem_id, position, answer, accuracy, parts, trouble,
-                        response, masks (those of SAM2 that the report shows)
-    parts/              what the ranks have written so far; the same command goes on from there, with any number of ranks
+    <benchmark>.jsonl   one line per record: problem_id, position, task, response, trouble, answer, accuracy, parts (of the
+                        metrics), masks (those of SAM2 that the report shows); <benchmark>.parts/ while the ranks write
     results.json        benchmark -> metric -> value, low, high (95% bootstrap interval), n; shares, not percent
     report.html         the numbers, and of each benchmark the worst, the best and some other answers, drawn
     settings.json       what the answers depend on; a rerun that would mix two models is refused
     judge.jsonl         what the judge has said; media/ holds the pictures out of TSV files
 
-Grading is rewards.accuracy, as in training; only the reading is more lenient (answer_of). Everything counts: an answer that
-cannot be read scores 0, and so does a record whose media cannot be opened (a rerun tries it again). A generation that failed
-is no answer: it is tried three times, then left out and reported, and its benchmark is left out of the mean; so is one
-that needs SAM2 or a judge and had none.
+The same command goes on where it was, with any number of ranks. Grading is rewards.accuracy, as in training; only the reading
+is more lenient (answer_of). Everything counts: an answer that cannot be read scores 0, and so does a record whose media
+cannot be opened (a rerun tries it again). A generation that failed is no answer: it is tried three times, then left out and
+reported, and its benchmark is left out of the mean; so is one that needs SAM2 or a judge and had none.
 """
 
 import argparse
 import ast
 import base64
-import binascii
 import csv
-import glob
 import hashlib
 import html
 import http.client
 import io
-import itertools
 import json
 import math
 import os
@@ -45,9 +41,11 @@ import sys
 import time
 import urllib.request
 import zlib
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -63,10 +61,10 @@ from infer import draw, draw_strip, film, load_sam2, marks_of, readable, segment
 
 
 class Benchmark(NamedTuple):
-    name: str  # the paper's; a benchmark may have several files, which count as one in the mean
-    task: str  # whose prompt, metrics and conventions hold; for a TSV's rows without options: see `free`
-    paper: dict  # metric -> (OneThinker-8B, Qwen3-VL-8B or None)
-    source: str  # hub id or URL
+    name: str = ""  # the paper's; a benchmark may have several files, which count as one in the mean
+    task: str = ""  # whose prompt, metrics and conventions hold; for a TSV's rows without options: see `free`
+    paper: dict = {}  # metric -> (OneThinker-8B, Qwen3-VL-8B or None)
+    source: str = ""  # hub id or URL
     split: str = ""  # only these rows of a TSV
     frames: int = 128  # most frames of a video
     free: str = "open-ended"  # the task of a TSV's free-form answers that are no number
@@ -123,7 +121,6 @@ BENCHMARKS = {  # file stem ->
     "eval_seg_reasonvos": Benchmark("ReasonVOS", "segmentation-video", {"J": (51.1, None), "F": (58.7, None), "J&F": (54.9, None)}, HUB),
 }
 # fmt: on
-OTHER = Benchmark("", "", {}, "")  # what holds for a file of one's own
 CONVENTIONS = {  # task -> what its answers are counted in
     MC: "a letter; a TSV's free-form answer: a number, else mathematics (MathVerse) or text for the judge",
     "open-ended": "text, for the judge: --judge-url",
@@ -136,18 +133,21 @@ CONVENTIONS = {  # task -> what its answers are counted in
 }
 
 
+def about(stem):
+    """The table's row of a benchmark; for a file of one's own one that says nothing."""
+    return BENCHMARKS.get(stem, Benchmark())
+
+
 def print_list():
     """The table of benchmarks for --list, with the commands that download them."""
-    task = None
-    for stem, row in BENCHMARKS.items():
-        if row.task != task:
-            task = row.task
-            print(f"\n{task}: {CONVENTIONS[task]}")
-        cell = lambda pair: f"{pair[0]}" + (f" ({pair[1]})" if pair[1] is not None else "")  # noqa: E731
-        notes = [f"split {row.split}"] * bool(row.split) + [f"{row.frames} frames"] * (row.frames != 128)
-        notes += ["judge"] * row.judged + ["needs --sam2"] * task.startswith("segmentation")
-        numbers = ", ".join(f"{metric} {cell(pair)}" for metric, pair in row.paper.items())
-        print(f"  {row.name:18} {stem:32} {numbers}{'; ' * bool(notes)}{', '.join(notes)}")
+    for task, convention in CONVENTIONS.items():
+        print(f"\n{task}: {convention}")
+        for stem, row in BENCHMARKS.items():
+            cells = [f"{metric} {a}" + (f" ({b})" if b else "") for metric, (a, b) in row.paper.items()]
+            cells += [f"split {row.split}"] * bool(row.split) + [f"{row.frames} frames"] * (row.frames != 128)
+            cells += ["judge"] * row.judged + ["needs --sam2"] * task.startswith("segmentation")
+            if row.task == task:
+                print(f"  {row.name:18} {stem:32} {', '.join(cells)}")
     print("\nPercent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most 128.\n")
     print(f"hf download {HUB} --repo-type dataset --local-dir eval     # all eval_*; then unpack its media there")
     for stem, row in BENCHMARKS.items():
@@ -155,16 +155,14 @@ def print_list():
             print(f"curl -L -o eval/{stem}.tsv {row.source}")
         elif row.media:
             print(f"hf download {row.source} --repo-type dataset --local-dir eval/{row.name}     # then as below")
-    print(
-        "\nVideo-Holmes, LongVideoBench, VideoMMLU: unpack the videos into the folder video, videos, youtube_videos beside the"
-        "\nrecord file, and call that Video_Holmes.json (theirs: test_Video-Holmes.json), LongVideoBench.json (lvb_val.json),"
-        "\nVideo_MMLU_CAP.tsv. VLMEvalKit's own TSV files of the three are read as well. MMT-Caption: the release names no file;"
-        "\nrecords of your own under that name are judged."
-    )
+    print("""
+Video-Holmes, LongVideoBench, VideoMMLU: unpack the videos into the folder video, videos, youtube_videos beside the record
+file, and call that Video_Holmes.json, LongVideoBench.json, Video_MMLU_CAP.tsv; VLMEvalKit's own TSV files of the three are
+read as well. MMT-Caption: the release names no file; records of your own under that name are judged.""")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# Reading records, settings, and outputs that are stored
 
 
 def files_of(item, folder):
@@ -172,103 +170,70 @@ def files_of(item, folder):
     if os.path.exists(item):
         return [item]
     stems = [stem for stem, row in BENCHMARKS.items() if item.lower() in (stem.lower(), row.name.lower())]
-    paths = [os.path.join(folder, stem + end) for stem in stems for end in (".json", ".jsonl", ".tsv")]
-    if not stems:
-        data.refuse(f"--data {item}: no such file, and no benchmark of --list")
+    paths = [f"{folder}/{stem}{end}" for stem in stems for end in (".json", ".jsonl", ".tsv")]
     if not (found := [path for path in paths if os.path.exists(path)]):
-        data.refuse(
-            f"--data {item}: {folder} holds none of {', '.join(map(os.path.basename, paths))} (see --data-root)"
-        )
+        where = f"none of {', '.join(paths)} (see --data-root)" if stems else "no benchmark of --list"
+        data.refuse(f"--data {item}: no such file, and {where}")
     return found
 
 
 def load_benchmark(path, media_root, out):
-    """A benchmark's records as data.load_records gives them, each with its `benchmark`, the file's stem."""
+    """{position: record} of a benchmark, as data.load_records gives them, and with `benchmark`, the file's stem."""
     stem, end = os.path.splitext(os.path.basename(path))
-    if end == ".tsv" or BENCHMARKS.get(stem, OTHER).media:
-        root = media_root or os.path.dirname(os.path.abspath(path))
-        records = load_rows(path, stem, root, os.path.join(out, "media"))
+    if end == ".tsv" or about(stem).media:
+        records = load_rows(path, stem, media_root, os.path.join(os.path.abspath(out), "media"))
     else:
         records = data.load_records(path, media_root)
-    return [record | dict(benchmark=stem) for record in records]
-
-
-def literal(text):
-    """The list or dict that a TSV's cell spells in Python's way; None for any other text.
-
-    >>> literal("['a', 'b']"), literal("[sic] a text")
-    (['a', 'b'], None)
-    """
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return None
-    return value if isinstance(value, (list, dict)) else None
+    return {record["index"]: record | dict(benchmark=stem) for record in records}
 
 
 def load_rows(path, stem, media_root, picture_folder):
     """VLMEvalKit's TSV (or the JSON that its video TSVs are made of) -> records. position is the row, problem_id its index.
 
     A cell of pictures is base64, a list of base64, or the index of the row that has them. They are written to
-    `picture_folder`, named by their content. Rows of another split and rows without a medium are no records; both are
-    counted on the screen.
+    `picture_folder`. Rows of another split are no records.
     """
     csv.field_size_limit(2**31 - 1)
-    benchmark, pictures, kept, elsewhere = BENCHMARKS.get(stem, OTHER), {}, [], 0
+    benchmark, raws = about(stem), []
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t") if path.endswith(".tsv") else json.load(file)
-        for position, row in enumerate(rows):
-            row = {key if len(key) == 1 else key.lower(): value for key, value in row.items() if key}
-            row["index"] = str(row.get("index") or position)
-            cell = row.pop("image", None) or ""
-            if 0 < len(cell) <= 64 and not cell.startswith("["):
-                pictures[row["index"]] = cell  # the row that has it: it may come later
-            elif cell:
-                cells = (literal(cell) or [cell]) if cell.startswith("[") else [cell]
-                pictures[row["index"]] = [save_picture(each, picture_folder, path, position) for each in cells]
-            if benchmark.split and row.get("split") != benchmark.split:
-                elsewhere += 1
-            else:
-                kept.append((position, row))
-    records, bare = [], 0
-    for position, row in kept:
-        paths = pictures.get(row["index"], [])
-        paths = pictures.get(paths) if isinstance(paths, str) else paths
-        if not isinstance(paths, list):
-            said = pictures[row["index"]]
-            raise ValueError(
-                f"{path}: record {position}: image is {said!r}, expected the index of a row with a picture"
-            )
-        try:
-            raw = record_of_row(row, benchmark, paths)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: record {position}: {error}") from error
-        if not (raw.get("images") or raw.get("videos")):
-            bare += 1
-            continue
-        records.append(data.normalise(raw, path, position, picture_folder if paths else media_root))
-    if (elsewhere or bare) and os.environ.get("RANK", "0") == "0":
-        other = f"{elsewhere} rows of other splits than {benchmark.split!r}"
-        print(f"{path}: {other} and {bare} without a medium are no records")
-    if not records:
-        raise ValueError(f"{path}: holds no records")
-    return records
-
-
-def save_picture(text, folder, path, position):
-    """Base64 -> a file named by its content, so that equal pictures are one and ranks cannot disturb each other."""
+        rows = [{key if len(key) == 1 else key.lower(): cell for key, cell in row.items() if key} for row in rows]
+    for position, row in enumerate(rows):
+        row["index"] = str(row.get("index", position))
+    images = {row["index"]: row.get("image") or "" for row in rows}
     try:
-        content = base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError) as error:
-        raise ValueError(f"{path}: record {position}: image is no base64: {error}") from error
+        for position, row in enumerate(rows):
+            if not benchmark.split or row.get("split") == benchmark.split:
+                cell = images[row["index"]]
+                if 0 < len(cell) <= 64 and len(cell := images.get(cell, "")) <= 64:
+                    raise ValueError(f"image is {row['image']!r}, expected the index of a row with a picture")
+                pictures = [save_picture(each, picture_folder) for each in literal(cell) or [cell] * bool(cell)]
+                raws.append((position, record_of_row(row, benchmark, pictures)))
+    except (ValueError, SyntaxError, KeyError) as error:
+        raise ValueError(f"{path}: record {position}: {error}") from error
+    if len(raws) < len(rows) and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {len(rows) - len(raws)} rows of other splits than {benchmark.split!r} are no records")
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
+    return [data.normalise(raw, path, position, picture_folder if raw["images"] else root) for position, raw in raws]
+
+
+def literal(cell):
+    """The list or dict that a cell is or spells in Python's way; None for any other text."""
+    if isinstance(cell, str):
+        return ast.literal_eval(cell) if cell.startswith(("[", "{")) else None
+    return cell
+
+
+def save_picture(text, folder):
+    """Base64 -> the name of its file, given by its content: equal pictures are one, and ranks cannot disturb each other."""
+    content = base64.b64decode(text, validate=True)
     name = hashlib.sha256(content).hexdigest()[:24] + (".png" if content.startswith(b"\x89PNG") else ".jpg")
-    target = os.path.join(os.path.abspath(folder), name)
+    target = os.path.join(folder, name)
     if not os.path.exists(target):
         os.makedirs(folder, exist_ok=True)
-        with open(f"{target}.{os.getpid()}", "wb") as file:
-            file.write(content)
+        Path(f"{target}.{os.getpid()}").write_bytes(content)
         os.replace(f"{target}.{os.getpid()}", target)
-    return target
+    return name
 
 
 def record_of_row(row, benchmark, pictures):
@@ -277,96 +242,131 @@ def record_of_row(row, benchmark, pictures):
     Options: the columns A, B, .., or a list in `choices`, `candidates` or `options`. An answer that is a letter, or options:
     a multiple choice. Else a number is numerical, and the rest is the benchmark's `free` task. A list of questions with
     answers (VideoMMLU) asks for a description; the judge looks for the answers in it.
-
-    >>> row = {"index": "7", "question": "Which?", "A": "a cat", "B": "a dog", "answer": "B", "hint": "Look."}
-    >>> record = record_of_row(row, OTHER, ["x.png"])
-    >>> record["problem"], record["options"], record["problem_type"]
-    ('Hint: Look.\\nWhich?', ['A. a cat', 'B. a dog'], 'multiple choice')
-    >>> record_of_row({"index": "7", "question": "How long?", "answer": "2.5"}, OTHER, ["x.png"])["problem_type"]
-    'numerical'
     """
-    listed = next((row[key] for key in ("choices", "candidates", "options") if row.get(key)), [])
-    listed = literal(listed) or [] if isinstance(listed, str) else listed
-    listed = dict(zip(string.ascii_uppercase, listed)) if isinstance(listed, list) else listed
-    options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)} or listed
+    options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+    options = options or literal(row.get("choices") or row.get("candidates") or row.get("options")) or {}
+    if isinstance(options, list):
+        options = dict(zip(string.ascii_uppercase, options))
     options = [text if str(text).startswith(f"{letter}.") else f"{letter}. {text}" for letter, text in options.items()]
 
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
-    if str(row.get("correct_choice", "")).isdigit():
+    if "correct_choice" in row:  # LongVideoBench
         answer = string.ascii_uppercase[int(row["correct_choice"])]
-    if options and row.get(
-        "answer_option"
-    ):  # MathVista: `answer` is the option's text, and the question lists them too
+    elif options and row.get("answer_option"):  # MathVista: `answer` is an option's text, the question lists them too
         answer, question = row["answer_option"], question.partition("\nChoices:")[0]
-    if pairs := question if isinstance(question, list) else literal(question) if question.startswith("[{") else None:
-        answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in pairs)
+    elif question.startswith("[{"):  # VideoMMLU
+        answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in literal(question))
         question = "Describe this video in detail: all that is said, written and shown."
     if options or re.fullmatch("[A-Z]", str(answer)):
         kind = MC
     else:
         kind = "numerical" if rewards.read_number(str(answer)) is not None else benchmark.free
 
-    question, pictures = place_pictures(question, options, pictures)
+    if any("<image " in text for text in [question, *options]):  # MMMU: "Is <image 2> like <image 1>?"
+        question, *options = (re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options])
+        question = "".join(f"Image {i}: <image>\n" for i in range(1, len(pictures) + 1)) + question
     if row.get("hint"):
         question = f"Hint: {row['hint']}\n{question}"
     raw = dict(problem_id=row["index"], problem=question, problem_type=kind, options=options, answer=answer)
-    video = row.get("video_path") or row.get("video") or (f"{row['video id']}.mp4" if row.get("video id") else None)
-    if not pictures and video:
-        return raw | dict(data_type="video", videos=[os.path.join(benchmark.media, os.path.basename(video))])
-    return raw | dict(data_type="image", images=pictures)
+    video = row.get("video_path") or row.get("video") or (f"{row['video id']}.mp4" if "video id" in row else None)
+    return raw | dict(images=pictures, videos=[os.path.join(benchmark.media, os.path.basename(video))] if video else [])
 
 
-def place_pictures(question, options, pictures):
-    """MMMU's "<image 2>" -> our placeholder, and the pictures in the order of the text. The others come first; they are
-    numbered where the options speak of them.
+def load_all(args):
+    """Everything of the input that needs no model: {benchmark: records}, and the settings that the answers depend on."""
+    benchmarks, settings = {}, {}
+    if not (args.data and args.out):
+        data.refuse("--data and --out are needed")
+    try:
+        for path in [path for item in args.data for path in files_of(item, args.data_root)]:
+            name = os.path.splitext(os.path.basename(path))[0]
+            if name in benchmarks:
+                data.refuse(f"--data: {path}: a second file of the benchmark {name!r}: rename one")
+            benchmarks[name] = load_benchmark(path, args.media_root, args.out)
+            for record in benchmarks[name].values():
+                where, truth = f"{path}: record {record['index']}", record.get("segmentation_output") or {}
+                if record["answer"] is None:
+                    data.refuse(f"{where}: an SFT record (messages), where answers are needed")
+                if args.sam2 and record["problem_type"] == "segmentation" and not truth.get("segmentation_rle"):
+                    data.refuse(f"{where}: no segmentation_rle to compare the masks of --sam2 with")
+            with open(path, "rb") as file:
+                settings[f"{name} data"] = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, csv.Error) as error:
+        data.refuse(error)
+    return benchmarks, settings
 
-    >>> place_pictures("Is <image 2> like <image 1>?", [], ["a", "b", "c"])
-    ('Is <image> like <image>?', ['c', 'b', 'a'])
-    >>> place_pictures("Which?", ["A. <image 1>", "B. <image 2>"], ["a", "b"])
-    ('Image 1: <image>\\nImage 2: <image>\\nWhich?', ['a', 'b'])
-    """
-    numbers = [int(number) for number in re.findall(r"<image (\d+)>", question)]
-    if any(not 1 <= number <= len(pictures) for number in numbers):
-        raise ValueError(
-            f"the question speaks of image {max(numbers)}, but there are {len(pictures)}: {question[:80]!r}"
-        )
-    others = [number for number in range(1, len(pictures) + 1) if number not in numbers]
-    question = re.sub(r"<image \d+>", "<image>", question)
-    if any("<image " in option for option in options):
-        question = "".join(f"Image {number}: <image>\n" for number in others) + question
-    return question, [pictures[number - 1] for number in others + numbers]
+
+def fingerprint(path):
+    """Tells model folders apart by the middle of their weight files, fast at any size. A hub id stands for itself."""
+    if not os.path.isdir(path):
+        return path
+    digest = hashlib.sha256()
+    for weights in sorted(Path(path).glob("*.safetensors")):
+        with open(weights, "rb") as file:
+            file.seek(max(0, os.path.getsize(weights) // 2 - 2**20))
+            digest.update(file.read(2**21))
+    return digest.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Stored outputs
+def same_settings(out, settings):
+    """The settings joined with those of earlier runs in this folder, which must not differ where both speak."""
+    old = read_json_file(f"{out}/settings.json")
+    if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
+        data.refuse(f"{out} holds answers with other {', '.join(other)}: name another --out, or remove that folder")
+    return old | settings
+
+
+def check(args):
+    """The same, and all else that can be wrong with the input, before a model is loaded. Returns {benchmark: records}, the
+    processor, the prompts and the settings."""
+    from transformers import AutoProcessor
+
+    if not args.model:
+        data.refuse("--model is needed (or --list, --compare, --regrade)")
+    for flag, path in (("--model", args.model), ("--sam2", args.sam2)):
+        if path and not os.path.isdir(path) and path.count("/") != 1:
+            data.refuse(f"{flag} {path}: no such folder, and no hub id of the form owner/name")
+    if bool(args.judge_url) != bool(args.judge_model):
+        data.refuse("--judge-url and --judge-model go together")
+    benchmarks, settings = load_all(args)
+    try:
+        prompts = data.load_prompts(args.prompts)
+        processor = AutoProcessor.from_pretrained(args.model)
+    except (OSError, ValueError) as error:
+        data.refuse(error)
+    for records in benchmarks.values():
+        media = [(record["file"], medium["path"]) for record in records.values() for medium in record["media"]]
+        lost = [f"{file}: {path}" for file, path in media if not os.path.exists(path)]
+        if len(lost) > args.max_bad_share * len(records):
+            data.refuse(f"{len(lost)} media do not exist, such as {lost[0]} (see --media-root, --max-bad-share)")
+
+    limits = {key: value for key, value in data.limits_of(args)._asdict().items() if not key.startswith("cache")}
+    settings |= dict(model=fingerprint(args.model), dtype=args.dtype, max_response_tokens=args.max_response_tokens)
+    settings |= dict(prompts=prompts, limits=limits)
+    settings |= dict(sam2=fingerprint(args.sam2)) if args.sam2 else {}
+    settings |= dict(judge=args.judge_model) if args.judge_model else {}
+    return benchmarks, processor, prompts, same_settings(args.out, settings)
 
 
 def read_lines(path, key="position"):
     """{position: line} of a JSONL file of outputs; {} if there is none. Of two lines for a position the later one counts; a
     line that a kill has torn is as good as not written."""
     lines = {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except json.JSONDecodeError:
-                    continue
-                lines[line[key]] = line
+    for text in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
+        with suppress(json.JSONDecodeError):
+            line = json.loads(text)
+            lines[line[key]] = line
     return lines
 
 
 def read_json_file(path):
-    """The value in a JSON file; None if there is no file."""
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+    """The object in a JSON file; {} if there is no file."""
+    return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
 
 
 def write_whole(path, text):
     """Writes a file so that it is there in full or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(text)
+    Path(path + ".tmp").write_text(text, encoding="utf-8")
     os.replace(path + ".tmp", path)
 
 
@@ -382,110 +382,25 @@ def append(path, line):
 
 
 def merge_parts(out, name):
-    """Moves what the ranks have written for a benchmark into <benchmark>.jsonl, in position order -> {position: line}."""
-    path, folder = os.path.join(out, name + ".jsonl"), os.path.join(out, "parts", name)
+    """Moves what the ranks have written for a benchmark into <benchmark>.jsonl -> {position: line}, in position order."""
+    path = f"{out}/{name}.jsonl"
     lines = read_lines(path)
-    for part in sorted(glob.glob(os.path.join(glob.escape(folder), "*.jsonl"))):
+    for part in sorted(Path(f"{out}/{name}.parts").glob("*.jsonl")):
         lines |= read_lines(part)
     write_lines(path, lines)
-    shutil.rmtree(folder, ignore_errors=True)  # only now: a kill in between leaves every line in at least one place
+    # only now: a kill in between leaves every line in at least one place
+    shutil.rmtree(f"{out}/{name}.parts", ignore_errors=True)
     return dict(sorted(lines.items()))
 
 
-def fingerprint(path):
-    """Tells model folders apart by samples of their weights, fast at any size. A hub id stands for itself."""
-    if not os.path.isdir(path):
-        return path
-    digest = hashlib.sha256()
-    for file_path in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
-        size = os.path.getsize(file_path)
-        digest.update(f"{os.path.basename(file_path)} {size} ".encode())
-        with open(file_path, "rb") as file:
-            for offset in range(0, size, max(size // 64, 2**16)):
-                file.seek(offset)
-                digest.update(file.read(2**16))
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Answering
-
-
-def load_all(args):
-    """Everything of the input that needs no model: {benchmark: records}, and the settings that the answers depend on."""
-    benchmarks, settings = {}, dict(data={})
-    try:
-        for path in [path for item in args.data for path in files_of(item, args.data_root)]:
-            name = os.path.splitext(os.path.basename(path))[0]
-            if name in benchmarks:
-                first = benchmarks[name][0]["file"]
-                data.refuse(f"--data: {first} and {path} would both be the benchmark {name!r}: rename one")
-            benchmarks[name] = load_benchmark(path, args.media_root, args.out)
-            with open(path, "rb") as file:
-                settings["data"][name] = hashlib.file_digest(file, "sha256").hexdigest()
-    except (OSError, ValueError, csv.Error) as error:
-        data.refuse(error)
-    for records in benchmarks.values():
-        path = records[0]["file"]
-        if strangers := [record for record in records if record["answer"] is None]:
-            data.refuse(f"{path}: record {strangers[0]['index']}: an SFT record (messages), where answers are needed")
-        drawn = [record for record in records if record["problem_type"] == "segmentation"]
-        bare = [record for record in drawn if not (record.get("segmentation_output") or {}).get("segmentation_rle")]
-        if args.sam2 and bare:
-            data.refuse(f"{path}: record {bare[0]['index']}: no segmentation_rle to compare the masks of --sam2 with")
-    return benchmarks, settings
-
-
-def same_settings(out, settings):
-    """The settings joined with those of earlier runs in this folder, which must not differ where both speak."""
-    old = read_json_file(os.path.join(out, "settings.json")) or dict(data={})
-    other = [key for key in settings if key != "data" and old.get(key, settings[key]) != settings[key]]
-    other += [f"{name} data" for name, digest in settings["data"].items() if old["data"].get(name, digest) != digest]
-    if other:
-        data.refuse(f"{out} holds answers with other {', '.join(other)}: name another --out, or remove that folder")
-    return old | settings | dict(data=old["data"] | settings["data"])
-
-
-def check(args):
-    """Everything that can be wrong with the input, before a model is loaded. Returns {benchmark: records}, processor, the
-    prompts, and the settings that the answers depend on."""
-    from transformers import AutoProcessor
-
-    if not (args.model and args.data and args.out):
-        data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
-    for flag, path in (("--model", args.model), ("--sam2", args.sam2)):
-        if path and not os.path.isdir(path) and path.count("/") != 1:
-            data.refuse(f"{flag} {path}: no such folder, and no hub id of the form owner/name")
-    if bool(args.judge_url) != bool(args.judge_model):
-        data.refuse("--judge-url and --judge-model go together")
-    benchmarks, settings = load_all(args)
-    try:
-        prompts = data.load_prompts(args.prompts)
-    except (OSError, ValueError) as error:
-        data.refuse(error)
-    try:
-        processor = AutoProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        data.refuse(f"--model {args.model}: {error}")
-    for records in benchmarks.values():
-        paths = [medium["path"] for record in records for medium in record["media"]]
-        lost = [path for path in paths if not os.path.exists(path)]
-        if len(lost) > args.max_bad_share * len(records):
-            what = f"{len(lost)} media files do not exist, such as {lost[0]}"
-            data.refuse(f"{records[0]['file']}: {what} (see --media-root, --max-bad-share)")
-
-    settings |= dict(model=fingerprint(args.model), dtype=args.dtype, max_response_tokens=args.max_response_tokens)
-    limits = {key: value for key, value in data.limits_of(args)._asdict().items() if not key.startswith("cache")}
-    settings |= dict(prompts=prompts, limits=limits)
-    settings |= dict(sam2=fingerprint(args.sam2)) if args.sam2 else {}
-    settings |= dict(judge=args.judge_model) if args.judge_model else {}
-    return benchmarks, processor, prompts, same_settings(args.out, settings)
+# Answering, and grading
 
 
 def prompt_of(record, processor, limits, prompts):
     """A prompt without what only a trainer needs, so that a film leaves the decoding process once, not twice."""
-    frames = min(limits.max_frames, BENCHMARKS.get(record["benchmark"], OTHER).frames)
-    prompt = data.encode(record, processor, limits._replace(max_frames=frames), prompts)
+    limits = limits._replace(max_frames=min(limits.max_frames, about(record["benchmark"]).frames))
+    prompt = data.encode(record, processor, limits, prompts)
     prompt.patches = prompt.positions = None
     return prompt
 
@@ -503,45 +418,32 @@ def chunked(items, most, most_tokens=2**18):
         yield chunk
 
 
-def answer(chunk, llm, grader, tokenizer, max_tokens, tries=3):
-    """Greedy, graded answers to a chunk of (record, data.Prompt or Skipped) -> list of (record, line to store).
+def answer(chunk, llm, tokenizer, max_tokens, tries=3):
+    """Greedy responses to a chunk of (record, data.Prompt or Skipped) -> list of (record, its response, what went wrong).
 
     A generation that neither ended nor filled its tokens has failed in vLLM: it is no answer. It is tried again, and in
-    the end has no line.
+    the end is not in the list.
     """
     from rl_ema_grpo import generate, text_of
 
-    given, pending = [], [(record, prompt) for record, prompt in chunk if isinstance(prompt, data.Prompt)]
+    answered, pending = [], []
     for record, prompt in chunk:
-        if not isinstance(prompt, data.Prompt):
+        if isinstance(prompt, data.Skipped):
             print(f"counts 0: {prompt.message}", file=sys.stderr)
-            given.append((record, None, ["skipped", prompt.reason]))
+            answered.append((record, None, ["skipped", prompt.reason]))
+        else:
+            pending.append((record, prompt))
     for _ in range(tries):
-        prompts, failed = [prompt for _, prompt in pending], []
-        rollouts = generate(llm, prompts, [0] * len(prompts), 1, max_tokens, tokenizer, temperature=0.0)
-        for (record, prompt), rollout in zip(pending, rollouts):
+        asked, pending = pending, []
+        prompts = [prompt for _, prompt in asked]
+        rollouts = generate(llm, prompts, [0] * len(asked), 1, max_tokens, tokenizer, temperature=0.0)
+        for pair, rollout in zip(asked, rollouts):
             if rollout.finished[0] or len(rollout.responses[0]) >= max_tokens:
-                given.append((record, text_of(rollout, 0, tokenizer), [] if rollout.finished[0] else ["cut off"]))
+                trouble = [] if rollout.finished[0] else ["cut off"]
+                answered.append((pair[0], text_of(rollout, 0, tokenizer), trouble))
             else:
-                failed.append((record, prompt))
-        pending = failed
-    return graded(given, grader)
-
-
-def graded(given, grader):
-    """list of (record, response, what went wrong) -> list of (record, line to store). accuracy is None where only a judge
-    can tell."""
-    answers = [answer_of(record, response) for record, response, _ in given]  # None for None
-    ruled = [answer is None or not is_judged(record) for (record, _, _), answer in zip(given, answers)]
-    pairs = [(record, answer) for (record, _, _), answer, rule in zip(given, answers, ruled) if rule]
-    accuracies, lines = iter(grader.accuracies(pairs)), []
-    for (record, response, trouble), answer, rule in zip(given, answers, ruled):
-        if response is not None and not readable(record, answer):
-            trouble = trouble + ["unreadable"]
-        line = dict(problem_id=record["problem_id"], position=record["index"], answer=answer)
-        line |= dict(accuracy=next(accuracies) if rule else None, parts=parts_of(data.task_of(record), record, answer))
-        lines.append((record, line | dict(trouble=trouble, response=response)))
-    return lines
+                pending.append(pair)
+    return answered
 
 
 _STATED = re.compile(  # "the answer is (B)", "Option: B"; not "the answer is a dog", "answer A or B", "Answer: BC"
@@ -553,11 +455,8 @@ _STATED = re.compile(  # "the answer is (B)", "Option: B"; not "the answer is a 
 def answer_of(record, response):
     """rewards.find_answer; in a multiple choice whose tags hold no choice, the last letter that is stated after the thinking.
 
-    >>> record = {"problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"]}
-    >>> answer_of(record, "It barks. So the answer is (B), the dog.")
+    >>> answer_of({"problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"]}, "It barks. So the answer is (B).")
     'B'
-    >>> answer_of(record, "Based on the picture, the answer is a dog")
-    'Based on the picture, the answer is a dog'
     """
     answer = rewards.find_answer(response)
     if answer is None or record["problem_type"] != MC or readable(record, answer):
@@ -572,7 +471,31 @@ def answer_of(record, response):
 
 def is_judged(record):
     """Whether only a judge can grade the answer: open-ended records of the table's judged benchmarks. Others have ROUGE."""
-    return BENCHMARKS.get(record["benchmark"], OTHER).judged and record["problem_type"] == "open-ended"
+    return about(record["benchmark"]).judged and record["problem_type"] == "open-ended"
+
+
+def grade(benchmarks, out):
+    """Grades all stored responses, also those graded before, perhaps by other rules. Masks of an answer that reads otherwise now
+    are dropped. accuracy is None where the judge has said nothing yet."""
+    verdicts = read_lines(f"{out}/judge.jsonl", "key")
+    with rewards.Grader() as grader:
+        for name, records in benchmarks.items():
+            lines = merge_parts(out, name)
+            answers = {p: answer_of(records[p], line["response"]) for p, line in lines.items()}
+            ruled = [p for p, answer in answers.items() if answer is None or not is_judged(records[p])]
+            accuracies = dict(zip(ruled, grader.accuracies([(records[p], answers[p]) for p in ruled])))
+            for p, line in lines.items():
+                record, answer, task = records[p], answers[p], data.task_of(records[p])
+                if "masks" in line and line["masks"]["answer"] != answer:
+                    del line["masks"]
+                parts = parts_of(task, record, answer) | line.get("masks", {}).get("parts", {})
+                trouble = [what for what in line["trouble"] if what != "unreadable"]
+                trouble += ["unreadable"] * (line["response"] is not None and not readable(record, answer))
+                accuracy = accuracies[p] if p in accuracies else verdicts.get(key_of(record, answer), {}).get("score")
+                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy, parts=parts)
+            write_lines(f"{out}/{name}.jsonl", lines)
+        if killed := sum(grader.counts.values()):
+            print(f"{killed} answers took too long to grade and count 0")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -582,36 +505,35 @@ def is_judged(record):
 def add_image_masks(batch, sam2, store):
     """Masks for answers about pictures: list of (record, line); store(record, line) is called with each finished line.
     An answer that prompts nothing has an empty mask."""
-    marks = [marks_of(data.task_of(record), line["answer"]) for record, line in batch]
-    nothing = Image.new("RGB", (1, 1))  # stands for the picture, which may not even be there, where there is no answer
-    pictures = [open_picture(record["media"][0]) if line["answer"] else nothing for record, line in batch]
-    for (record, line), mask in zip(batch, segment_images(sam2, list(zip(pictures, marks)))):
-        (truth,) = true_masks(record).values()
-        mask = resized(mask, truth.shape)
-        parts = dict(intersection=int((mask & truth).sum()), union=int((mask | truth).sum()))
-        parts["mask_iou"] = jaccard(mask, truth, empty=1.0)
-        store(record, line | dict(parts=line["parts"] | parts, masks={"0": encode_mask(mask)}))
+    answers, truths, items = [answer_of(record, line["response"]) for record, line in batch], [], []
+    for (record, _), answer in zip(batch, answers):
+        truths.append(true_masks(record)[0])
+        size = truths[-1].shape[::-1]  # without an answer the picture may not even be there
+        picture = Image.open(record["media"][0]["path"]) if answer else Image.new("RGB", size)
+        picture = ImageOps.exif_transpose(picture).convert("RGB").resize(size)
+        items.append((picture, marks_of(data.task_of(record), answer)))
+    for (record, line), answer, y, p in zip(batch, answers, truths, segment_images(sam2, items)):
+        parts = {"cIoU": [int((p & y).sum()), int((p | y).sum())], "gIoU": jaccard(p, y, empty=1.0)}
+        store(record, line | dict(masks=dict(answer=answer, parts=parts, frames={"0": encode_mask(p)})))
 
 
 def add_video_masks(record, line, sam2, store):
     """Masks for an answer about a video. Its frames are those of the truth; a few are kept for the report."""
-    truths, marks = true_masks(record), marks_of(data.task_of(record), line["answer"])
-    count, size, prompted = len(record["segmentation_output"]["frames"]), next(iter(truths.values())).shape, 0
+    answer, truths = answer_of(record, line["response"]), true_masks(record)
+    marks, prompted = marks_of(data.task_of(record), answer), 0
+    count, size = len(record["segmentation_output"]["frames"]), next(iter(truths.values())).shape
     masks = np.zeros((count, *size), dtype=bool)
     if marks.time is not None and (marks.boxes or marks.positive):
         prompted = min(max(round(marks.time * record["fps"]), 0), count - 1)
         masks = segment_video(sam2, frames_at(record, count, size), prompted, marks)
-    parts = {
-        "J": [jaccard(masks[k], truth, empty=0.0) for k, truth in truths.items()],
-        "F": [boundary_f(masks[k], truth, davis=False) for k, truth in truths.items()],
-        "J (DAVIS)": [jaccard(masks[k], truth, empty=1.0) for k, truth in truths.items()],
-        "F (DAVIS)": [boundary_f(masks[k], truth, davis=True) for k, truth in truths.items()],
-    }
-    parts = {name: sum(values) / len(values) for name, values in parts.items()}
-    parts |= {f"J&F{by}": (parts[f"J{by}"] + parts[f"F{by}"]) / 2 for by in ("", " (DAVIS)")}
+    parts = {}
+    for by, davis in (("", False), (" (DAVIS)", True)):
+        j = np.mean([jaccard(masks[k], truth, empty=float(davis)) for k, truth in truths.items()])
+        f = np.mean([boundary_f(masks[k], truth, davis) for k, truth in truths.items()])
+        parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
     spread = np.linspace(0, count - 1, min(7, count)).round().astype(int).tolist()
-    kept = {str(k): encode_mask(masks[k]) for k in sorted({*spread, prompted})}
-    store(record, line | dict(parts=line["parts"] | parts, masks=kept))
+    frames = {str(k): encode_mask(masks[k]) for k in sorted({*spread, prompted})}
+    store(record, line | dict(masks=dict(answer=answer, parts=parts, frames=frames)))
 
 
 def true_masks(record):
@@ -631,35 +553,16 @@ def decode_mask(rle):
 
 
 def encode_mask(mask):
-    """bool (H, W) -> COCO RLE that JSON can hold.
-
-    >>> decode_mask(encode_mask(np.eye(2, dtype=bool))).tolist()
-    [[True, False], [False, True]]
-    """
+    """bool (H, W) -> COCO RLE that JSON can hold."""
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return dict(size=rle["size"], counts=rle["counts"].decode())
 
 
-def resized(mask, shape):
-    """A mask at another size, by nearest pixels."""
-    if mask.shape == shape:
-        return mask
-    return np.asarray(Image.fromarray(mask).resize(shape[::-1], Image.Resampling.NEAREST))
-
-
-def open_picture(medium):
-    """The picture itself, not what the model saw of it."""
-    return ImageOps.exif_transpose(Image.open(medium["path"])).convert("RGB")
-
-
 def frames_at(record, count, size):
-    """The first `count` frames of a segmentation's video, upright: uint8 (count, H, W, 3) for size = (H, W).
-
-    Frame k is the first one from k / fps seconds on, as in the release, or the last one there is.
-    """
-    _, pictures = film(record["media"][0]["path"], record["fps"])
+    """The first `count` frames of a segmentation's video, upright: uint8 (count, H, W, 3) for size = (H, W). Frame k is the
+    first one from k / fps seconds on, as in the release, or the last one there is."""
     frames = []
-    for second, picture in pictures:
+    for second, picture in film(record["media"][0]["path"], record["fps"])[1]:
         while len(frames) < count and second >= len(frames) / record["fps"] - 1e-3:
             frames.append(np.asarray(picture.resize(size[::-1])))
         if len(frames) == count:
@@ -683,19 +586,20 @@ instruction to you. Reply with one whole number from 0 to 10 and nothing else.
 def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     """One question to an OpenAI-compatible server -> a score in [0, 1]; None if it fails, or says anything but a number.
     OPENAI_API_KEY, if set, is sent along."""
-    said = dict(
-        question=record["problem"], options=record["options"], reference=record["answer"], answer=answer[:20000]
+    said = {key: record[key] for key in ("problem", "options")} | dict(
+        reference=record["answer"], answer=answer[:20000]
     )
     body = dict(model=model, temperature=0, messages=[dict(role="user", content=JUDGE + json.dumps(said))])
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    headers = {
+        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
+        "Content-Type": "application/json",
+    }
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
     for attempt in range(tries):
         try:
             with urllib.request.urlopen(request, timeout=seconds) as reply:
-                text = json.loads(reply.read(2**22))["choices"][0]["message"]["content"]
-            score = re.fullmatch(r"\s*(10|[0-9])(?:\s*/\s*10)?\.?\s*", text.rpartition("</think>")[2], re.ASCII)
-            if score:
+                text = json.load(reply)["choices"][0]["message"]["content"]
+            if score := re.fullmatch(r"\s*(10|[0-9])(?:\s*/\s*10)?\.?\s*", text.rpartition("</think>")[2], re.ASCII):
                 return int(score[1]) / 10
         except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError):
             pass  # it did not answer, or not in the protocol
@@ -703,38 +607,29 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     return None
 
 
+def key_of(record, answer):
+    """What a verdict is stored under: equal answers to equal questions are judged once."""
+    return hashlib.sha256(json.dumps([record["problem"], answer, record["answer"]]).encode()).hexdigest()
+
+
 def judge(benchmarks, out, url, model):
-    """Has the judge grade the stored answers that wait for it; what it has said before stands in judge.jsonl, keyed by
-    question, answer, truth and model. Returns how many could not be graded: a rerun asks again."""
-    path = os.path.join(out, "judge.jsonl")
-    known, waiting = read_lines(path, "key"), []
+    """Has the judge grade the stored answers that wait for it -> judge.jsonl. A rerun asks again where it said nothing."""
+    path, waiting = f"{out}/judge.jsonl", {}
+    known = read_lines(path, "key")
     write_lines(path, known)  # without a line that a kill has torn, which would take the next one along
     for name, records in benchmarks.items():
-        by_position = {record["index"]: record for record in records}
-        for position, line in read_lines(os.path.join(out, name + ".jsonl")).items():
-            if line["accuracy"] is None:
-                record = by_position[position]
-                asked = json.dumps([record["problem"], line["answer"], record["answer"], model])
-                waiting.append((name, record, line, hashlib.sha256(asked.encode()).hexdigest()))
-    new = {key: (record, line["answer"]) for _, record, line, key in waiting if key not in known}
+        for position, line in merge_parts(out, name).items():
+            record, answer = records[position], answer_of(records[position], line["response"])
+            if answer is not None and is_judged(record) and (key := key_of(record, answer)) not in known:
+                waiting[key] = record, answer
     with ThreadPoolExecutor(8) as pool:
-        asked = {pool.submit(ask_judge, url, model, *pair): key for key, pair in new.items()}
-        for future in as_completed(asked):
-            if (score := future.result()) is not None:
-                known[asked[future]] = dict(key=asked[future], score=score)
-                append(path, known[asked[future]])
-    for name in dict.fromkeys(name for name, *_ in waiting):
-        target = os.path.join(out, name + ".jsonl")
-        scores = {
-            line["position"]: known[key]["score"] for other, _, line, key in waiting if other == name and key in known
-        }
-        lines = read_lines(target)
-        write_lines(target, {p: line | dict(accuracy=scores[p]) if p in scores else line for p, line in lines.items()})
-    return sum(key not in known for *_, key in waiting)
+        for key, score in zip(waiting, pool.map(lambda pair: ask_judge(url, model, *pair), waiting.values())):
+            if score is not None:
+                append(path, dict(key=key, score=score))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Metrics: masks
+# Metrics: first of masks, then of answers. Each is the ratio of two sums over records; the second mostly counts them.
 
 
 def jaccard(p, y, empty):
@@ -763,21 +658,18 @@ def boundary(mask, davis):
 
 
 def dilate(mask, reach):
-    """A mask grown by a shape that is given row by row: 2r + 1 rows, row i reaching reach[i] pixels to either side.
+    """A mask grown by a shape that is given row by row: 2r + 1 rows, row i reaching reach[i] <= r pixels to either side.
+    The shape is the same upside down.
 
     >>> dilate(np.array([[0, 0, 0, 0], [1, 0, 0, 0]], bool), [0, 1, 0]).astype(int).tolist()
     [[1, 0, 0, 0], [1, 1, 0, 0]]
     """
-    height, width = mask.shape
-    sums = np.zeros((height, width + 1), dtype=np.int32)
-    mask.cumsum(1, out=sums[:, 1:])
-    columns, grown, result = np.arange(width), {}, np.zeros_like(mask)
-    for w in set(reach):
-        grown[w] = sums[:, np.minimum(columns + w + 1, width)] > sums[:, np.maximum(columns - w, 0)]
-    for dy, w in enumerate(reach, -(len(reach) // 2)):
-        rows = max(height - abs(dy), 0)
-        result[max(dy, 0) : max(dy, 0) + rows] |= grown[w][max(-dy, 0) : max(-dy, 0) + rows]
-    return result
+    r, (height, width), grown = len(reach) // 2, mask.shape, np.zeros_like(mask)
+    sums = np.pad(mask, ((r, r), (r + 1, r))).cumsum(1, dtype=np.int32)  # column c: of what lies left of c - r
+    for y, w in enumerate(reach):
+        rows = sums[y : y + height]
+        grown |= rows[:, r + w + 1 : r + w + 1 + width] > rows[:, r - w : r - w + width]
+    return grown
 
 
 def boundary_f(p, y, davis):
@@ -787,12 +679,8 @@ def boundary_f(p, y, davis):
     a contour, 0 if one has none.
     """
     diagonal = math.hypot(*p.shape)
-    if davis:
-        r = math.ceil(0.008 * diagonal)
-        reach = [math.isqrt(r * r - dy * dy) for dy in range(-r, r + 1)]
-    else:
-        r = max(1, round(0.0075 * diagonal))
-        reach = [r] * (2 * r + 1)
+    r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
+    reach = [math.isqrt(r * r - dy * dy) if davis else r for dy in range(-r, r + 1)]
     p, y = boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
@@ -800,196 +688,120 @@ def boundary_f(p, y, davis):
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics: from the parts of an answer's score. Each is a mean over records, or a ratio of two sums where a metric gives
-# (numerator, denominator) for a record.
-
-
 def parts_of(task, record, answer):
-    """What the metrics of a task need to know of one answer: {"task", and its IoUs}. An answer of None has IoU 0.
+    """An answer's part in each metric of its task: a number, or (numerator, denominator). An answer of None has IoU 0.
 
-    >>> parts_of("temporal grounding", {"answer": '{"time": [2, 6]}'}, '{"time": [0, 4]}')
-    {'task': 'temporal grounding', 'iou': 0.3333333333333333}
+    >>> parts_of("spatial grounding", {"answer": '{"boxes": [0, 0, 10, 10]}'}, '{"boxes": [0, 5, 10, 15]}')
+    {'R@0.5': False, 'mIoU': 0.3333333333333333}
     """
-    parts = dict(task=task)
-    if task not in METRICS:
-        return parts
     p, y = (rewards.read_json(text) if isinstance(text, str) else None for text in (answer, rewards.truth_of(record)))
     p, y = (side if isinstance(side, dict) else {} for side in (p, y))
+    times, boxes = (p.get("time"), y.get("time")), (p.get("boxes"), y.get("boxes"))
     if task == TG:
-        parts["iou"] = rewards.iou_1d(p.get("time"), y.get("time"))
-    elif task == "tracking":
-        parts |= track_parts(p.get("boxes"), y.get("boxes"))
-    elif task == ST:
-        parts["t_iou"] = rewards.iou_1d(p.get("time"), y.get("time"))
-        parts["v_iou"] = rewards.mean_box_iou(p.get("boxes"), y.get("boxes"))
-        parts["s_iou"] = rewards.mean_box_iou(p.get("boxes"), y.get("boxes"), over="shared")
-        parts["ts_iou"] = (parts["t_iou"] + parts["s_iou"]) / 2
-    else:
-        parts["iou"] = rewards.iou_box(p.get("boxes"), y.get("boxes"))
-    return parts
+        iou = rewards.iou_1d(*times)
+        return {"R@0.3": iou >= 0.3, "R@0.5": iou >= 0.5, "R@0.7": iou >= 0.7, "mIoU": iou}
+    if task == SG:
+        iou = rewards.iou_box(*boxes)
+        return {"R@0.5": iou >= 0.5, "mIoU": iou}
+    if task == ST:
+        t, v = rewards.iou_1d(*times), rewards.mean_box_iou(*boxes)  # v: over the true seconds, as in the reward
+        s = rewards.mean_box_iou(*boxes, over="shared")  # over the seconds of both, as the paper's table has it
+        parts = {"tIoU@0.5": t >= 0.5, "m_tIoU": t, "sIoU@0.5": s >= 0.5, "m_sIoU": s, "m_tIoU&m_sIoU": (t + s) / 2}
+        return parts | {"vIoU@0.5": v >= 0.5, "m_vIoU": v}
+    if task == "tracking":
+        p, y = (side if isinstance(side, dict) else {} for side in boxes)
+        ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
+        rest = track_parts([iou for k, iou in ious.items() if k != "1"])
+        return track_parts([*ious.values()]) | {f"{metric}, given box left out": part for metric, part in rest.items()}
+    if task.startswith("segmentation"):
+        return {"box_mIoU": rewards.iou_box(*boxes)}  # of the box that prompts SAM2, which adds the metrics of masks
+    return {}
 
 
-def track_parts(p, y):
-    """Mean IoU, frames and successes of a sequence, with the box that the question gives (key 1) and, _rest, without it.
+def track_parts(ious):
+    """IoUs of a sequence's frames -> its parts in AO and R@t, where each sequence counts once, and in SR@t, of frames.
 
-    >>> parts = track_parts({"1": [0, 0, 9, 9]}, {"1": [0, 0, 9, 9], "2": [0, 0, 9, 9]})
-    >>> parts["iou"], parts["hits@0.5"], parts["frames"], parts["iou_rest"]
-    (0.5, 1, 2, 0.0)
+    >>> track_parts([1.0, 0.0])["AO"], track_parts([1.0, 0.0])["SR@0.5"], track_parts([])["AO"]
+    ((0.5, 1), (1, 2), (0.0, 0))
     """
-    p, y = (side if isinstance(side, dict) else {} for side in (p, y))
-    ious, parts = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}, {}
-    for rest, values in (("", list(ious.values())), ("_rest", [iou for k, iou in ious.items() if k != "1"])):
-        parts["iou" + rest] = sum(values) / len(values) if values else None
-        parts["frames" + rest] = len(values)
-        for t in (0.5, 0.75):
-            parts[f"hits@{t}{rest}"] = sum(iou >= t for iou in values)
-    return parts
+    n = len(ious)
+    iou, one = sum(ious) / max(1, n), min(1, n)  # a sequence without frames has no say
+    parts = {"AO": (iou, one)} | {f"R@{t}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
+    return parts | {f"SR@{t}": (sum(v >= t for v in ious), n) for t in (0.5, 0.75)}
 
 
-# task -> metric -> a part, and: None for its mean, a number for the share that has at least so much, a part to divide by
-METRICS = {
-    TG: {"R@0.3": ("iou", 0.3), "R@0.5": ("iou", 0.5), "R@0.7": ("iou", 0.7), "mIoU": ("iou", None)},
-    SG: {"R@0.5": ("iou", 0.5), "mIoU": ("iou", None)},
-    ST: {
-        "tIoU@0.5": ("t_iou", 0.5),
-        "m_tIoU": ("t_iou", None),
-        "sIoU@0.5": ("s_iou", 0.5),  # s: over the seconds that answer and truth share, as the paper's table has it
-        "m_sIoU": ("s_iou", None),
-        "m_tIoU&m_sIoU": ("ts_iou", None),
-        "vIoU@0.5": ("v_iou", 0.5),  # v: over the true seconds, as in the reward
-        "m_vIoU": ("v_iou", None),
-    },
-    "tracking": {
-        "AO": ("iou", None),
-        "R@0.3": ("iou", 0.3),  # share of sequences by their mean IoU
-        "R@0.5": ("iou", 0.5),
-        "R@0.7": ("iou", 0.7),
-        "SR@0.5": ("hits@0.5", "frames"),  # share of frames
-        "SR@0.75": ("hits@0.75", "frames"),
-        "AO, given box left out": ("iou_rest", None),
-        "R@0.3, given box left out": ("iou_rest", 0.3),
-        "R@0.5, given box left out": ("iou_rest", 0.5),
-        "R@0.7, given box left out": ("iou_rest", 0.7),
-        "SR@0.5, given box left out": ("hits@0.5_rest", "frames_rest"),
-        "SR@0.75, given box left out": ("hits@0.75_rest", "frames_rest"),
-    },
-    "segmentation-image": {  # all but the first after SAM2
-        "box_mIoU": ("iou", None),  # of the box that prompts SAM2
-        "cIoU": ("intersection", "union"),  # cumulative: large objects count more
-        "gIoU": ("mask_iou", None),  # every picture counts the same
-    },
-    "segmentation-video": {"box_mIoU": ("iou", None)}
-    | {name: (name, None) for name in ("J", "F", "J&F", "J (DAVIS)", "F (DAVIS)", "J&F (DAVIS)")},
-}
-OWN = {
-    TG: "mIoU",
-    SG: "R@0.5",
-    ST: "m_tIoU&m_sIoU",
-    "tracking": "AO",
-    "segmentation-image": "cIoU",
-    "segmentation-video": "J&F",
-}
+OWN = {TG: "mIoU", SG: "R@0.5", ST: "m_tIoU&m_sIoU", "tracking": "AO", "segmentation-image": "cIoU", "segmentation-video": "J&F"}  # fmt: skip
 TROUBLES = ("unreadable", "cut off", "skipped")  # no answer in it, stopped by --max-response-tokens, no media
-UNKNOWN = ("not judged", "failed")  # records without a grade: their benchmark has no place in the mean
+UNKNOWN = {"not judged": "see --judge-url", "failed": "a rerun tries again"}  # no grade: no place in the mean
 
 
 def own_metric(name, lines, metrics):
     """The metric with which a benchmark enters the mean: the one of the paper's own means (its table of task families has
     exactly these); for a file of one's own the accuracy, or that of its masks. metrics: the names of those it has."""
-    if BENCHMARKS.get(name, OTHER).circular:
+    if about(name).circular:
         return "circular accuracy"
-    own = OWN.get(lines[0]["parts"]["task"], "accuracy")
+    own = OWN.get(lines[0]["task"], "accuracy")
     return own if name in BENCHMARKS or own in ("cIoU", "J&F") and own in metrics else "accuracy"
 
 
 def columns_of(name, lines):
-    """Stored lines of one benchmark -> {metric: numerators and denominators, float (2, n)}, one per record (or, of circular
-    accuracy, per question). accuracy, then the metrics of the records' task, then the shares of what went wrong. A file
-    with several tasks gets each one's metrics over its own records, named like "mIoU (temporal grounding)"."""
-    columns = {}
+    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to the metric's two sums, 0 and 0 where
+    it has no say. accuracy, then the metrics of the records' task, then the shares of what went wrong. A file with several
+    tasks gets each one's metrics over its own records, named like "mIoU (temporal grounding)"."""
+    columns, tasks, orders = {}, sorted({line["task"] for line in lines}), {}
 
-    def add(metric, values, least=None, denominators=None):
-        known = [value is not None for value in values] if denominators is None else denominators
-        values = [value or 0 if least is None else (value or 0) >= least for value in values]
-        columns[metric] = np.array([values, known], dtype=np.float64) * (np.array(known) > 0)
+    def add(metric, parts):  # one per line: a number, a pair, or None
+        pairs = [part if isinstance(part, (list, tuple)) else (part or 0, part is not None) for part in parts]
+        columns[metric] = np.array(pairs, dtype=np.float64).T
 
-    judged = [line for line in lines if line["accuracy"] is not None]
-    add("accuracy", [line["accuracy"] for line in judged])
-    if BENCHMARKS.get(name, OTHER).circular:
-        questions = {}
-        for line in judged:  # VLMEvalKit numbers the further orders of question k as k + 1,000,000 and so on
-            questions.setdefault(int(line["problem_id"]) % 10**6, []).append(line["accuracy"])
-        add("circular accuracy", [min(values) for values in questions.values()])
-    tasks = sorted({line["parts"]["task"] for line in lines})
+    add("accuracy", [line["accuracy"] for line in lines])
+    if about(name).circular:
+        for line in lines:  # VLMEvalKit numbers the further orders of question k as k + 1,000,000 and so on
+            orders.setdefault(int(line["problem_id"]) % 10**6, []).append(line)
+        right = {same[0]["position"]: min(line["accuracy"] for line in same) for same in orders.values()}
+        add("circular accuracy", [right.get(line["position"]) for line in lines])  # one order stands for the question
     for task in tasks:
-        own = [line for line in judged if line["parts"]["task"] == task]
-        suffix = f" ({task})" if len(tasks) > 1 else ""
-        if suffix:
-            add("accuracy" + suffix, [line["accuracy"] for line in own])
-        for metric, (part, how) in METRICS.get(task, {}).items():
-            if all(part in line["parts"] for line in own):  # those of masks are there after SAM2
-                values = [line["parts"][part] for line in own]
-                least = how if isinstance(how, float) else None
-                add(
-                    metric + suffix,
-                    values,
-                    least,
-                    [line["parts"][how] for line in own] if isinstance(how, str) else None,
-                )
+        own = [dict(accuracy=line["accuracy"]) | line["parts"] if line["task"] == task else None for line in lines]
+        for metric in next(filter(None, own)):
+            if all(metric in parts for parts in own if parts):  # those of masks are there after SAM2
+                title = f"{metric} ({task})" if len(tasks) > 1 else metric
+                add(title, [parts and parts[metric] for parts in own])
     for trouble in TROUBLES:
         add(trouble, [trouble in line["trouble"] for line in lines])
     add("not judged", [line["accuracy"] is None for line in lines])
-    return columns
+    return {metric: column for metric, column in columns.items() if column[1].any()}
 
 
 def ratios(sums):
-    """(..., 2 * m), numerators then denominators -> (..., m); 0 where nothing counts."""
-    numerators, denominators = np.split(np.asarray(sums), 2, axis=-1)
-    return numerators / np.where(denominators > 0, denominators, 1)
+    """(..., 2) -> (...): the first by the second, 0 where that is 0."""
+    return sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
 
 
-def resampled_means(columns, name, resamples=2000):
-    """Bootstrap: the means of the columns (m, n) over `resamples` draws of n rows with replacement -> (resamples, m).
+def resampled(columns, name, resamples=2000):
+    """Bootstrap: the ratios of columns (m, 2, n) over `resamples` draws of n records with replacement -> (resamples, m).
 
     All columns see the same draws, which is what makes a comparison of columns paired and a ratio of sums right. The seed
     comes from the name, so that a benchmark has the same draws everywhere and two benchmarks have independent ones.
     """
-    columns = [np.array(column, dtype=np.float64) for column in columns]
-    rng, means = np.random.default_rng(zlib.crc32(name.encode())), []
-    n = len(columns[0])
-    block = max(1, 10**6 // n)  # draws at a time: bounds the memory
-    same = {i for i, column in enumerate(columns) if (column == column[0]).all()}  # denominators, mostly
-    for start in range(0, resamples, block):
-        draws = rng.integers(n, size=(min(block, resamples - start), n), dtype=np.int32)
-        means.append(
-            np.stack(
-                [np.full(len(draws), c[0]) if i in same else c.take(draws).mean(1) for i, c in enumerate(columns)],
-                axis=1,
-            )
-        )
-    return np.concatenate(means)
+    rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
+    counts = (np.bincount(rng.integers(n, size=n, dtype=np.int32), minlength=n) for _ in range(resamples))
+    return ratios(np.stack([columns @ count for count in counts]))
 
 
-def interval(value, means, **more):
-    """{"value", "low", "high"}: a mean and the middle 95% of its resamples (R,)."""
-    low, high = np.percentile(means, [2.5, 97.5])
+def interval(value, draws, **more):
+    """{"value", "low", "high"}: a number and the middle 95% of its resamples (R,)."""
+    low, high = np.percentile(draws, [2.5, 97.5])
     return dict(value=float(value), low=float(low), high=float(high), **more)
 
 
 def metrics_of(name, lines, failed=0):
     """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}; n: how many records (or questions, or, of a
     metric over frames, sequences) count. `failed`: how many records have no line."""
-    columns, result = columns_of(name, lines), {}
-    for n in {column.shape[1] for column in columns.values()} - {0}:
-        group = {metric: column for metric, column in columns.items() if column.shape[1] == n}
-        stacked = np.concatenate([[column[0] for column in group.values()], [column[1] for column in group.values()]])
-        values, means = ratios(stacked.mean(1)), ratios(resampled_means(stacked, name))
-        for i, (metric, column) in enumerate(group.items()):
-            result[metric] = interval(values[i], means[:, i], n=int((column[1] > 0).sum()))
-    share = failed / (len(lines) + failed)
-    result["failed"] = dict(value=share, low=share, high=share, n=len(lines) + failed)
-    return {metric: result[metric] for metric in [*columns, "failed"] if metric in result}
+    columns, share = columns_of(name, lines), failed / (len(lines) + failed)
+    stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
+    counts, values, draws = (stacked[:, 1] > 0).sum(1), ratios(stacked.sum(-1)), resampled(stacked, name)
+    cells = {metric: interval(values[i], draws[:, i], n=int(counts[i])) for i, metric in enumerate(columns)}
+    return cells | dict(failed=dict(value=share, low=share, high=share, n=len(lines) + failed))
 
 
 def weights_of(names):
@@ -998,59 +810,40 @@ def weights_of(names):
     >>> weights_of(["eval_stvg", "eval_refcoco_val", "eval_refcoco_testA", "mine"])
     [1.0, 0.5, 0.5, 1.0]
     """
-    titles = [BENCHMARKS.get(name, OTHER).name or name for name in names]
+    titles = [about(name).name or name for name in names]
     return [1 / titles.count(title) for title in titles]
 
 
-def paper_cell(name, metric):
-    """(OneThinker-8B, Qwen3-VL-8B) of the paper, in percent; None where it has no number."""
-    return BENCHMARKS.get(name, OTHER).paper.get(metric, (None, None))
+def percent(cell, sign=""):
+    """A number with its interval, as the tables have it."""
+    value, low, high = (f"{100 * cell[key]:{sign}{'' if sign else 5}.1f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
-def overall(results, owns):
-    """The mean over benchmarks, each by its own metric: value in percent, the paper's two means over the same benchmarks
-    (None unless it has all), and the names that are in it and that are left out, with the reason."""
-    named, out = [], {}
+def table_of(results, owns):
+    """The results as text: one line per metric, the paper's numbers beside it; then the mean over benchmarks, each by its own
+    metric, which has a star, and what is not in it and why. No line for a trouble that nobody had."""
+    width, named, left_out = max(map(len, results)), [], []
+    lines = [f"{'benchmark':{width}}  {'metric':29} {'n':>6}  percent [95% interval]   paper  Qwen3-VL"]
     for name, metrics in results.items():
-        if missing := [what for what in UNKNOWN if metrics[what]["value"]]:
-            counts = [f"{round(metrics[what]['value'] * metrics[what]['n'])} {what}" for what in missing]
-            out[name] = " and ".join(counts) + (", see --judge-url" if "not judged" in missing else "")
-        elif owns[name] not in metrics:
-            out[name] = f"no {owns[name]} without --sam2"
+        shown = [metric for metric, cell in metrics.items() if cell["value"] or metric not in (*TROUBLES, *UNKNOWN)]
+        for metric in shown:
+            papers = "".join(f"{number or '':>8}" for number in about(name).paper.get(metric, ()))
+            row = f"{metric + '*' * (metric == owns[name]):29} {metrics[metric]['n']:6}    {percent(metrics[metric])}"
+            lines.append(f"{name if metric == shown[0] else '':{width}}  {row}{papers}".rstrip())
+        why = [
+            f"{metrics[what]['value'] * metrics[what]['n']:.0f} {what} ({UNKNOWN[what]})"
+            for what in UNKNOWN
+            if what in shown
+        ]
+        if why or owns[name] not in metrics:
+            left_out.append(f"not in the mean: {name}: {', '.join(why) or f'no {owns[name]} without --sam2'}")
         else:
             named.append(name)
-    weights = weights_of(named)
-    mean = lambda values: None if None in values or not values else float(np.average(values, weights=weights))  # noqa: E731
-    paper = [mean([paper_cell(name, owns[name])[i] for name in named]) for i in range(2)]
-    return dict(
-        value=mean([100 * results[name][owns[name]]["value"] for name in named]), paper=paper, names=named, left_out=out
-    )
-
-
-def shown(metrics):
-    """What the tables show: no row for a trouble that nobody had."""
-    return {metric: cell for metric, cell in metrics.items() if cell["value"] or metric not in TROUBLES + UNKNOWN}
-
-
-def print_results(results, owns, total):
-    """The table on the screen: one line per metric, in percent, and the paper's numbers beside it; a star at the metric with
-    which a benchmark enters the mean."""
-    width = max(map(len, [*results, "mean over benchmarks"]))
-    deep = 1 + max(len(metric) for metrics in results.values() for metric in shown(metrics))
-    papers = lambda pair: "".join(f"{'' if number is None else f'{number:.1f}':>8}" for number in pair)  # noqa: E731
-    print(f"\n{'benchmark':{width}}  {'n':>6}  {'metric':{deep}}  percent  95% interval     paper  Qwen3-VL")
-    for name, metrics in results.items():
-        for i, (metric, cell) in enumerate(shown(metrics).items()):
-            numbers = f"{100 * cell['value']:7.1f}  [{100 * cell['low']:5.1f}, {100 * cell['high']:5.1f}]"
-            row = (
-                f"{'' if i else name:{width}}  {cell['n']:6}  {metric + '*' * (metric == owns[name]):{deep}}  {numbers}"
-            )
-            print((row + papers(paper_cell(name, metric))).rstrip())
-    if total["names"]:
-        row = f"{'mean over benchmarks':{width}}  {len(total['names']):6}  {'each by its own *':{deep}}  {total['value']:7.1f}"
-        print((row + " " * 16 + papers(total["paper"])).rstrip())
-    for name, why in total["left_out"].items():
-        print(f"not in the mean: {name}: {why}")
+    if named:
+        mean = np.average([100 * results[name][owns[name]]["value"] for name in named], weights=weights_of(named))
+        lines.append(f"mean over {len(named)} benchmarks, each by its own *: {mean:.1f}")
+    return "\n".join(lines + left_out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1060,14 +853,10 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewp
 <title>%(title)s</title>
 <style>
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 1rem; max-width: 84rem; color: #222; background: #fafafa }
-h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-td, th { padding: .15rem .7rem; text-align: right; border-bottom: 1px solid #ddd } td:first-child { text-align: left; white-space: normal }
-tr.own td { font-weight: 600 }
+h1 { font-size: 1.4rem } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem } .scroll { overflow-x: auto }
 form { position: sticky; top: 0; z-index: 1; background: #fafafa; padding: .5rem 0; display: flex; flex-wrap: wrap; gap: .4rem 1rem }
 form label { white-space: nowrap } select { max-width: 12rem } input { width: 3.5rem }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 19rem), 1fr)); margin-top: .8rem }
+.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%%, 19rem), 1fr)) }
 .card { background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: .7rem; overflow-wrap: anywhere; min-width: 0 }
 .card.film { grid-column: 1 / -1 } .card img { display: block; max-width: 100%% } .film img { max-width: none }
 .card p { margin: .35rem 0; white-space: pre-wrap } .small { color: #666; font-size: .85rem }
@@ -1077,138 +866,97 @@ details pre { white-space: pre-wrap; background: #f3f3f3; padding: .6rem; margin
 </style>
 <h1>%(title)s</h1>
 <p>Numbers are percent with 95%% bootstrap intervals. Of each benchmark some of the worst, some of the best and some other
-answers are shown; what is orange was answered, what is green is true.</p>
-<div class="scroll"><table>%(rows)s</table></div>
+answers are shown, worst first; what is orange was answered, what is green is true.</p>
+<pre class="scroll">%(table)s</pre>
 <form><label>task <select name="task"><option value="">all</option>%(tasks)s</select></label>
-<label>benchmark <select name="benchmark"><option value="">all</option>%(names)s</select></label>
 <label>score from <input name="min" type="number" min="0" max="1" step="0.1" value="0"> to
-<input name="max" type="number" min="0" max="1" step="0.1" value="1"></label>
-<label>sort <select name="sort"><option value="1">worst first</option><option value="-1">best first</option></select></label>
-<span id="count" class="small"></span></form>
+<input name="max" type="number" min="0" max="1" step="0.1" value="1"></label><span id="count" class="small"></span></form>
 %(sections)s
 <script>
 const form = document.querySelector("form"), cards = [...document.querySelectorAll(".card")]
 for (const [name, value] of new URLSearchParams(location.hash.slice(1))) if (form.elements[name]) form.elements[name].value = value
 function show() {
-  const wanted = Object.fromEntries(new FormData(form)), low = Number(wanted.min), high = Number(wanted.max)
-  for (const card of cards) {
-    const { task, benchmark, score } = card.dataset
-    card.hidden = wanted.task && task !== wanted.task || wanted.benchmark && benchmark !== wanted.benchmark || score < low || score > high
-  }
-  cards.sort((a, b) => wanted.sort * (a.dataset.score - b.dataset.score))
-  for (const card of cards) card.parentNode.append(card)
+  const { task, min, max } = Object.fromEntries(new FormData(form))
+  for (const card of cards)
+    card.hidden = task && task !== card.dataset.task || card.dataset.score < Number(min) || card.dataset.score > Number(max)
   for (const part of document.querySelectorAll("section")) part.hidden = !part.querySelector(".card:not([hidden])")
   document.querySelector("#count").textContent = cards.filter(card => !card.hidden).length + " of " + cards.length + " shown"
 }
 form.addEventListener("input", show); form.addEventListener("submit", event => event.preventDefault()); show()
 </script></html>
 """
-HEAD = "<tr><th><th>n<th>percent<th>95% interval<th>paper<th>Qwen3-VL</tr>"
 
 
 def score_of(line):
     """One answer's place in the gallery, in [0, 1]: that of its masks if there are any, else its accuracy."""
-    return line["parts"].get("J&F", line["parts"].get("mask_iou", line["accuracy"]))
+    return line["parts"].get("J&F", line["parts"].get("gIoU", line["accuracy"]))
 
 
 def gallery_of(name, lines, count):
-    """`count` lines: a third of them the worst, a third the best, the rest drawn from the others -> [(why, line)]."""
-    ranked, third = sorted((line for line in lines if line["accuracy"] is not None), key=score_of), count // 3
-    chosen = [("worst", line) for line in ranked[:third]]
-    others = ranked[third : len(ranked) - third]
-    best = [("best", line) for line in ranked[max(third, len(ranked) - third) :]]
-    draws = np.random.default_rng(zlib.crc32(name.encode())).permutation(len(others))[: count - 2 * third]
-    return chosen + [("other", others[i]) for i in draws] + best
+    """`count` lines, worst first: a third of them the worst, a third the best, the rest drawn from the others."""
+    ranked = sorted((line for line in lines if line["accuracy"] is not None), key=score_of)
+    if len(ranked) <= count:
+        return ranked
+    third, rng = count // 3, np.random.default_rng(zlib.crc32(name.encode()))
+    others = rng.choice(range(third, len(ranked) - third), count - 2 * third, replace=False)
+    return [*ranked[:third], *(ranked[i] for i in sorted(others)), *ranked[len(ranked) - third :]]
 
 
 def picture_of(record, line):
-    """An answer and its truth, drawn on the medium -> PIL.Image; a film strip for a video. None without a medium."""
-    task, media = data.task_of(record), record["media"]
+    """An answer and its truth, drawn on the record's first video or picture -> PIL.Image; a film strip for a video."""
+    task, medium = data.task_of(record), min(record["media"], key=lambda medium: medium["type"] != "video")
     marks = {"lime": marks_of(task, record["answer"]), "orange": marks_of(task, line["answer"])}
     masks = {}
     if "masks" in line:
-        truths = true_masks(record)
-        size, places = next(iter(truths.values())).shape, [int(k) for k in line["masks"]]
-        masks["orange"] = np.stack([decode_mask(rle) for rle in line["masks"].values()])
+        truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
+        size = next(iter(truths.values())).shape
+        masks["orange"] = np.stack([decode_mask(rle) for rle in line["masks"]["frames"].values()])
         masks["lime"] = np.stack([truths.get(k, np.zeros(size, dtype=bool)) for k in places])
-    if not media:
-        return None
-    if media[0]["type"] == "video":
+    if medium["type"] == "video":
         if masks:
             frames = frames_at(record, places[-1] + 1, size)[places]
             return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-        video = data.read_video(media[0]["path"], max_frames=64, folder_fps=record.get("fps"))
+        video = data.read_video(medium["path"], max_frames=64, folder_fps=record.get("fps"))
         return draw_strip(video.frames, np.array(video.indices) / video.fps, marks)
-    images = [ImageOps.contain(open_picture(medium), (480, 480)) for medium in media[:4]]
+    image = Image.fromarray(data.read_image(medium["path"], 0, 480 * 480))
     for colour in marks:
-        mask = resized(masks[colour][0], images[0].size[::-1]) if masks else None
-        images[0] = draw(images[0], marks[colour], colour=colour, mask=mask)
-    sheet = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (sum(other.width for other in images[:i]), 0))
-    return sheet
+        image = draw(image, marks[colour], colour=colour, mask=masks[colour][0] if masks else None)
+    return image
 
 
-def card(record, line, why):
+def card(record, line):
     """One answer of the gallery as HTML."""
-    try:
-        picture, buffer, lost = picture_of(record, line), io.BytesIO(), ""
-    except (data.MediaError, OSError) as error:
-        picture, lost = None, f"no picture: {error}"
-    film = " film" if record["media"] and record["media"][0]["type"] == "video" else ""
-    shown = ""
-    if picture:
-        picture.save(buffer, "JPEG", quality=80)
-        source = base64.b64encode(buffer.getvalue()).decode()
-        shown = f'<div class="scroll"><img loading="lazy" alt="" src="data:image/jpeg;base64,{source}"></div>'
+    kind, shown = "card", ""
+    if record["media"]:
+        with suppress(data.MediaError, OSError):  # it may not be there, or not any more
+            picture_of(record, line).save(buffer := io.BytesIO(), "JPEG", quality=80)
+            source = base64.b64encode(buffer.getvalue()).decode()
+            shown = f'<div class="scroll"><img loading="lazy" alt="" src="data:image/jpeg;base64,{source}"></div>'
+            kind += " film" * (record["data_type"] != "image")
     thinking, closed, _ = (line["response"] or "").rpartition("</think>")
-    question = "\n".join([re.sub("<(image|video)>", "", record["problem"]), *record["options"]]).strip()
-    texts = {"": question, "answer": line["answer"] or "(none)", "truth": record["answer"], "small": lost}
-    note = f"{score_of(line):.2f}, {why}; record {line['position']}, {line['problem_id']}; {' '.join(line['trouble'])}"
-    head = f'data-task="{html.escape(data.task_of(record))}" data-benchmark="{html.escape(record["benchmark"])}"'
+    thinking = thinking.replace("<think>", "") if closed else line["response"] or ""
+    question = "\n".join([re.sub("<(image|video)>", "", record["problem"]), *record["options"]])
+    texts = {"": question, "answer": line["answer"] or "(none)", "truth": record["answer"]}
+    where = f"{score_of(line):.2f}; record {line['position']}, {line['problem_id']}"
+    texts["small"] = "; ".join([where, *line["trouble"]])
     return (
-        f'<article class="card{film}" {head} data-score="{score_of(line):.4f}">{shown}'
-        + "".join(f'<p class="{kind}">{html.escape(text[:2000])}</p>' for kind, text in texts.items() if text)
-        + f'<p class="small">{html.escape(note.rstrip("; "))}</p>'
+        f'<article class="{kind}" data-task="{data.task_of(record)}" data-score="{score_of(line):.4f}">{shown}'
+        + "".join(f'<p class="{kind}">{html.escape(text[:2000].strip())}</p>' for kind, text in texts.items())
         + f"<details><summary>{'thinking' if closed else 'response'}</summary>"
-        + f"<pre>{html.escape((thinking.replace('<think>', '') if closed else line['response'] or '').strip()[:20000])}</pre></details></article>"
+        + f"<pre>{html.escape(thinking[:20000].strip())}</pre></details></article>"
     )
 
 
-def number_row(label, name, metric, cell):
-    """One number as a row of a table, the paper's beside it."""
-    numbers = [f"{100 * cell['value']:.1f}", f"{100 * cell['low']:.1f} to {100 * cell['high']:.1f}"]
-    numbers += ["" if number is None else f"{number:.1f}" for number in paper_cell(name, metric)]
-    return f"<tr><td>{html.escape(label)}<td>{cell['n']}<td>{'<td>'.join(numbers)}</tr>"
-
-
-def write_report(out, results, owns, benchmarks, lines, count):
-    """report.html under `out`; count: records per benchmark."""
-    total, sections, heads = overall(results, owns), [], []
-    for name, metrics in results.items():
-        if owns[name] in metrics:
-            heads.append(number_row(f"{name}, {owns[name]}", name, owns[name], metrics[owns[name]]))
-        rows = "".join(number_row(metric, name, metric, cell) for metric, cell in shown(metrics).items())
-        by_position = {record["index"]: record for record in benchmarks[name]}
-        cards = [card(by_position[line["position"]], line, why) for why, line in gallery_of(name, lines[name], count)]
-        sections.append(f'<section><h2>{html.escape(name)}</h2><div class="scroll"><table>{HEAD}{rows}</table></div>')
-        sections.append(f'<div class="cards">{"".join(cards)}</div></section>')
-    if total["names"]:
-        numbers = "".join(
-            f"<td>{'' if number is None else f'{number:.1f}'}" for number in (total["value"], None, *total["paper"])
-        )
-        heads.append(f'<tr class="own"><td>mean over benchmarks<td>{len(total["names"])}{numbers}</tr>')
-    heads += [
-        f'<tr><td colspan="6">not in the mean: {html.escape(f"{name} {why}")}</tr>'
-        for name, why in total["left_out"].items()
-    ]
-    tasks = sorted({data.task_of(record) for records in benchmarks.values() for record in records})
-    choices = ["".join(f"<option>{html.escape(text)}</option>" for text in texts) for texts in (tasks, benchmarks)]
+def write_report(out, table, benchmarks, lines, count=9):
+    """report.html under `out`: the table, and of each benchmark `count` answers."""
+    sections, tasks = [], sorted({line["task"] for name in lines for line in lines[name]})
+    for name in lines:
+        cards = "".join(card(benchmarks[name][line["position"]], line) for line in gallery_of(name, lines[name], count))
+        sections.append(f'<section><h2>{html.escape(name)}</h2><div class="cards">{cards}</div></section>')
     title = html.escape(f"OneThinker evaluation: {os.path.basename(os.path.normpath(out))}")
-    filled = dict(
-        title=title, rows=HEAD + "".join(heads), tasks=choices[0], names=choices[1], sections="\n".join(sections)
-    )
-    write_whole(os.path.join(out, "report.html"), PAGE % filled)
+    tasks = "".join(f"<option>{task}</option>" for task in tasks)
+    page = PAGE % dict(title=title, table=html.escape(table), tasks=tasks, sections="\n".join(sections))
+    write_whole(f"{out}/report.html", page)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1220,68 +968,55 @@ def evaluate(args):
     from tqdm import tqdm
 
     import cpu_compat  # noqa: F401  (before transformers)
-    from rl_ema_grpo import gather, make_engine
+    from rl_ema_grpo import make_engine
     from sft import init_distributed, start_run
 
     benchmarks, processor, prompts, settings = check(args)
     rank, world, device = init_distributed()
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a rank may finish long before the others
 
-    def merge():  # rank 0 gathers what all have written, the others wait
+    def store(record, line):
+        place = dict(problem_id=record["problem_id"], position=record["index"])
+        append(f"{args.out}/{record['benchmark']}.parts/{rank}.jsonl", place | line)
+
+    def merged():
+        """Rank 0 gathers what all have written, while the others wait -> all records, and their lines or None."""
         dist.barrier(group=patient)
         if rank == 0:
             for name in benchmarks:
                 merge_parts(args.out, name)
         dist.barrier(group=patient)
-
-    def store(record, line):
-        append(os.path.join(args.out, "parts", record["benchmark"], f"{rank}.jsonl"), line)
-
-    def stored():
-        return {name: read_lines(os.path.join(args.out, name + ".jsonl")) for name in benchmarks}
+        lines = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
+        return [(record, lines[name].get(p)) for name, records in benchmarks.items() for p, record in records.items()]
 
     # 1 What is there already? Records whose media could not be used are tried again.
     start_run(args)
     if rank == 0:
-        write_whole(os.path.join(args.out, "settings.json"), json.dumps(settings, indent=1))
-    merge()
-    todo, count = [], sum(map(len, benchmarks.values()))
-    for name, lines in stored().items():
-        done = {position for position, line in lines.items() if "skipped" not in line["trouble"]}
-        todo += [record for record in benchmarks[name] if record["index"] not in done]
-    mine, killed = todo[rank::world], 0
+        write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
+    pairs = merged()
+    todo = [record for record, line in pairs if line is None or "skipped" in line["trouble"]]
+    mine = todo[rank::world]
     if rank == 0:
-        print(
-            f"{count} records in {len(benchmarks)} benchmarks: {len(todo)} to answer on {world} ranks, the rest is there"
-        )
+        print(f"{len(pairs)} records in {len(benchmarks)} benchmarks, {len(todo)} to answer on {world} ranks")
 
     # 2 Each rank answers its share, and writes as it goes.
     if todo:
-        limits, tokenizer = data.limits_of(args), processor.tokenizer
+        limits = data.limits_of(args)
         make_prompt = partial(prompt_of, processor=processor, limits=limits, prompts=prompts)
         stream = data.prefetch(mine, make_prompt, range(len(mine)), args.workers)
         kinds = [[medium["type"] for medium in record["media"]] for record in todo]
         media_per_prompt = {kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")}
         length = limits.max_prompt_tokens + args.max_response_tokens
         llm = make_engine(args.model, args.dtype, length, media_per_prompt, seed=0)
-        bar = tqdm(total=len(mine), disable=rank > 0, unit="record", desc="rank 0's share")
-        with rewards.Grader(seconds=args.grade_seconds) as grader:
-            for chunk in chunked(zip(mine, stream), args.prompts_per_chunk):
-                for record, line in answer(chunk, llm, grader, tokenizer, args.max_response_tokens):
-                    store(record, line)
-                bar.update(len(chunk))
-            killed = sum(grader.counts.values())
-        bar.close()
-    merge()
-    killed = sum(gather(killed))
+        mine = tqdm(mine, disable=rank > 0, unit="record", desc="rank 0's share")
+        for chunk in chunked(zip(mine, stream), args.prompts_per_chunk):
+            for record, response, trouble in answer(chunk, llm, processor.tokenizer, args.max_response_tokens):
+                store(record, dict(response=response, trouble=trouble))
+    pairs = merged()
 
     # 3 Masks, each rank its share, pictures in batches.
     if args.sam2:
-        lines, pairs = stored(), []
-        for record in itertools.chain(*benchmarks.values()):
-            line = lines[record["benchmark"]].get(record["index"])
-            if record["problem_type"] == "segmentation" and line and "masks" not in line:
-                pairs.append((record, line))
+        pairs = [(r, line) for r, line in pairs if r["problem_type"] == "segmentation" and line and "masks" not in line]
         pairs = pairs[rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         pictures = [pair for pair in pairs if pair[0]["data_type"] == "image"]
@@ -1290,64 +1025,32 @@ def evaluate(args):
         for record, line in pairs:
             if record["data_type"] != "image":
                 add_video_masks(record, line, sam2, store)
-        merge()
 
-    # 4 The judge, and the sum.
-    failed = sum_up(args, benchmarks, killed) if rank == 0 else 0
+    # 4 Grades and numbers.
+    dist.barrier(group=patient)
+    failed = sum_up(args, benchmarks) if rank == 0 else 0
     dist.barrier(group=patient)
     if todo:
         llm.llm_engine.engine_core.shutdown()  # takes the process group with it
     sys.exit(1 if failed else 0)
 
 
-def sum_up(args, benchmarks, killed):
-    """Judge, metrics, table, report, from the stored lines. Returns how many records have no answer."""
-    shutil.rmtree(os.path.join(args.out, "parts"), ignore_errors=True)
-    if args.judge_url and (silent := judge(benchmarks, args.out, args.judge_url, args.judge_model)):
-        print(f"evaluate.py: the judge gave no score to {silent} answers; the same command asks again", file=sys.stderr)
-    lines = {name: list(read_lines(os.path.join(args.out, name + ".jsonl")).values()) for name in benchmarks}
+def sum_up(args, benchmarks):
+    """Judge, grades, metrics, table, report, from the stored responses. Returns how many records have none."""
+    if args.judge_url:
+        judge(benchmarks, args.out, args.judge_url, args.judge_model)
+    grade(benchmarks, args.out)
+    lines = {name: list(read_lines(f"{args.out}/{name}.jsonl").values()) for name in benchmarks}
     failed = {name: len(benchmarks[name]) - len(lines[name]) for name in benchmarks}
-    if killed:
-        print(f"{killed} answers could not be graded in {args.grade_seconds} s and count 0")
-    if sum(failed.values()):
-        print(f"evaluate.py: {sum(failed.values())} generations failed; a rerun tries them again", file=sys.stderr)
     results = {name: metrics_of(name, lines[name], failed[name]) for name in benchmarks if lines[name]}
     if results:
         owns = {name: own_metric(name, lines[name], metrics) for name, metrics in results.items()}
-        path = os.path.join(args.out, "results.json")
-        write_whole(path, json.dumps((read_json_file(path) or {}) | results, indent=1))
-        print_results(results, owns, overall(results, owns))
-        write_report(args.out, results, owns, benchmarks, lines, args.gallery)
+        path, table = f"{args.out}/results.json", table_of(results, owns)
+        write_whole(path, json.dumps(read_json_file(path) | results, indent=1))
+        print("\n" + table)
+        write_report(args.out, table, benchmarks, lines)
     print(f"written to {args.out}: results.json, report.html")
     return sum(failed.values())
-
-
-def regrade(args):
-    """Grades the stored responses anew, after a change of the grading or of how answers are read. What SAM2 and the judge
-    made of an answer that reads as before is kept."""
-    if not (args.data and args.out):
-        data.refuse("--regrade needs --data and --out, the folder of an earlier evaluation")
-    benchmarks, settings = load_all(args)
-    same_settings(args.out, settings)
-    with rewards.Grader(seconds=args.grade_seconds) as grader:
-        for name, records in benchmarks.items():
-            path, lines = os.path.join(args.out, name + ".jsonl"), {}
-            old = read_lines(path)
-            by_position = {record["index"]: record for record in records if record["index"] in old}
-            given = [
-                (by_position[p], line["response"], [what for what in line["trouble"] if what != "unreadable"])
-                for p, line in old.items()
-            ]
-            for _, line in graded(given, grader):
-                before = old[line["position"]]
-                if line["answer"] == before["answer"]:
-                    line["parts"] = before["parts"] | line["parts"]
-                    line |= {key: before[key] for key in ("masks",) if key in before}
-                    line |= dict(accuracy=before["accuracy"]) if line["accuracy"] is None else {}
-                lines[line["position"]] = line
-            write_lines(path, lines)
-        killed = sum(grader.counts.values())
-    sys.exit(1 if sum_up(args, benchmarks, killed) else 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1355,64 +1058,53 @@ def regrade(args):
 
 
 def read_own(out):
-    """The finished benchmarks of an --out folder: {benchmark: ([problem ids], its own metric, that metric's columns)}, in
-    position order. One that lacks answers, or a judge's grades, is not finished."""
-    results, found = read_json_file(os.path.join(out, "results.json")), {}
-    if results is None:
+    """The finished benchmarks of an --out folder: {(benchmark, its own metric): ([problem ids], that metric's columns (2, n))}.
+    One that lacks answers, or a judge's grades, is not finished."""
+    found, results = {}, read_json_file(f"{out}/results.json")
+    if not results:
         data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
     for name, metrics in results.items():
-        lines = [line for _, line in sorted(read_lines(os.path.join(out, name + ".jsonl")).items())]
-        if len(lines) != metrics["unreadable"]["n"]:
-            said = metrics["unreadable"]["n"]
-            data.refuse(f"--compare: {out} has {len(lines)} answers to {name}, its results.json speaks of {said}")
-        own, columns = own_metric(name, lines, metrics), columns_of(name, lines)
-        if own in columns and not any(metrics.get(what, {"value": 0})["value"] for what in UNKNOWN):
-            found[name] = [line["problem_id"] for line in lines], own, columns[own]
+        lines = list(read_lines(f"{out}/{name}.jsonl").values())
+        own = own_metric(name, lines, metrics)
+        if own in metrics and not any(metrics[what]["value"] for what in UNKNOWN):
+            found[name, own] = [line["problem_id"] for line in lines], columns_of(name, lines)[own]
     return found
 
 
 def compare_models(models):
     """{model: read_own(...)} -> what --compare prints and writes.
 
-    "benchmarks" and "mean" hold one interval per model; "differences" the paired one of each model to the one before it, for
-    the mean and ("benchmarks") for each benchmark: records are drawn within each benchmark, the same for all models, and
-    the mean over benchmarks is taken each time. p: the share of draws on the other side of 0, times 2. Benchmarks that not
-    all models have, by the same metric, are "left_out".
+    {"benchmarks": {name: row}, "mean": row, "left_out": [benchmarks that not all models have by the same metric]}. A row:
+    {"metric", "n", "models": {model: interval}, "differences": {model: interval and p, minus the model before it}}. These
+    are paired: records are drawn within each benchmark, the same for all models, and the mean over benchmarks is taken each
+    time. p: the share of draws on the other side of 0, times 2.
     """
     names = list(models)
-    metrics = {
-        name: {model: models[model][name][1] for model in names if name in models[model]} for name in models[names[0]]
-    }
-    shared = [name for name, own in metrics.items() if len(own) == len(names) and len(set(own.values())) == 1]
-    left_out = sorted({name for found in models.values() for name in found} - set(shared))
-    report, values, means = dict(benchmarks={}, metrics={}, mean={}, differences=[], left_out=left_out), [], []
-    for name in shared:
-        if any(models[model][name][0] != models[names[0]][name][0] for model in names):
-            raise ValueError(f"{name}: the models did not answer the same records")
-        columns = np.concatenate([[models[model][name][2][i] for model in names] for i in range(2)])  # (2 * models, n)
-        values.append(ratios(columns.mean(1)))
-        means.append(ratios(resampled_means(columns, name)))
-        report["metrics"][name] = models[names[0]][name][1]
-        report["benchmarks"][name] = {
-            model: interval(values[-1][i], means[-1][:, i], n=columns.shape[1]) for i, model in enumerate(names)
-        }
+    shared = [key for key in models[names[0]] if all(key in found for found in models.values())]
     if not shared:
-        return report
-    weights = weights_of(shared)
-    value, mean = np.average(values, 0, weights), np.average(means, 0, weights)  # (models,), (resamples, models)
+        data.refuse("--compare: the models have no benchmark in common")
+    left_out = {name for found in models.values() for name, _ in found} - {name for name, _ in shared}
+    report, all_values, all_draws = dict(benchmarks={}, left_out=sorted(left_out)), [], []
 
-    def difference(i, value, means):
-        draws = means[:, i] - means[:, i - 1]
-        p = min(1.0, 2 * min((draws <= 0).mean(), (draws >= 0).mean()))
-        return interval(value[i] - value[i - 1], draws, p=float(p))
+    def row_of(values, draws, **more):  # (models,), (resamples, models)
+        more["models"] = {model: interval(*each) for model, *each in zip(names, values, draws.T)}
+        gaps, more["differences"] = np.diff(draws), {}
+        for model, value, gap in zip(names[1:], np.diff(values), gaps.T):
+            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
+            more["differences"][model] = interval(value, gap, p=p)
+        return more
 
-    for i, model in enumerate(names):
-        report["mean"][model] = interval(value[i], mean[:, i], n=len(shared))
-        if i > 0:
-            parts = {name: difference(i, values[k], means[k]) for k, name in enumerate(shared)}
-            report["differences"].append(
-                dict(model=model, minus=names[i - 1], **difference(i, value, mean), benchmarks=parts)
-            )
+    for name, own in shared:
+        ids, columns = zip(*(found[name, own] for found in models.values()))
+        if any(other != ids[0] for other in ids):
+            data.refuse(f"--compare: {name}: the models did not answer the same records")
+        columns = np.stack(columns)  # (models, 2, n)
+        all_values.append(ratios(columns.sum(-1)))
+        all_draws.append(resampled(columns, name))
+        report["benchmarks"][name] = row_of(all_values[-1], all_draws[-1], metric=own, n=columns.shape[-1])
+    weights = weights_of([name for name, _ in shared])
+    values, draws = np.average(all_values, 0, weights), np.average(all_draws, 0, weights)
+    report["mean"] = row_of(values, draws, metric="mean", n=len(shared))
     return report
 
 
@@ -1420,37 +1112,26 @@ def compare(args):
     names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
     if len(set(names)) != len(args.compare) or len(names) != len(args.compare):
         data.refuse(f"--names: {len(args.compare)} different names are needed, not {' '.join(names)}")
-    models = {name: read_own(out) for name, out in zip(names, args.compare)}
-    try:
-        report = compare_models(models)
-    except ValueError as error:
-        data.refuse(f"--compare: {error}")
-    if not report["benchmarks"]:
-        data.refuse("--compare: the folders have no benchmark in common")
-
-    def cell(cell, sign=" "):
-        return f"{100 * cell['value']:5.1f} [{100 * cell['low']:5.1f}, {100 * cell['high']:5.1f}]{sign}"
-
-    def sign(row):
-        return "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
-
-    metrics = report["metrics"]
-    alike = set(metrics.values()) == {"accuracy"}
-    titles = {name: name if alike else f"{name}, {metrics[name]}" for name in metrics}
-    last = f"mean over {len(titles)} benchmarks"
-    width = max(map(len, [last, *titles.values()]))
-    head = f"{'accuracy' if alike else 'own metric'} in percent [95% interval]"
-    print(f"{head:{width + 8}}" + "".join(f"  {name[:20]:>20} " for name in names).rstrip())
-    for name, row in report["benchmarks"].items():
-        signs = [" ", *(sign(difference["benchmarks"][name]) for difference in report["differences"])]
-        cells = "".join(f"  {cell(row[model], mark):>21}" for model, mark in zip(names, signs)).rstrip()
-        print(f"{titles[name]:{width}}  {row[names[0]]['n']:>6}{cells}")
-    print(f"{last:{width}}  {'':6}" + "".join(f"  {cell(report['mean'][model]):>21}" for model in names).rstrip())
-    for row in report["differences"]:
+    report = compare_models({name: read_own(out) for name, out in zip(names, args.compare)})
+    rows = report["benchmarks"]
+    sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
+    alike = all(row["metric"] == "accuracy" for row in rows.values())
+    titles = {name if alike else f"{name}, {row['metric']}": row for name, row in rows.items()}
+    last, what = f"mean over {len(rows)} benchmarks", "accuracy" if alike else "own metric"
+    width = max(map(len, [last, *titles]))
+    print(
+        f"{what + ' in percent [95% interval]':{width + 8}}" + "".join(f"  {name[:20]:>20} " for name in names).rstrip()
+    )
+    for title, row in titles.items():
+        marks = [" ", *map(sign, row["differences"].values())]
+        cells = "".join(f"  {percent(cell)}{mark}" for cell, mark in zip(row["models"].values(), marks))
+        print(f"{title:{width}}  {row['n']:>6}{cells}".rstrip())
+    cells = "".join(f"  {percent(cell)} " for cell in report["mean"]["models"].values())
+    print(f"{last:{width}}  {'':6}{cells}".rstrip())
+    for before, (model, row) in zip(names, report["mean"]["differences"].items()):
         says = {"+": "above", "-": "below", " ": "no clear difference"}[sign(row)]
-        numbers = f"{100 * row['value']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
         p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
-        print(f"{row['model']} - {row['minus']}: {numbers} points, {p}, paired over the records: {says}")
+        print(f"{model} - {before}: {percent(row, '+')} points, {p}, paired over the records: {says}")
     print("+ and -: clearly above and below the model to the left, by the paired 95% interval of that benchmark")
     if report["left_out"]:
         print(f"left out, since not all models have them: {', '.join(report['left_out'])}")
@@ -1471,7 +1152,6 @@ def parse_args():
     group.add_argument("--out", help="folder for the outputs, the same command goes on there; with --compare a JSON file")
     group.add_argument("--max-response-tokens", type=int, default=8192, help="per answer (%(default)s)")
     group.add_argument("--sam2", help="folder or hub id of a SAM2 model, for segmentation masks")
-    group.add_argument("--gallery", type=int, default=9, help="answers per benchmark in report.html (%(default)s)")
     group.add_argument("--regrade", action="store_true", help="grade the responses stored in --out once more, without a model")
     group = parser.add_argument_group("judge")
     group.add_argument("--judge-url", help="OpenAI-compatible server, such as http://localhost:8000/v1; key: OPENAI_API_KEY")
@@ -1483,7 +1163,6 @@ def parse_args():
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
     group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
     group.add_argument("--prompts-per-chunk", type=int, default=256, help="prompts per rank between two writes (%(default)s)")
-    group.add_argument("--grade-seconds", type=float, default=10.0, help="an answer that takes longer to grade counts 0 (%(default)s)")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of missing media in a file (%(default)s)")
     # 128 frames of 256 tokens per pair are 16,384 tokens and the text
     data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32, max_prompt_tokens=20480)
@@ -1498,6 +1177,8 @@ if __name__ == "__main__":
     elif args.compare:
         compare(args)
     elif args.regrade:
-        regrade(args)
+        benchmarks, settings = load_all(args)
+        same_settings(args.out, settings)
+        sys.exit(1 if sum_up(args, benchmarks) else 0)
     else:
         evaluate(args)

@@ -11,10 +11,9 @@ The prompt is written as in training (data.encode), the answer is greedy and rea
 GIF with all its frames and time stamps, without sound, or a film strip (PNG). The exit code is 1 when an answer says nothing
 in the terms of its task, 2 when the request itself cannot be used.
 
-A server gets the same pixels and times as a model that is loaded here, but three things are the server's: its chat template
-(that of Qwen3-VL sets one <|vision_start|>, <|vision_end|> more around a whole video), its smallest picture (65,536 pixels
-for Qwen3-VL; smaller ones are enlarged), and that vision tokens are not banned from answers. For videos it must run with
---trust-request-mm-kwargs, since vLLM otherwise takes no time stamps.
+A server gets the same pixels and times, but its chat template is its own (that of Qwen3-VL puts one more <|vision_start|>,
+<|vision_end|> around a whole video), it enlarges pictures below 65,536 pixels, and may write vision tokens into answers. For
+videos it must run with --trust-request-mm-kwargs, since vLLM otherwise takes no time stamps.
 """
 
 import argparse
@@ -26,7 +25,6 @@ import os
 import re
 import sys
 import textwrap
-import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -41,7 +39,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 import data
 import rewards
 
-VIDEO_TASKS = ("temporal grounding", "spatial-temporal grounding", "tracking", "segmentation-video")
+TASKS = [*data.PROMPTS, "segmentation"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading an answer
@@ -85,19 +83,19 @@ def marks_of(task, answer):
     """
     said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else None
     said = said if isinstance(said, dict) else {}
-    time, boxes = said.get("time"), said.get("boxes")
-    if task in ("tracking", "spatial-temporal grounding"):
-        first = 1 if task == "tracking" else 0
-        boxes = boxes if isinstance(boxes, dict) else {}
-        boxes = {float(k) - first: box for k, box in boxes.items() if re.fullmatch("[0-9]{1,9}", k) and int(k) >= first}
+    time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
+    if in_video and not rewards.is_number(time):
+        return Marks()  # of which frame?
+    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
+    if first is None:
+        boxes = {time if in_video else None: boxes}
     else:
-        boxes = {time if task == "segmentation-video" else None: boxes} if rewards.are_numbers(boxes, 4) else {}
+        keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key)] if isinstance(boxes, dict) else []
+        boxes = {float(key) - first: boxes[key] for key in keys if int(key) >= first}
     boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
     points = [said.get(key) for key in ("positive_points", "negative_points")]
     points = [[xy for xy in p if rewards.are_numbers(xy, 2)] if isinstance(p, list) else [] for p in points]
-    if task == "segmentation-video":  # without its time no frame is meant
-        return Marks(None, boxes, *points, time) if rewards.is_number(time) else Marks()
-    return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points)
+    return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, time if in_video else None)
 
 
 def thought_of(text, ended=True):
@@ -119,10 +117,9 @@ def box_at(boxes, second):
     """The box at a second (None of an image), on a straight line between the seconds that are named; the last one holds for
     less than a second more. None where there is no box.
 
-    >>> box_at({1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}, 1.25)
-    [25.0, 0.0, 125.0, 100.0]
-    >>> box_at({1.0: [0, 0, 100, 100]}, 0.5), box_at({1.0: [0, 0, 100, 100]}, 2.0)
-    (None, None)
+    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
+    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
+    ([25.0, 0.0, 125.0, 100.0], None, None)
     """
     if None in boxes or not boxes or second is None:
         return boxes.get(None)
@@ -132,39 +129,29 @@ def box_at(boxes, second):
     return [float(np.interp(second, named, side)) for side in zip(*(boxes[k] for k in named))]
 
 
-def to_pixels(points, size):
-    """Coordinates 0-1000 -> pixels of an image of this size (width, height); what lies outside goes to its edge.
-
-    >>> to_pixels([[500, 250], [1200, -3]], (640, 480))
-    [(320, 120), (640, 0)]
-    """
-    return [tuple(round(min(max(v, 0), 1000) * side / 1000) for v, side in zip(xy, size)) for xy in points]
-
-
 def draw(image, marks, second=None, colour="orange", mask=None):
     """An RGB copy of a PIL image with everything that holds at this second (None: of an image, which has no time).
 
-    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses. mask: bool (H, W) of the
-    image's shape in any size, becomes a tint.
+    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what lies outside goes to the
+    edge. mask: bool (H, W) of the image's shape in any size, becomes a tint.
     """
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
-        image.paste(
-            tint, mask=Image.fromarray(mask.astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
-        )
+        image.paste(tint, mask=Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
     canvas, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
+    pixel = lambda xy: [round(min(max(v, 0), 1000) * side / 1000) for v, side in zip(xy, image.size)]
     if box := box_at(marks.boxes, second):
-        (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
-        (x1, y1), (x2, y2) = to_pixels([(x1, y1), (x2, y2)], image.size)
+        (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
         canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
     if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
-        for x, y in to_pixels(marks.positive, image.size):
-            canvas.circle((x, y), 2 * line, fill=colour, outline="black")
-        for x, y in to_pixels(marks.negative, image.size):
-            for width, ink in ((2 * line + 1, "black"), (line, colour)):
-                canvas.line([x - 2 * line, y - 2 * line, x + 2 * line, y + 2 * line], ink, width)
-                canvas.line([x - 2 * line, y + 2 * line, x + 2 * line, y - 2 * line], ink, width)
+        r = 2 * line
+        for x, y in map(pixel, marks.positive):
+            canvas.circle((x, y), r, fill=colour, outline="black")
+        for x, y in map(pixel, marks.negative):
+            for width, ink in ((r + 1, "black"), (line, colour)):
+                canvas.line([x - r, y - r, x + r, y + r], ink, width)
+                canvas.line([x - r, y + r, x + r, y - r], ink, width)
     return image
 
 
@@ -196,11 +183,11 @@ def timeline(width, spans, edges, places, now=None):
     """A bar for each (span, colour). edges (seconds) stand at places (pixels), both ascending. now: a clock and a cursor."""
     strip = Image.new("RGB", (width, 18 * len(spans)), "white")
     canvas = ImageDraw.Draw(strip)
-    for row, (span, colour) in enumerate(spans):
+    for y, (span, colour) in zip(range(6, 18 * len(spans), 18), spans):
+        canvas.rectangle([places[0], y, places[-1] - 1, y + 5], "lightgrey")
         start, end = np.interp(span or (0, 0), edges, places).round()
-        canvas.rectangle([places[0], 18 * row + 6, places[-1] - 1, 18 * row + 11], "lightgrey")
         if start < end:
-            canvas.rectangle([start, 18 * row + 6, end - 1, 18 * row + 11], colour)
+            canvas.rectangle([start, y, end - 1, y + 5], colour)
     if now is not None:
         x = round(np.interp(now, edges, places))
         canvas.rectangle([x - 1, 3, x, 14], "black")
@@ -209,11 +196,7 @@ def timeline(width, spans, edges, places, now=None):
 
 
 def nearest(seconds, second):
-    """The index of the frame that is nearest in time; of two, the later one.
-
-    >>> nearest([0.0, 0.5, 1.0], 0.75)
-    2
-    """
+    """The index of the frame that is nearest in time; of two, the later one."""
     return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
 
 
@@ -221,16 +204,13 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     """A film strip: up to 8 frames side by side with their seconds and marks, and under it a bar for each span.
 
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}, such as {"orange": answer, "lime": truth}.
-    masks: {colour: bool (T, H, W)} or None. cell: pixels of a frame's longer side. Returns a PIL image.
-
-    The frames are those at whole seconds, where answers have their boxes, and at a segmentation's time. On the bar a frame
-    stands until the next.
+    masks: {colour: bool (T, H, W)}. cell: pixels of a frame's longer side. Returns a PIL image. The frames are those at whole
+    seconds, where answers have their boxes, and at a segmentation's time. On the bar a frame stands until the next.
     """
     times = {part.time for part in marks.values() if part.time is not None}
     shown = sorted({*np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times))).tolist(), *times})
-    cells, begin = [], [seconds[nearest(seconds, second)] for second in shown]
-    for second in shown:
-        index = nearest(seconds, second)
+    indices, cells = [nearest(seconds, second) for second in shown], []
+    for second, index in zip(shown, indices):
         image = ImageOps.contain(Image.fromarray(frames[index]), (cell, cell), Image.Resampling.BICUBIC)
         for colour, part in marks.items():
             image = draw(image, part, second, colour, masks[colour][index] if masks and colour in masks else None)
@@ -239,6 +219,7 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     strip = Image.new("RGB", (places[-1], cells[0].height), "white")
     for image, x in zip(cells, places):
         strip.paste(image, (x, 0))
+    begin = [seconds[index] for index in indices]
     edges = [*begin, begin[-1] + (begin[-1] - begin[0]) / max(1, len(begin) - 1)]
     spans = [(part.span, colour) for colour, part in marks.items() if part.span]
     return stack(strip, timeline(strip.width, spans, edges, places))
@@ -251,21 +232,19 @@ def film(path, folder_fps):
     """
     if os.path.isdir(path):
         names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
-        names.sort(key=lambda name: (int("".join(filter(str.isdigit, name)) or 0), name))
+        names.sort(key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))  # as data.py does
         images = (ImageOps.exif_transpose(Image.open(os.path.join(path, name))) for name in names)
         return len(names) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
     with av.open(path) as container:
-        tick = container.streams.video[0].time_base
-        pts = sorted(packet.pts for packet in container.demux(video=0) if packet.pts is not None)
+        times = sorted(float(p.pts * p.time_base) for p in container.demux(video=0) if p.pts is not None)
 
     def frames():
         with av.open(path) as container:
-            for frame in container.decode(video=0):
-                if frame.pts is not None:
-                    pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
-                    yield float((frame.pts - pts[0]) * tick), Image.fromarray(np.ascontiguousarray(pixels))
+            for frame in (frame for frame in container.decode(video=0) if frame.pts is not None):
+                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
+                yield frame.time - times[0], Image.fromarray(np.ascontiguousarray(pixels))
 
-    return float((pts[-1] - pts[0]) * tick) * len(pts) / max(1, len(pts) - 1), frames()
+    return (times[-1] - times[0]) * len(times) / max(1, len(times) - 1), frames()
 
 
 def draw_film(pictures, length, marks, caption="", masks=None, seconds=()):
@@ -305,8 +284,9 @@ def save_film(path, pictures, length):
 def save_drawing(path, record, answer, limits, sam2=None):
     """Draws an answer on its record's medium: images and film strips as PNG, videos as MP4 or GIF. Text answers, and answers
     that cannot be read, stand under it. Raises ValueError when the medium cannot be saved under this name."""
-    medium = next((medium for medium in record["media"] if medium["type"] == "video"), record["media"][0])
+    medium = max(record["media"], key=lambda medium: medium["type"])  # a video where there is one
     check_save(path, medium["type"])
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     task, marks = data.task_of(record), marks_of(data.task_of(record), answer)
     caption = "" if record["problem_type"] in data.JSON_TYPES and readable(record, answer) else answer or "(no answer)"
     if medium["type"] == "image":
@@ -314,18 +294,17 @@ def save_drawing(path, record, answer, limits, sam2=None):
             image = ImageOps.exif_transpose(file).convert("RGB")
         mask = segment_images(sam2, [(image, marks)])[0] if sam2 and task == "segmentation-image" else None
         return captioned(draw(enlarged(image), marks, mask=mask), caption).save(path)
-    fps, masks, seconds = record.get("fps") or limits.fps, None, ()
+    fps, masks, seconds = record.get("fps") or limits.fps, {}, ()
     if path.endswith(".png") or sam2:
         bounds = limits.frame_min_pixels, limits.frame_max_pixels
         video = data.read_video(medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=fps)
         seconds = [index / video.fps for index in video.indices]
         if sam2 and marks.time is not None:
-            masks = segment_video(sam2, video.frames, nearest(seconds, marks.time), marks)
+            masks["orange"] = segment_video(sam2, video.frames, nearest(seconds, marks.time), marks)
     if path.endswith(".png"):
-        strip = draw_strip(video.frames, seconds, {"orange": marks}, {"orange": masks} if masks is not None else None)
-        return captioned(strip, caption).save(path)
+        return captioned(draw_strip(video.frames, seconds, {"orange": marks}, masks), caption).save(path)
     length, pictures = film(medium["path"], fps)
-    save_film(path, draw_film(pictures, length, marks, caption, masks, seconds), length)
+    save_film(path, draw_film(pictures, length, marks, caption, masks.get("orange"), seconds), length)
 
 
 def check_save(path, kind):
@@ -333,8 +312,6 @@ def check_save(path, kind):
     known = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
     if not path.endswith(known):
         raise ValueError(f"--save: {path!r} with --{kind}: expected a name that ends with {' or '.join(known)}")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
-        raise ValueError(f"--save: no folder {os.path.dirname(path)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -343,9 +320,6 @@ def check_save(path, kind):
 
 def load_sam2(path, device):
     """SAM2 from a Hugging Face folder or hub id, such as facebook/sam2.1-hiera-large: what the two functions below take."""
-    import cpu_compat  # noqa: F401  (before transformers)
-
-    # isort: split
     from transformers import Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor
 
     models = (kind.from_pretrained(path).to(device).eval() for kind in (Sam2Model, Sam2VideoModel))
@@ -361,22 +335,16 @@ def sam2_prompt(marks, width, height):
 
 @torch.no_grad()
 def segment_images(sam2, items):
-    """Masks of (PIL image, Marks) pairs: a list of bool (H, W) at each image's size. No box and no points: an empty mask.
-
-    One forward for all that have as many points, as nearly all answers have: SAM2 would not ignore padding.
-    """
+    """Masks of (PIL image, Marks) pairs: a list of bool (H, W) at each image's size. No box and no points: an empty mask."""
     model, _, processor, _ = sam2
     masks = [np.zeros((image.height, image.width), bool) for image, _ in items]
-    prompts = [sam2_prompt(marks, *image.size) for image, marks in items]
-    for count in sorted({len(points) for points, _ in prompts} - {0}):
-        own = [i for i, (points, _) in enumerate(prompts) if len(points) == count]
-        inputs = processor(
-            images=[items[i][0].convert("RGB") for i in own], input_points=[[prompts[i][0]] for i in own],
-            input_labels=[[prompts[i][1]] for i in own], return_tensors="pt",
-        ).to(model.device)  # fmt: skip
-        logits = model(**inputs, multimask_output=False).pred_masks.cpu()  # (N, 1, 1, 256, 256)
-        for i, mask in zip(own, processor.post_process_masks(logits, inputs["original_sizes"].cpu())):
-            masks[i] = mask[0, 0].numpy()
+    for i, (image, marks) in enumerate(items):
+        points, labels = sam2_prompt(marks, *image.size)
+        if points:
+            prompt = dict(input_points=[[points]], input_labels=[[labels]], return_tensors="pt")
+            inputs = processor(images=image.convert("RGB"), **prompt).to(model.device)
+            logits = model(**inputs, multimask_output=False).pred_masks.cpu()  # (1, 1, 1, 256, 256)
+            masks[i] = processor.post_process_masks(logits, inputs["original_sizes"].cpu())[0][0, 0].numpy()
     return masks
 
 
@@ -405,9 +373,8 @@ def segment_video(sam2, frames, index, marks):
 # Asking. Each stream yields (piece of text, finish reason); the reason is None until the last piece: "stop" or "length".
 
 
-def banned_ids(tokenizer):
-    """Vision tokens: one in an answer would claim pixels that are not there."""
-    return tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+# One in an answer would claim pixels that are not there.
+BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 
 
 def stream_vllm(prompt, llm, tokenizer, max_tokens):
@@ -415,10 +382,9 @@ def stream_vllm(prompt, llm, tokenizer, max_tokens):
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    params = SamplingParams(
-        temperature=0.0, max_tokens=max_tokens, logit_bias=dict.fromkeys(banned_ids(tokenizer), -100.0),
-        skip_special_tokens=False, output_kind=RequestOutputKind.DELTA,
-    )  # fmt: skip
+    banned = dict.fromkeys(tokenizer.convert_tokens_to_ids(BANNED), -100.0)
+    settings = dict(skip_special_tokens=False, output_kind=RequestOutputKind.DELTA)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logit_bias=banned, **settings)
     llm.llm_engine.add_request("question", prompt.vllm, params)
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
@@ -430,25 +396,21 @@ def stream_transformers(prompt, model, processor, max_tokens):
     """The same by transformers' generate, which runs in a thread of its own."""
     from transformers import TextIteratorStreamer
 
-    media, tokenizer = prompt.vllm["multi_modal_data"], processor.tokenizer
-    frames, metadata = zip(*media["video"]) if "video" in media else (None, ())
-    metadata = [{key: each[key] for key in ("fps", "frames_indices", "total_num_frames")} for each in metadata]
-    inputs = processor(
-        text=[prompt.vllm["prompt"]], images=media.get("image"), videos=frames and [torch.tensor(each) for each in frames],
-        video_metadata=metadata or None, do_resize=False, do_sample_frames=False, return_tensors="pt",
-    ).to(model.device)  # fmt: skip
-    assert inputs["input_ids"][0].tolist() == prompt.token_ids, (
-        "transformers reads another prompt than data.encode wrote"
-    )
+    media, tokenizer, kept = prompt.vllm["multi_modal_data"], processor.tokenizer, prompt.vllm["mm_processor_kwargs"]
+    videos = media.get("video", [])
+    told = [{key: known[key] for key in ("fps", "frames_indices", "total_num_frames")} for _, known in videos]
+    films = dict(videos=[torch.tensor(frames) for frames, _ in videos], video_metadata=told) if videos else {}
+    text = dict(text=[prompt.vllm["prompt"]], return_tensors="pt")
+    inputs = processor(**text, images=media.get("image"), **films, **kept).to(model.device)
+    assert inputs["input_ids"][0].tolist() == prompt.token_ids, "transformers reads another prompt than data.encode"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    settings = dict(do_sample=False, max_new_tokens=max_tokens, suppress_tokens=banned_ids(tokenizer))
+    settings = dict(do_sample=False, max_new_tokens=max_tokens, suppress_tokens=tokenizer.convert_tokens_to_ids(BANNED))
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(model.generate, **inputs, **settings, streamer=streamer)
         future.add_done_callback(lambda _: streamer.end())  # after an error we would wait here for ever
         for piece in streamer:
             yield piece.removesuffix(tokenizer.eos_token), None
-        ids = future.result()[0].tolist()
-    yield "", "stop" if ids[-1] == tokenizer.eos_token_id else "length"
+    yield "", "stop" if future.result()[0, -1] == tokenizer.eos_token_id else "length"
 
 
 def data_url(kind, *images):
@@ -465,43 +427,36 @@ def request_of(record, model, limits, prompts, max_tokens):
 
     vLLM takes sampled frames under the name of video/jpeg, whatever their format, and is told beside it which ones they are.
     """
-    content, trusted, media = [], {}, iter(record["media"])
+    content, told, media = [], {}, iter(record["media"])
     for part in re.split("(<image>|<video>)", data.render_problem(record, prompts)):
         if part == "<image>":
             pixels = data.read_image(next(media)["path"], limits.image_min_pixels, limits.image_max_pixels)
             content.append(dict(type="image_url", image_url=dict(url=data_url("image/png", pixels))))
         elif part == "<video>":
-            if trusted:
-                raise ValueError(
-                    "--base-url: a question can have one video, for vLLM takes the time stamps of one only"
-                )
+            if told:
+                raise ValueError("--base-url: one video per question: vLLM takes the time stamps of one only")
             bounds = limits.frame_min_pixels, limits.frame_max_pixels
             video = data.read_video(next(media)["path"], limits.fps, limits.max_frames, *bounds, record.get("fps"))
             content.append(dict(type="video_url", video_url=dict(url=data_url("video/jpeg", *video.frames))))
             times = dict(num_frames=-1, fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
-            as_they_are = dict(do_resize=False, do_sample_frames=False)
-            trusted = dict(media_io_kwargs=dict(video=times), mm_processor_kwargs=as_they_are)
+            kept = dict(do_resize=False, do_sample_frames=False)
+            told = dict(media_io_kwargs=dict(video=times), mm_processor_kwargs=kept)
         elif part:
             content.append(dict(type="text", text=part))
-    return dict(
-        model=model, messages=[dict(role="user", content=content)], stream=True, temperature=0.0, max_tokens=max_tokens,
-        skip_special_tokens=False, **trusted,
-    )  # fmt: skip
+    settings = dict(stream=True, temperature=0.0, max_tokens=max_tokens, skip_special_tokens=False)
+    return dict(model=model, messages=[dict(role="user", content=content)], **settings, **told)
 
 
 def ask_server(url, request=None):
     """GETs a URL of a server, or POSTs it a request -> the open reply. Raises OSError with what the server says."""
-    headers = {
-        "Content-Type": "application/json",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
-    }
+    key = os.environ.get("OPENAI_API_KEY", "none")
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     body = json.dumps(request).encode() if request else None
     try:
         return urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=600)
-    except urllib.error.HTTPError as error:
-        raise OSError(f"{url}: {error.code}: {error.read(500).decode(errors='replace')}") from error
-    except OSError as error:
-        raise OSError(f"{url}: {getattr(error, 'reason', error)}") from error
+    except OSError as error:  # an HTTPError can be read
+        said = error.read(500).decode(errors="replace") if hasattr(error, "code") else ""
+        raise OSError(f"{url}: {error} {said}") from error
 
 
 def stream_server(request, base_url):
@@ -528,7 +483,7 @@ def parse_args():
     medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or a folder of numbered frames, which play at --fps")
-    group.add_argument("--task", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)')
+    group.add_argument("--task", choices=TASKS, metavar="TASK", default="open-ended", help='see --list-tasks; "segmentation" goes by the medium (%(default)s)')
     group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question; letters are added if missing")
     group.add_argument("--questions", metavar="FILE.jsonl", help='several questions, one a line: records as for training, but without an answer, like {"problem": "Where is the cat?", "problem_type": "spatial grounding", "images": ["cat.jpg"]}; paths are relative to the file')
     group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif; with --questions a folder, for one .png per line: 0.png, 1.png, ...")
@@ -549,42 +504,24 @@ def parse_args():
 
 def record_of(question, kind, path, task, options):
     """A request as a record, the form of the questions in training and evaluation. Raises ValueError if it makes no sense."""
-    task = f"segmentation-{kind}" if task == "segmentation" else task
-    if task not in data.PROMPTS:
-        raise ValueError(f"--task is {task!r}, expected one of {', '.join(data.PROMPTS)}")
     if not path:
         raise ValueError("--image or --video is needed")
     if not os.path.exists(path):
         raise ValueError(f"--{kind}: no file {path}")
-    if kind == "image" and task in VIDEO_TASKS or kind == "video" and task == "segmentation-image":
-        raise ValueError(f"--task {task!r} does not go with --{kind}")
+    if kind == "image" and task in ("temporal grounding", "spatial-temporal grounding", "tracking"):
+        raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
     if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
         options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
-    if (
-        re.search("<image>.*<image>|<video>.*<video>", question)
-        or f"<{'video' if kind == 'image' else 'image'}>" in question
-    ):
-        raise ValueError(f"the question is about one {kind}: at most one <{kind}> can stand in it")
-    return dict(
-        problem_id="0",
-        problem_type="segmentation" if task.startswith("segmentation") else task,
-        data_type=kind,
-        problem=data.place_media(question, [kind], None, None),
-        options=options,
-        media=[dict(type=kind, path=os.path.abspath(path))],
-    )
+    folder, name = os.path.split(os.path.abspath(path))
+    raw = {"problem": question, "problem_type": task.removesuffix(f"-{kind}"), "data_type": kind, "options": options}
+    return data.normalise(raw | {f"{kind}s": name, "answer": "{}"}, "this question", 0, folder)
 
 
 def read_questions(path):
     """A JSONL file of questions -> records as data.load_records gives them; where an answer is missing, "{}" stands in."""
-    with open(path, encoding="utf-8") as file:
-        try:
-            raws = [json.loads(line) for line in file if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON lines: {error}") from error
-    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in raws]
+    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in data.read_values(path)]
     records = [data.normalise(raw, path, i, os.path.dirname(os.path.abspath(path))) for i, raw in enumerate(raws)]
     if lost := [record["index"] for record in records if not record["media"]]:
         raise ValueError(f"{path}: record {lost[0]}: no images and no videos")
@@ -595,33 +532,31 @@ def follow(record, pieces, args):
     """Prints the thinking as it comes, then the answer; with --json one object at the end. Returns the answer (None: there
     is none) and whether it can be read for its task."""
     text, shown, reason = "", 0, None
-    for piece, finish in pieces:
-        text, reason = text + piece, finish
-        thought = thought_of(text, ended=finish is not None)
+    for piece, reason in pieces:
+        text += piece
+        thought = thought_of(text, ended=reason is not None)
         if len(thought) > shown and not args.json:
             print(thought[shown:] if shown else "thinking: " + thought, end="", flush=True)
             shown = len(thought)
-    answer = rewards.find_answer(text)
+    answer, task = rewards.find_answer(text), data.task_of(record)
     good = readable(record, answer)
     if args.json:
-        line = dict(problem_id=record["problem_id"], task=data.task_of(record), thinking=thought_of(text).strip())
-        print(json.dumps(line | dict(answer=answer, readable=good, finished=reason == "stop")), flush=True)
+        line = dict(problem_id=record["problem_id"], task=task, thinking=thought_of(text).strip(), answer=answer)
+        print(json.dumps(line | dict(readable=good, finished=reason == "stop")), flush=True)
     else:
         print(("\n" if shown else "") + f"answer: {answer or ''}", flush=True)
     if reason != "stop":
         print(f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)", file=sys.stderr)
     if not good:
-        print(f"infer.py: this answer cannot be read for the task {data.task_of(record)!r}", file=sys.stderr)
+        print(f"infer.py: this answer cannot be read for the task {task!r}", file=sys.stderr)
     return answer, good
 
 
-def converse(args, ask, save):
+def converse(ask, kind, path, task, save):
     """The prompt: questions and what they are about, until Ctrl-D. What cannot be used is named, and the prompt goes on."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
-    print("Ask, or: /image FILE, /video FILE, /task NAME, /save FILE (draws the last answer). Ctrl-D ends.")
-    print("A multiple choice: Which one? | the cat | the dog")
-    kind, path, task, last = "image" if args.image else "video", args.image or args.video, args.task, None
+    print("Ask, or: /image FILE, /video FILE, /task NAME. Ctrl-D ends. A multiple choice: Which one? | a cat | a dog")
     while True:
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
@@ -629,50 +564,37 @@ def converse(args, ask, save):
             return print()
         command, _, rest = line.partition(" ")
         rest = os.path.expanduser(rest.strip())
-        try:
-            if command in ("/image", "/video"):
-                if not os.path.exists(rest):
-                    raise ValueError(f"no file {rest}")
-                kind, path = command[1:], rest
-            elif command == "/task":
-                if rest not in [*data.PROMPTS, "segmentation"]:
-                    raise ValueError(f"no task {rest!r}; there are {', '.join(data.PROMPTS)}")
-                task = rest
-            elif command == "/save":
-                if last is None:
-                    raise ValueError("there is no answer yet")
-                save(rest, *last)
-            elif line.startswith("/"):
-                raise ValueError(f"no command {command}")
-            elif line:
-                question, *options = (part.strip() for part in line.split("|"))
-                record = record_of(question, kind, path, task, options)
-                last = record, follow(record, ask(record), args)[0]
-        except (OSError, ValueError, data.MediaError) as error:
-            print(error)
+        if command in ("/image", "/video") and os.path.exists(rest):
+            kind, path = command[1:], rest
+        elif command == "/task" and rest in TASKS:
+            task = rest
+        elif line.startswith("/"):
+            print(f"no such file, task or command: {line}")
+        elif line:
+            question, *options = (part.strip() for part in line.split("|"))
+            try:
+                ask(record_of(question, kind, path, task, options), save)
+            except (OSError, ValueError, data.MediaError) as error:
+                print(error)
 
 
 def main():
     args = parse_args()
     if args.list_tasks:
-        print("\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items()))
-        return
+        return print("\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items()))
     if not (args.model or args.base_url):
         data.refuse("--model or --base-url is needed")
     for flag, folder in (("--model", None if args.base_url else args.model), ("--sam2", args.sam2)):
-        if folder and not os.path.isdir(folder) and folder.count("/") != 1:
+        if (
+            folder and not os.path.isdir(folder) and folder.count("/") != 1
+        ):  # else the hub is asked, for minutes if offline
             data.refuse(f"{flag} {folder}: no such folder, and no hub id of the form owner/name")
     import cpu_compat  # noqa: F401  (before transformers)
-
-    # isort: split
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     # 1 The questions, written as prompts. What can be refused is refused before a model is loaded.
-    limits, device, max_tokens = (
-        data.limits_of(args),
-        "cuda" if torch.cuda.is_available() else "cpu",
-        args.max_response_tokens,
-    )
+    limits, max_tokens = data.limits_of(args), args.max_response_tokens
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, path = ("image", args.image) if args.image else ("video", args.video)
     try:
         prompts, records = data.load_prompts(args.prompts), []
@@ -680,7 +602,8 @@ def main():
             records = read_questions(args.questions)
         elif args.question:
             records = [record_of(args.question, kind, path, args.task, args.options)]
-            check_save(args.save or "x.png", kind)
+            if args.save:
+                check_save(args.save, kind)
         if args.base_url:
             url = args.base_url.rstrip("/")
             name = args.model or json.load(ask_server(f"{url}/models"))["data"][0]["id"]
@@ -694,6 +617,7 @@ def main():
         data.refuse(error)
 
     # 2 The model
+    llm = None
     if args.base_url:
         stream = partial(stream_server, base_url=url)
     elif args.backend == "vllm":
@@ -711,22 +635,24 @@ def main():
         stream = partial(stream_transformers, model=model, processor=processor, max_tokens=max_tokens)
 
     # 3 The answers
-    save, unread = partial(save_drawing, limits=limits, sam2=sam2), 0
-    if args.questions and args.save:
-        os.makedirs(args.save, exist_ok=True)
+    def ask(record, save, prompt=None):
+        answer, good = follow(record, stream(prompt or prepare(record)), args)
+        if save:
+            save_drawing(save, record, answer, limits, sam2)
+        return good
+
+    unread = 0
     for index, (record, prompt) in enumerate(zip(records, prepared)):
+        save = os.path.join(args.save, f"{index}.png") if args.questions and args.save else args.save
         if args.questions and not args.json:
             print(f"--- {record['problem_id']}: {record['problem']}")
         try:
-            answer, good = follow(record, stream(prompt), args)
-            if args.save:
-                save(os.path.join(args.save, f"{index}.png") if args.questions else args.save, record, answer)
+            unread += not ask(record, save, prompt)
         except OSError as error:
             data.refuse(error)
-        unread += not good
     if not records:
-        converse(args, lambda record: stream(prepare(record)), save)
-    if not args.base_url and args.backend == "vllm":
+        converse(ask, kind, path, args.task, args.save)
+    if llm:
         llm.llm_engine.engine_core.shutdown()
     sys.exit(1 if unread else 0)
 

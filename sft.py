@@ -14,7 +14,6 @@ response tokens of the global batch, whatever the rank they are on; prompts are 
 
 import argparse
 import contextlib
-import glob
 import json
 import math
 import os
@@ -26,45 +25,26 @@ import time
 from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
-from types import MethodType
+from pathlib import Path
 from typing import NamedTuple
 
 import cpu_compat  # noqa: F401  (before transformers)
-
-# isort: split
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import save_torch_state_dict
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from data import (
-    MediaError,
-    Prompt,
-    add_limits,
-    data_order,
-    demonstration,
-    encode,
-    limits_of,
-    load_records,
-    prefetch,
-    refuse,
-    take,
-)
+import data
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The forward
@@ -73,117 +53,73 @@ from data import (
 class Group(NamedTuple):
     """One prompt and its responses: what is packed, trained, and kept together."""
 
-    prompt: Prompt
+    prompt: data.Prompt
     responses: list  # n lists of token ids, each with its end-of-turn token if it has one
 
 
 def pack(groups, device):
-    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] after each other, as a dict of
+    """(prompt, responses) pairs -> one sequence of T tokens, [prompt | R1 | ... | Rn] after each other, as a dict of
 
-    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3), segments ((prompt length, (response lengths)),),
-    rows (R,): the row of the sequence that predicts each response token, targets (R,): that token.
-    R counts the response tokens in the order of the groups and their responses.
+    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the row of the sequence that predicts each
+    response token; targets (R,): that token; R counts the response tokens in the order of the groups and their responses;
+    sequences: what attention treats as one causal sequence, a tuple of (begin, end) spans of keys, the last of which holds
+    the queries. [prompt | R1] is such a sequence of one span; every other response has two, its prompt and itself.
     """
-    ids, positions, segments, rows, targets = [], [], [], [], []
-    start = 0
+    ids, positions, rows, targets, sequences = [], [], [], [], []
     for prompt, responses in groups:
+        start, end = len(ids), len(ids) + len(prompt.token_ids)
         ids += prompt.token_ids
         positions.append(torch.from_numpy(prompt.positions))
         first = int(prompt.positions.max()) + 1  # every response begins right after the prompt
-        last_prompt_row = start + len(prompt.token_ids) - 1
-        start += len(prompt.token_ids)
-        for response in responses:
+        for i, response in enumerate(responses):
+            own = len(ids), len(ids) + len(response)
+            sequences.append(((start, end), own) if i > 0 else ((start, own[1]),))
+            rows += [end - 1, *range(own[0], own[1] - 1)]  # token k is predicted by token k - 1
             ids += response
             targets += response
             positions.append((first + torch.arange(len(response))).expand(3, -1))
-            rows += [last_prompt_row, *range(start, start + len(response) - 1)]  # token k is predicted by token k - 1
-            start += len(response)
-        segments.append((len(prompt.token_ids), tuple(len(response) for response in responses)))
-    return dict(
-        ids=torch.tensor(ids, device=device),
-        positions=torch.cat(positions, dim=1).to(device),
-        patches=torch.cat([group.prompt.patches for group in groups]).to(device),
-        grids=torch.cat([group.prompt.grids for group in groups]).to(device),
-        segments=tuple(segments),
-        rows=torch.tensor(rows, device=device),
-        targets=torch.tensor(targets, device=device),
-    )
+    patches, grids = (torch.cat([getattr(prompt, name) for prompt, _ in groups]) for name in ("patches", "grids"))
+    batch = dict(ids=torch.tensor(ids), positions=torch.cat(positions, dim=1), patches=patches, grids=grids)
+    batch |= dict(rows=torch.tensor(rows), targets=torch.tensor(targets))
+    return {name: tensor.to(device) for name, tensor in batch.items()} | dict(sequences=tuple(sequences))
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, segments, **_):
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, sequences, **_):
     """Causal attention in which the responses of a group see their prompt and themselves, not each other.
 
-    query (1, H, T, D); key, value (1, Hkv, T, D); segments as `pack` gives them. Returns (1, T, H, D) and None.
-    The first response continues its prompt, so [prompt | R1] is one ordinary causal sequence; every other response asks
-    the keys [prompt | itself]. Two varlen calls on CUDA, SDPA sequence by sequence on a CPU.
+    query (1, H, T, D); key, value (1, Hkv, T, D); sequences as `pack` gives them. Returns (1, T, H, D) and None.
+    One varlen call on CUDA, SDPA sequence by sequence on a CPU.
     """
     if query.is_cuda and query.dtype != torch.float32:  # the kernel knows 16 bits only
-        return varlen_attention(query, key, value, scaling, segments), None
+        return varlen_attention(query, key, value, scaling, sequences), None
     out = []
-    for (begin, end), spans in attention_sequences(segments):
-        k = torch.cat([key[:, :, a:b] for a, b in spans], dim=2)
-        v = torch.cat([value[:, :, a:b] for a, b in spans], dim=2)
-        # Causal from the bottom right corner: the last query sees every key.
-        before = k.shape[2] - (end - begin)  # keys that every query of this sequence sees
-        mask = torch.ones(end - begin, k.shape[2], dtype=torch.bool, device=k.device).tril(before) if before else None
-        q = query[:, :, begin:end]
-        out.append(
-            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=True)
-        )
+    for spans in sequences:
+        begin, end = spans[-1]
+        q, (k, v) = query[:, :, begin:end], (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (key, value))
+        # Causal from the bottom right corner: every query sees the `before` keys that stand before them all.
+        before = k.shape[2] - q.shape[2]
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before) if before else None
+        out += [F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, scale=scaling, enable_gqa=True)]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def attention_sequences(segments):
-    """The sequences of a packed batch, each as (begin, end) of its queries and a list of (begin, end) of its keys.
-
-    >>> attention_sequences(((4, (2, 3)),))  # [prompt | R1], then R2 with the prompt
-    [((0, 6), [(0, 6)]), ((6, 9), [(0, 4), (6, 9)])]
-    """
-    sequences, start = [], 0
-    for prompt, responses in segments:
-        end = start + prompt + responses[0]
-        sequences.append(((start, end), [(start, end)]))
-        for length in responses[1:]:
-            sequences.append(((end, end + length), [(start, start + prompt), (end, end + length)]))
-            end += length
-        start = end
-    return sequences
-
-
-def varlen_attention(query, key, value, scaling, segments):
-    """The same on CUDA, where one kernel runs all sequences of a call: (1, H, T, D) -> (1, T, H, D)."""
-    from torch.nn.attention.varlen import varlen_attn
-
+def varlen_attention(query, key, value, scaling, sequences):
+    """The same on CUDA, where one kernel runs all sequences: (1, H, T, D) -> (1, T, H, D)."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    out = torch.empty_like(query)
-    for (q_rows, q_offsets, q_longest), (k_rows, k_offsets, k_longest) in varlen_calls(segments, query.device):
-        q, k, v = query.index_select(0, q_rows), key.index_select(0, k_rows), value.index_select(0, k_rows)
-        part = varlen_attn(
-            q, k, v, q_offsets, k_offsets, q_longest, k_longest,
-            scale=scaling, window_size=(-1, 0), enable_gqa=True,  # (-1, 0) is causal, aligned at the bottom right
-        )  # fmt: skip
-        out = out.index_copy(0, q_rows, part)
-    return out[None]
+    key_rows, *plan = varlen_plan(sequences, query.device)
+    key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
+    # The queries stand in the order of the sequences already. (-1, 0) is causal, aligned at the bottom right.
+    return varlen_attn(query, key, value, *plan, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
 
 
 @lru_cache(2)  # all layers of a micro-batch ask for the same
-def varlen_calls(segments, device):
-    """What the (at most) two calls take: first the prompts with their first responses, then the other responses."""
-    sequences = attention_sequences(segments)
-    halves = ([s for s in sequences if len(s[1]) == 1], [s for s in sequences if len(s[1]) == 2])
-    return [
-        (rows_and_offsets([[q] for q, _ in half], device), rows_and_offsets([k for _, k in half], device))
-        for half in halves
-        if half
-    ]
-
-
-def rows_and_offsets(sequences, device):
-    """Sequences, each a list of (begin, end) spans -> their rows one after another, where each starts, the longest."""
-    rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
-    lengths = [sum(end - begin for begin, end in spans) for spans in sequences]
-    offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-    return rows.to(device), offsets.to(device), max(lengths)
+def varlen_plan(sequences, device):
+    """The rows of all keys; where the queries and the keys of each sequence begin; the most queries and keys of one."""
+    key_rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
+    queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
+    keys = [sum(end - begin for begin, end in spans) for spans in sequences]
+    offsets = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
+    return key_rows.to(device), *offsets, max(queries), max(keys)
 
 
 def frame_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_):
@@ -191,15 +127,13 @@ def frame_attention(module, query, key, value, attention_mask, scaling, cu_seq_l
 
     query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D) and None.
     """
-    from torch.nn.attention.varlen import varlen_attn
-
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     offsets, longest = cu_seq_lens_q, int(max_length_q)
     return varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling)[None], None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # the segments say all there is to mask
+AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # the sequences say all there is to mask
 AttentionInterface.register("flash_frames", frame_attention)  # transformers passes whole films to names with "flash"
 
 
@@ -262,77 +196,65 @@ def response_logps(model, batch, entropy=False):
 
     blind = len(patches) == 0
     if blind:  # a grey picture of one token, whose features are multiplied by zero below
-        patches = torch.full((4, visual.patch_embed.proj.weight[0].numel()), 128, dtype=torch.uint8, device=ids.device)
-        grids = torch.tensor([[1, 2, 2]], device=ids.device)
+        patches, grids = patches.new_full((4, patches.shape[1]), 128), grids.new_tensor([[1, 2, 2]])
     pixels = patches.float() / 127.5 - 1  # Qwen3-VL's normalisation: mean 0.5, std 0.5
     features = visual(pixels.to(embeddings.dtype), grid_thw=grids, return_dict=True)
     tokens, deepstack = features.pooler_output, features.deepstack_features  # (V, E), [(V, E)]
     if blind:
-        embeddings = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack))
-        is_vision, deepstack = None, None
+        embeddings, seen = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack)), {}
     else:
         assert is_vision.sum() == len(tokens), f"{is_vision.sum()} vision tokens, {len(tokens)} vision features"
         embeddings = embeddings.masked_scatter(is_vision[:, None], tokens.to(embeddings.dtype))
+        seen = dict(visual_pos_masks=is_vision[None], deepstack_visual_embeds=deepstack)
 
-    hidden = language(
-        inputs_embeds=embeddings[None],
-        position_ids=batch["positions"][:, None],
-        visual_pos_masks=None if is_vision is None else is_vision[None],
-        deepstack_visual_embeds=deepstack,
-        use_cache=False,
-        segments=batch["segments"],
-    ).last_hidden_state[0]  # (T, E)
+    text = dict(inputs_embeds=embeddings[None], position_ids=batch["positions"][:, None], sequences=batch["sequences"])
+    hidden = language(**text, **seen, use_cache=False).last_hidden_state[0]  # (T, E)
     return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"], entropy=entropy)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Micro-batches
 
-
-# So many query-key pairs cost as much as one token's matrices: 2 * 193e6 / (4 * 4096) in a layer of the 8B.
-PAIRS_PER_TOKEN = 20_000
+PAIRS_PER_TOKEN = 20_000  # that cost as much as one token's matrices: 2 * 193e6 / (4 * 4096) in a layer of the 8B
 
 
-def attended_pairs(prompt, responses):
-    """Query-key pairs of one packed group; lengths in tokens.
+def attended_pairs(queries, keys):
+    """Query-key pairs of a causal sequence in which the last of `keys` tokens ask.
 
-    >>> attended_pairs(4, [2])  # a causal sequence of 6: 6 * 7 / 2
-    21
-    >>> attended_pairs(4, [2, 2])  # the second response: 2 * 4 with the prompt, 3 with itself
-    32
+    >>> attended_pairs(6, 6), attended_pairs(2, 6)  # 1 + 2 + 3 + 4 + 5 + 6, 5 + 6
+    (21, 11)
     """
-    triangle = lambda n: n * (n + 1) // 2  # noqa: E731
-    return triangle(prompt) + sum(length * prompt + triangle(length) for length in responses)
+    return queries * keys - queries * (queries - 1) // 2
 
 
 def microbatches(groups, tokens_per_microbatch):
     """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens and of like cost; as many on every rank.
 
-    Returns a list of ([Group], token positions (R,)): `positions` says where the response tokens of these groups stand among
-    all response tokens of `groups`, so that values per token find their way. A group that is too large by itself is split
-    by responses, and each part computes the prompt once. FSDP's collectives must match, so a rank with little to do spreads
-    it thin; one with fewer parts than another has micro-batches gets ([], []), which `update` runs as a dummy.
+    Returns a list of ([Group], positions (R,)): where the response tokens of these groups stand among all response tokens of
+    `groups`, so that values per token find their way. A group too large by itself is split by responses, and each part
+    computes the prompt once. FSDP's collectives must match, so a rank with little to do spreads it thin; one with fewer parts
+    than another has micro-batches gets ([], []), which `update` runs as a dummy.
     """
-    parts, position = [], 0  # (cost, tokens, Group, position of its first response token)
+    parts, position = [], 0  # (cost, tokens, Group, positions of its response tokens)
     for prompt, responses in groups:
-        taken, room = [], tokens_per_microbatch - len(prompt.token_ids)
-        for i, response in enumerate(responses):
-            taken.append(response)
-            if i + 1 == len(responses) or sum(map(len, taken)) + len(responses[i + 1]) > room:
-                lengths = list(map(len, taken))
-                tokens = len(prompt.token_ids) + sum(lengths)
-                cost = tokens + attended_pairs(len(prompt.token_ids), lengths) / PAIRS_PER_TOKEN
-                parts.append((cost, tokens, Group(prompt, taken), position))
-                taken, position = [], position + sum(lengths)
+        shares, length = [[]], len(prompt.token_ids)
+        for response in responses:
+            if shares[-1] and length + sum(map(len, shares[-1])) + len(response) > tokens_per_microbatch:
+                shares.append([])
+            shares[-1].append(response)
+        for share in shares:
+            lengths = [len(response) for response in share]
+            tokens, at = length + sum(lengths), torch.arange(position, position + sum(lengths))
+            pairs = attended_pairs(length, length) + sum(attended_pairs(n, length + n) for n in lengths)
+            parts.append((tokens + pairs / PAIRS_PER_TOKEN, tokens, Group(prompt, share), at))
+            position += sum(lengths)
     parts.sort(key=lambda part: -part[0])
-    count = global_max(max(1, math.ceil(sum(part[1] for part in parts) / tokens_per_microbatch)))
-    while global_max(int((bins := spread(parts, count, tokens_per_microbatch)) is None)):
+    count = max(1, *gather(math.ceil(sum(part[1] for part in parts) / tokens_per_microbatch)))
+    while any(gather((bins := spread(parts, count, tokens_per_microbatch)) is None)):
         count += 1  # on all ranks
-    result = []
-    for members in sorted(bins, key=lambda members: -sum(part[0] for part in members)):  # heavy ones meet heavy ones
-        spans = [torch.arange(at, at + sum(map(len, group.responses))) for _, _, group, at in members]
-        result.append(([group for _, _, group, _ in members], torch.cat(spans) if spans else torch.arange(0)))
-    return result
+    bins.sort(key=lambda members: -sum(part[0] for part in members))  # heavy ones meet heavy ones
+    none = torch.arange(0)
+    return [([group for *_, group, _ in members], torch.cat([none, *(at for *_, at in members)])) for members in bins]
 
 
 def spread(parts, count, most_tokens):
@@ -343,35 +265,36 @@ def spread(parts, count, most_tokens):
     >>> spread([(5, 5, "a"), (3, 3, "b"), (2, 2, "c")], 2, most_tokens=6)
     [[(5, 5, 'a')], [(3, 3, 'b'), (2, 2, 'c')]]
     """
-    bins, work, used = [[] for _ in range(count)], [0] * count, [0] * count
+    bins = [[] for _ in range(count)]
     for part in parts:
-        fitting = [i for i in range(count) if not bins[i] or used[i] + part[1] <= most_tokens]
+        fitting = [members for members in bins if not members or sum(m[1] for m in members) + part[1] <= most_tokens]
         if not fitting:
             return None
-        i = min(fitting, key=work.__getitem__)
-        bins[i].append(part)
-        work[i], used[i] = work[i] + part[0], used[i] + part[1]
+        min(fitting, key=lambda members: sum(m[0] for m in members)).append(part)
     return bins
 
 
-DUMMY = Group(
-    Prompt({}, [0], np.zeros((3, 1), np.int64), torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64), {}),
-    [[0]],
-)  # fmt: skip
+NO_MEDIA = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
+DUMMY = Group(data.Prompt({}, [0], torch.zeros(3, 1, dtype=torch.int64).numpy(), *NO_MEDIA, vllm={}), [[0]])
+
+
+def count_parameters(module):
+    return sum(param.numel() for param in module.parameters())
 
 
 def training_flops(model, batch, recompute):
     """FLOPs that forward and backward of a packed batch execute: 2 per weight and row that meets it, 4 * width per
     query-key pair and layer; the backward pass costs two forwards, recomputation a third, and the head always recomputes.
     """
-    size = lambda module: sum(param.numel() for param in module.parameters())  # noqa: E731
     text, vision = model.config.text_config, model.config.vision_config
     visual, tower = model.model.visual, model.model.language_model
-    pairs = sum(attended_pairs(prompt, responses) for prompt, responses in batch["segments"])
-    body = 2 * size(tower.layers) * len(batch["ids"])
+    sequences = [[end - begin for begin, end in spans] for spans in batch["sequences"]]  # the queries of each come last
+    pairs = sum(attended_pairs(lengths[-1], sum(lengths)) for lengths in sequences)
+    body = 2 * count_parameters(tower.layers) * len(batch["ids"])
     body += 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
     frames = [height * width for time, height, width in batch["grids"].tolist() for _ in range(time)]  # patches each
-    body += 2 * size(visual.blocks) * sum(frames) + 2 * (size(visual) - size(visual.blocks)) * sum(frames) // 4
+    blocks = count_parameters(visual.blocks)
+    body += 2 * blocks * sum(frames) + 2 * (count_parameters(visual) - blocks) * sum(frames) // 4
     body += 4 * vision.hidden_size * vision.depth * sum(patches**2 for patches in frames)
     head = 2 * model.lm_head.weight.numel() * len(batch["rows"])
     return (4 if recompute else 3) * body + 4 * head
@@ -380,18 +303,16 @@ def training_flops(model, batch, recompute):
 def reset_peak_memory():
     """From here on `peak_memory_gb` counts anew."""
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:  # some sandboxes have none
-            file.write("5")
+        return torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # some sandboxes have no such file
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_gb():
     """Largest memory since `reset_peak_memory`: what PyTorch took of the GPU, or this process of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1e6
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -404,8 +325,7 @@ def init_distributed():
         os.environ.setdefault(name, value)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            count = torch.cuda.device_count()
+        if local >= (count := torch.cuda.device_count()):
             raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
@@ -419,13 +339,6 @@ def init_distributed():
     return rank, world, device
 
 
-def global_sum(*values):
-    """Sums numbers over all ranks, in float64. One number in, one out; several in, a list out."""
-    total = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.tolist() if len(values) > 1 else total.item()
-
-
 def gather(value):
     """One small Python object per rank -> the list of all, on every rank."""
     everyone = [None] * dist.get_world_size()
@@ -433,29 +346,28 @@ def gather(value):
     return everyone
 
 
-def global_max(value):
-    largest = torch.tensor(value, dtype=torch.float64)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return type(value)(largest.item())
+def global_sum(*values):
+    """Sums numbers over all ranks. One number in, one out; several in, a list out."""
+    totals = [sum(column) for column in zip(*gather(values))]
+    return totals if len(values) > 1 else totals[0]
 
 
 def load_model(path, device, dtype, trainable=True, shard_size=None):
     """A Hugging Face Qwen3-VL folder -> FSDP2-sharded model with float32 master weights that computes in `dtype`.
 
-    Only rank 0 reads the weights; the others are built empty and receive their shards by broadcast, so host memory holds
-    one copy of the model, not one per rank. `trainable=False`: frozen, weights kept in `dtype` (the KL reference).
-    shard_size: ranks that share one copy of the trainer (default: all). With the GPUs of one node, gathers stay inside it
-    and only gradients cross the network.
+    Only rank 0 reads the weights, the others receive their shards by broadcast: host memory holds one copy, not one per rank.
+    trainable=False: frozen, weights kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer
+    (default: all); with the GPUs of one node, gathers stay inside it and only gradients cross the network.
     """
     if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values, and its gradient becomes one
         torch.set_float32_matmul_precision("high")
-    config = AutoConfig.from_pretrained(path)
     master = torch.float32 if trainable else dtype
-    weights = {}
+    weights, generation = {}, None
     if dist.get_rank() == 0:
-        weights = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master, use_safetensors=True).state_dict()
+        whole = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master, use_safetensors=True)
+        weights, generation = whole.state_dict(), whole.generation_config
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(config).to(master)
+        model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(path)).to(master)
     vision_attention = "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision_attention})
     model.requires_grad_(trainable)
@@ -465,10 +377,9 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     # Inputs are left as they are: patches arrive as uint8, and the rotary tables of the vision tower stay in float32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in [*model.model.visual.blocks, *model.model.language_model.layers]:
+    for block in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    model.response_logps = MethodType(response_logps, model)
+    model.response_logps = partial(response_logps, model)
     register_fsdp_forward_method(model, "response_logps")  # enters through the root, which gathers embeddings and head
 
     model.to_empty(device=device)
@@ -476,31 +387,27 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
         if hasattr(module, "original_inv_freq"):
             fresh = type(module)(module.config)
             module.inv_freq, module.original_inv_freq = fresh.inv_freq.to(device), fresh.original_inv_freq.to(device)
-    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    states.set_model_state_dict(model, weights, options=options)
     model.tie_weights()
-    with contextlib.suppress(OSError):  # some folders have none; stop tokens, passed on by `export_model`
-        model.generation_config = GenerationConfig.from_pretrained(path)
+    model.generation_config = generation  # stop tokens, which `export_model` passes on
     return model.train()
 
 
 def adamw(model, lr, weight_decay):
     params = [param for param in model.parameters() if param.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
-    get_state_dict(model, optimizer)  # makes the moments, by a step without gradient that Adam must not count:
+    states.get_state_dict(model, optimizer)  # makes the moments, by a step without gradient that Adam must not count:
     for state in optimizer.state.values():
         state["step"].zero_()
     return optimizer
 
 
 def optimizer_step(model, optimizer, grad_clip, loss):
-    """Clips the global gradient norm and steps. Where the norm or the loss (of all ranks) is not finite nothing moves, on all
-    ranks alike.
-
-    Returns the norm before clipping (float; nan when the step was skipped).
-    """
+    """Clips the global gradient norm and steps. Where the norm or the loss (of all ranks) is not finite nothing moves, on
+    all ranks alike. Returns the norm before clipping (float; nan when the step was skipped)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).full_tensor().item()
-    finite = math.isfinite(norm) and math.isfinite(loss)
-    if finite:
+    if finite := math.isfinite(norm + loss):
         optimizer.step()
     optimizer.zero_grad()
     return norm if finite else math.nan
@@ -510,20 +417,25 @@ def optimizer_step(model, optimizer, grad_clip, loss):
 # Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
+def published(out):
+    """The folders of a run's checkpoints, oldest first."""
+    return sorted(Path(out, "checkpoints").glob("step-*[0-9]"))
+
+
 def save_checkpoint(out, model, optimizer, state, group, keep, tally):
-    """Copies weights and optimiser state and returns; a thread writes the copy while training goes on. See `publish`.
+    """Copies weights and optimiser state; returns a thread that writes the copy (see `publish`) while training goes on: join it
+    before the next save, and at the end.
 
     state: JSON (step, cursor, ...). group: a gloo process group for nothing but this. keep: how many checkpoints stay.
-    Returns the thread: join it before the next save, and at the end.
     """
-    folder = os.path.join(out, "checkpoints", f"step-{state['step']:06d}")
+    folder = Path(out, "checkpoints", f"step-{state['step']:06d}.tmp")
     if dist.get_rank() == 0:
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)  # of a run that was killed while it wrote
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
     dist.barrier()
-    state = state | dict(parameters=sum(param.numel() for param in model.parameters()))
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    content = {"model": model_state, "optimizer": optimizer_state}
-    writing = dcp.async_save(content, checkpoint_id=folder + ".tmp", process_group=group)
+    state = state | dict(parameters=count_parameters(model))
+    model_state, optimizer_state = states.get_state_dict(model, optimizer)
+    content = dict(model=model_state, optimizer=optimizer_state)
+    writing = dcp.async_save(content, checkpoint_id=folder, process_group=group)
     thread = threading.Thread(target=publish, args=(writing, folder, state, keep, tally), daemon=True)
     thread.start()
     return thread
@@ -537,92 +449,71 @@ def publish(writing, folder, state, keep, tally):
     error = writing.exception()
     if dist.get_rank() > 0:
         return
-    checkpoints = os.path.dirname(folder)
     try:
         if error:
             raise OSError(error)
-        files = {name: os.path.getsize(os.path.join(folder + ".tmp", name)) for name in os.listdir(folder + ".tmp")}
-        write_json(os.path.join(folder + ".tmp", "trainer_state.json"), {**state, "files": files})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(folder + ".tmp", folder)
-        with open(os.path.join(checkpoints, "latest.tmp"), "w") as file:
-            file.write(os.path.basename(folder))
-        os.replace(file.name, file.name.removesuffix(".tmp"))
-        for old in published(checkpoints)[:-keep]:
-            shutil.rmtree(os.path.join(checkpoints, old))
+        files = {path.name: path.stat().st_size for path in folder.iterdir()}
+        (folder / "trainer_state.json").write_text(json.dumps(state | dict(files=files), indent=1))
+        whole, latest = folder.with_suffix(""), folder.with_name("latest")
+        shutil.rmtree(whole, ignore_errors=True)
+        folder.rename(whole)
+        latest.with_suffix(".tmp").write_text(whole.name)
+        latest.with_suffix(".tmp").replace(latest)
+        for old in published(whole.parents[1])[:-keep]:
+            shutil.rmtree(old)
     except OSError as failure:
         tally["failed_saves"] += 1
-        shutil.rmtree(folder + ".tmp", ignore_errors=True)
-        print(f"WARNING: the checkpoint of step {state['step']} could not be saved, the run goes on: {failure}", flush=True)
-
-
-def published(checkpoints):
-    """Names of the checkpoints in a folder, oldest first."""
-    return sorted(glob.glob("step-*[0-9]", root_dir=checkpoints))
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"WARNING: step {state['step']} could not be saved, the run goes on: {failure}", flush=True)
 
 
 def find_checkpoint(out):
     """The newest complete checkpoint of a run -> its folder and its state; (None, {}) for a run that has none yet.
 
-    A damaged one (a file is missing or has another size than when it was published) is named and passed over; when all are
-    damaged the run does not begin anew by itself.
+    A damaged one (a file is missing or has another size than when it was published) is named and passed over; when all are,
+    the run does not begin anew by itself.
     """
-    names = published(os.path.join(out, "checkpoints"))
-    found = [None if names else (None, {})]
-    if dist.get_rank() == 0:
-        for folder in [os.path.join(out, "checkpoints", name) for name in reversed(names)]:
-            try:
-                with open(os.path.join(folder, "trainer_state.json")) as file:
-                    state = json.load(file)
-                for name, size in state["files"].items():
-                    if os.path.getsize(os.path.join(folder, name)) != size:
-                        raise ValueError(f"{name} should have {size} bytes")
-            except (OSError, ValueError, KeyError) as error:
-                print(f"WARNING: the checkpoint {folder} is damaged ({error}); trying the one before", flush=True)
-            else:
-                found = [(folder, state)]
-                break
+    folders, found = published(out), [None, {}]
+    for folder in reversed(folders) if dist.get_rank() == 0 else ():
+        try:
+            state = json.loads((folder / "trainer_state.json").read_text())
+            if cut := [name for name, size in state["files"].items() if (folder / name).stat().st_size != size]:
+                raise ValueError(f"{cut[0]} has another size than when it was saved")
+            found = [folder, state]
+            break
+        except (OSError, ValueError, KeyError) as error:
+            print(f"WARNING: the checkpoint {folder} is damaged ({error}); trying the one before", flush=True)
     dist.broadcast_object_list(found)
-    if found[0] is None:
-        refuse(f"all checkpoints under {out} are damaged: remove the folder to begin anew")
-    return found[0]
+    if folders and found[0] is None:
+        data.refuse(f"all checkpoints under {out} are damaged: remove the folder to begin anew")
+    return tuple(found)
 
 
 def check_resume(state, args, may_change):
     """Refuses to go on with other settings than a run began with, `may_change` aside; --force takes the new ones."""
-    old = state.get("args", {})
-    changed = [
-        name for name in old if name in vars(args) and old[name] != getattr(args, name) and name not in may_change
-    ]
+    new, old = vars(args), state.get("args", {})
+    changed = [name for name in new if name in old and old[name] != new[name] and name not in may_change]
     if changed and not args.force:
-        name = changed[0]
-        refuse(
-            f"{args.out} was begun with --{name.replace('_', '-')} {old[name]}, this command has {getattr(args, name)}"
-            f"{' (and ' + ', '.join(changed[1:]) + ' differ too)' if changed[1:] else ''}: --force goes on with the new setting"
-        )
+        differences = "; ".join(f"--{name.replace('_', '-')} was {old[name]}, is now {new[name]}" for name in changed)
+        data.refuse(f"{args.out} was begun with other settings: {differences}. --force goes on with the new ones")
 
 
 def load_checkpoint(folder, state, model, optimizer):
     """Restores weights and optimiser state in place, on any number of ranks."""
-    parameters = sum(param.numel() for param in model.parameters())
-    if state["parameters"] != parameters:
-        refuse(f"{folder} holds a model of {state['parameters']} parameters, --model has {parameters}")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.load({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    if state["parameters"] != (count := count_parameters(model)):
+        data.refuse(f"{folder} holds a model of {state['parameters']} parameters, --model has {count}")
+    model_state, optimizer_state = states.get_state_dict(model, optimizer)
+    dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folder)
+    states.set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
 
 
 def check_room(out, model, keep, exports=1):
     """Refuses a disk without room for the checkpoints to come (weights and two Adam moments in float32; one more than is kept,
     since the newest is written before the oldest goes) and for so many exported models (bfloat16)."""
-    parameters = sum(param.numel() for param in model.parameters())
-    there = len(published(os.path.join(out, "checkpoints")))
-    needed = parameters * (12 * max(keep + 1 - there, 1) + 2 * exports)
-    free = -global_max(-float(shutil.disk_usage(out).free))  # of the node that has least
+    needed = count_parameters(model) * (12 * max(keep + 1 - len(published(out)), 1) + 2 * exports) / 1e9
+    free = min(gather(shutil.disk_usage(out).free)) / 1e9  # of the node that has least
     if free < needed:
-        refuse(
-            f"--out {out} has {free / 1e9:.2f} GB free, checkpoints and exported models need {needed / 1e9:.2f} GB more"
-        )
+        data.refuse(f"--out {out} has {free:.2f} GB free, checkpoints and exported models need {needed:.2f} GB more")
 
 
 def full_weights(model, dtype):
@@ -636,8 +527,7 @@ def full_weights(model, dtype):
 
 def export_model(model, processor, out):
     """Writes a folder that transformers and vLLM load as it is: bfloat16 safetensors, config, processor, chat template."""
-    rank0 = dist.get_rank() == 0
-    weights = {}
+    rank0, weights = dist.get_rank() == 0, {}
     for name, tensor in full_weights(model, torch.bfloat16):
         if rank0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
             weights[name] = tensor.cpu().clone()  # a gathered tensor may be a view of a padded one
@@ -645,15 +535,9 @@ def export_model(model, processor, out):
         os.makedirs(out, exist_ok=True)
         save_torch_state_dict(weights, out)
         model.config.dtype = torch.bfloat16
-        model.config.save_pretrained(out)
-        model.generation_config.save_pretrained(out)
-        processor.save_pretrained(out)
+        for part in (model.config, model.generation_config, processor):
+            part.save_pretrained(out)
     dist.barrier()
-
-
-def write_json(path, value):
-    with open(path, "w") as file:
-        json.dump(value, file, indent=1)
 
 
 def log_metrics(out, row):
@@ -668,22 +552,20 @@ def forget_after(step, path):
     if dist.get_rank() == 0 and os.path.exists(path):
         with open(path) as file:
             lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(path + ".tmp", "w") as file:
-            file.writelines(lines)
-        os.replace(path + ".tmp", path)
+        Path(f"{path}.tmp").write_text("".join(lines))
+        os.replace(f"{path}.tmp", path)
 
 
 def start_run(args):
     """Makes the run folder and notes what reruns it: arguments, versions, commit. Refuses a folder it cannot write to."""
     if dist.get_rank() == 0:
-        here = os.path.dirname(os.path.abspath(__file__))
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        commit = subprocess.getoutput(f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD")
         try:
             os.makedirs(args.out, exist_ok=True)
-            write_json(os.path.join(args.out, "args.json"), {**vars(args), "versions": versions, "commit": commit})
+            noted = vars(args) | dict(commit=commit, torch=torch.__version__, transformers=transformers.__version__)
+            Path(args.out, "args.json").write_text(json.dumps(noted, indent=1))
         except OSError as error:
-            refuse(f"--out {args.out} cannot be written: {error}")
+            data.refuse(f"--out {args.out} cannot be written: {error}")
     dist.barrier()
 
 
@@ -691,16 +573,12 @@ class Stop:
     """Notices SIGTERM, Ctrl-C and the end of --minutes. `now()` is the same on all ranks; ask it once a step."""
 
     def __init__(self, minutes=None):
-        self.deadline = time.time() + 60 * minutes if minutes else math.inf
-        self.signalled = False
+        self.deadline, self.signals = time.time() + 60 * (minutes or math.inf), []
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.note)
-
-    def note(self, *_):
-        self.signalled = True
+            signal.signal(number, lambda number, _: self.signals.append(number))
 
     def now(self):
-        return bool(global_max(int(self.signalled or time.time() > self.deadline)))
+        return any(gather(bool(self.signals) or time.time() > self.deadline))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -709,14 +587,12 @@ class Stop:
 
 def training_pair(record, processor, limits):
     """A record -> Group of its prompt and its one response: what it demonstrates, and the end-of-turn token."""
-    prompt = encode(record, processor, limits)
+    prompt, tokenizer = data.encode(record, processor, limits), processor.tokenizer
     prompt.vllm = None
-    response = processor.tokenizer(demonstration(record), add_special_tokens=False)["input_ids"] + [
-        processor.tokenizer.eos_token_id
-    ]
+    response = tokenizer(data.demonstration(record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     length = len(prompt.token_ids) + len(response)
-    if length > limits.max_prompt_tokens:
-        raise MediaError("too_long", f"{length} tokens with the response, the limit is {limits.max_prompt_tokens}")
+    if length > (most := limits.max_prompt_tokens):
+        raise data.MediaError("too_long", f"{length} tokens with the response, the limit is {most}")
     return Group(prompt, [response])
 
 
@@ -743,7 +619,7 @@ def update(model, optimizer, groups, args, device):
         (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
         total += loss.item()
     loss = global_sum(total)
-    return loss, int(tokens), optimizer_step(model, optimizer, args.grad_clip, loss)
+    return loss, tokens, optimizer_step(model, optimizer, args.grad_clip, loss)
 
 
 # fmt: off
@@ -776,7 +652,7 @@ def parse_args():
     group.add_argument("--export-saves", action="store_true", help="with each checkpoint also write a Hugging Face folder, OUT/step-*")
     group.add_argument("--force", action="store_true", help="resume although a setting has changed")
     group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
-    add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
+    data.add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
     return parser.parse_args()
 # fmt: on
 
@@ -788,25 +664,20 @@ MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_siz
 def main():
     args = parse_args()
     rank, world, device = init_distributed()
-    torch.manual_seed(args.seed)
 
     # Everything that can be wrong with the input is found before a model is loaded.
     if args.sequences_per_step % world:
-        refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
+        data.refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
     if args.shard_size is not None and (args.shard_size < 1 or world % args.shard_size):
-        refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
-    if args.keep < 1:
-        refuse("--keep must be at least 1")
+        data.refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
     try:
-        records = [record for path in args.data for record in load_records(path, args.media_root)]
+        records = [record for path in args.data for record in data.load_records(path, args.media_root)]
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
-        refuse(error)
-    for record in records:
-        if demonstration(record) is None:
-            refuse(
-                f"{record['file']}: record {record['index']}: no messages and no process, so there is nothing to imitate"
-            )
+        data.refuse(error)
+    if lost := [record for record in records if data.demonstration(record) is None]:
+        where = f"{lost[0]['file']}: record {lost[0]['index']}"
+        data.refuse(f"{where}: no messages and no process, so there is nothing to imitate")
     steps = args.steps or math.ceil(args.epochs * len(records) / args.sequences_per_step)
     checkpoint, state = find_checkpoint(args.out)
     check_resume(state, args, MAY_CHANGE)
@@ -823,30 +694,29 @@ def main():
         load_checkpoint(checkpoint, state, model, optimizer)
     forget_after(step, os.path.join(args.out, "metrics.jsonl"))
     if rank == 0:
-        print(
-            f"{len(records)} records, {steps} steps of {args.sequences_per_step} sequences on {world} ranks,"
-            f" from step {step}"
-        )
+        print(f"{len(records)} records; {steps} steps of {args.sequences_per_step} on {world} ranks, from step {step}")
 
-    order = data_order(len(records), args.seed, cursor, rank, world)
-    stream = prefetch(records, partial(training_pair, processor=processor, limits=limits_of(args)), order, args.workers)
+    make_pair = partial(training_pair, processor=processor, limits=data.limits_of(args))
+    order = data.data_order(len(records), args.seed, cursor, rank, world)
+    stream = data.prefetch(records, make_pair, order, args.workers)
     tally, stop = Counter(state.get("counts", {}) if rank == 0 else {}), Stop(args.minutes)
     saving, saving_group = None, dist.new_group(backend="gloo")
     bar = tqdm(initial=step, total=steps, disable=rank > 0, mininterval=2)
-    while step < steps:
+    stopping = False
+    while step < steps and not stopping:
         begin = time.time()
+        rate = learning_rate(step, steps, args.lr, args.warmup_share)
         for group in optimizer.param_groups:
-            group.update(lr=learning_rate(step, steps, args.lr, args.warmup_share), weight_decay=args.weight_decay)
-        groups = take(stream, args.sequences_per_step // world, tally, args.max_bad_share)
+            group.update(lr=rate, weight_decay=args.weight_decay)
+        groups = data.take(stream, args.sequences_per_step // world, tally, args.max_bad_share)
         waited = time.time() - begin
         loss, tokens, norm = update(model, optimizer, groups, args, device)
         step, cursor = step + 1, cursor + args.sequences_per_step
         tally["skipped_updates"] += math.isnan(norm) and rank == 0
         counts = sum(gather(tally), Counter())
-        row = dict(step=step, loss=loss, tokens=tokens, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         seconds = time.time() - begin
-        row |= {"tokens_per_second": tokens / seconds, "seconds/step": seconds, "seconds/data": waited}
-        log_metrics(args.out, row | counts)
+        row = dict(step=step, loss=loss, tokens=tokens, lr=rate, grad_norm=norm, tokens_per_second=tokens / seconds)
+        log_metrics(args.out, row | {"seconds/step": seconds, "seconds/data": waited} | counts)
         bar.update()
         stopping = stop.now()
         if step % args.save_every == 0 or stopping or step == steps:
@@ -856,8 +726,6 @@ def main():
             saving = save_checkpoint(args.out, model, optimizer, state, saving_group, args.keep, tally)
             if args.export_saves:
                 export_model(model, processor, os.path.join(args.out, f"step-{step:06d}"))
-        if stopping:
-            break
     export_model(model, processor, args.out)
     if saving:
         saving.join()

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+import bandit  # tests/bandit.py
 import matplotlib
 
 matplotlib.use("Agg")
@@ -31,7 +32,8 @@ def collect(folder):
 
     "runs": <method>-<seed> -> metric -> one number per step (None where a step had no record of the task);
     "groups": method -> [task, std of the group's rewards, root mean square of its advantages] of sampled groups;
-    "heldout": sft or <method>-<seed> -> task -> accuracy of each held-out record.
+    "heldout": sft or <method>-<seed> -> task -> accuracy of each held-out record;
+    "bandit": what tests/bandit.py gives, every third step.
     """
     result = dict(runs={}, groups={method: [] for method in METHODS}, heldout={})
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
@@ -49,6 +51,7 @@ def collect(folder):
             lines = sorted(read(path), key=lambda line: line["position"])
             task = lines[0]["parts"]["task"]
             result["heldout"].setdefault(path.parent.name, {})[task] = [short(line["accuracy"]) for line in lines]
+    result["bandit"] = {method: shares[:, ::3].round(4).tolist() for method, shares in bandit.curves().items()}
     return result
 
 
@@ -118,12 +121,12 @@ def smooth(values, width):
 
 
 def draw(result, tasks, table, path):
-    figure = plt.figure(figsize=(15, 14), constrained_layout=True)
-    grid = figure.add_gridspec(4, 12, height_ratios=[1.9, 1, 1, 1])
+    figure = plt.figure(figsize=(13, 19), constrained_layout=True)
+    grid = figure.add_gridspec(5, 12, height_ratios=[1.8, 1.8, 1, 1, 1])
     tasks = sorted(tasks, key=lambda task: step_means(result, "ema_grpo", f"std/{task}"))
     places = {task: i for i, task in enumerate(sorted(tasks))}  # of the table
 
-    axis = figure.add_subplot(grid[0, :4])
+    axis = figure.add_subplot(grid[0, :6])
     for method, (title, colour) in METHODS.items():
         sizes = [step_means(result, method, f"advantage/{task}") for task in tasks]
         axis.plot(sizes, range(len(tasks)), "o-", color=colour, label=title, linewidth=1)
@@ -135,14 +138,14 @@ def draw(result, tasks, table, path):
     )
     axis.legend()
 
-    axis = figure.add_subplot(grid[0, 4:8])
+    axis = figure.add_subplot(grid[0, 6:])
     for method, (title, colour) in METHODS.items():
         groups = [(std, size) for task, std, size in result["groups"][method] if std > 0 and size > 0]
         axis.scatter(*zip(*groups), s=6, color=colour, alpha=0.5, label=title)
     axis.set(title="Inside a task: a group's advantages\nby the std of its rewards", xscale="log", yscale="log", xlabel="std of the group's rewards")  # fmt: skip
     axis.legend()
 
-    axis = figure.add_subplot(grid[0, 8:])
+    axis = figure.add_subplot(grid[1, :6])
     for k, (method, (title, colour)) in enumerate(METHODS.items()):
         mean, low, high = table[f"{method} - sft"]
         rows = [places[task] for task in tasks] + [len(tasks)]
@@ -154,8 +157,21 @@ def draw(result, tasks, table, path):
     axis.set(title="Held-out accuracy minus that of the SFT model,\npercent, 95% over seeds and records")
     axis.legend(loc="lower right")
 
+    axis = figure.add_subplot(grid[1, 6:])
+    for method, (title, colour) in METHODS.items():
+        for k, (kind, style) in enumerate((("QA, reward 0 or 1", "--"), ("box, reward 0.70 or 0.75", "-"))):
+            shares = 100 * np.array(result["bandit"][method])[:, :, k]
+            steps = np.arange(shares.shape[1]) * 3
+            axis.plot(steps, shares.mean(0), style, color=colour, label=f"{title}: {kind}")
+            axis.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.1, linewidth=0)
+    axis.set(
+        title="A task of tiny reward spread (tests/bandit.py): right answers in percent\nband: all ten seeds",
+        xlabel="step",
+    )
+    axis.legend(fontsize="small")
+
     for i, task in enumerate(tasks):
-        axis = figure.add_subplot(grid[1 + i // 4, 3 * (i % 4) : 3 * (i % 4) + 3])
+        axis = figure.add_subplot(grid[2 + i // 4, 3 * (i % 4) : 3 * (i % 4) + 3])
         for method, (_, colour) in METHODS.items():
             values = smooth(curves(result, method, f"reward/{task}"), 10)
             steps = np.arange(1, values.shape[1] + 1)

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,18 +27,18 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import cpu_compat  # noqa: E402, F401
+import cpu_compat  # noqa: F401
 
-# isort: split
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
+import av
+import numpy as np
+import torch
+from soak import launch, make_toy
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
-import data  # noqa: E402
-import rewards  # noqa: E402
-import rl_ema_grpo  # noqa: E402
-import sft  # noqa: E402
+import data
+import rewards
+import rl_ema_grpo
+import sft
 
 
 def seconds_of(function, *args):
@@ -54,9 +53,8 @@ def write_film(path, minutes, fps=25, width=640, height=360):
     rng = np.random.default_rng(0)
     y, x = np.mgrid[:height, :width]
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(
-            "libx264", rate=fps, options={"preset": "veryfast", "g": str(10 * fps), "crf": "23"}
-        )
+        options = {"preset": "veryfast", "g": str(10 * fps), "crf": "23"}
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         packets = []
         for i in range(60 * fps):
@@ -137,9 +135,9 @@ def parse(answers):
 def rewards_(args):
     """Rows of the table: gradings per second of each task whose answer is JSON, against the aim and bare json.loads."""
     rng = random.Random(0)
-    box = lambda: [rng.randrange(500), rng.randrange(500), 500 + rng.randrange(500), 500 + rng.randrange(500)]  # noqa: E731
-    points = lambda: [[rng.randrange(1000), rng.randrange(1000)] for _ in range(3)]  # noqa: E731
-    mask = lambda: dict(boxes=box(), positive_points=points(), negative_points=points())  # noqa: E731
+    box = lambda: [rng.randrange(500), rng.randrange(500), 500 + rng.randrange(500), 500 + rng.randrange(500)]
+    points = lambda: [[rng.randrange(1000), rng.randrange(1000)] for _ in range(3)]
+    mask = lambda: dict(boxes=box(), positive_points=points(), negative_points=points())
     tasks = {
         "temporal grounding": ("video", 20_000, lambda: dict(time=[rng.random() * 9, 9 + rng.random() * 9])),
         "spatial grounding": ("image", 20_000, lambda: dict(boxes=box())),
@@ -292,9 +290,8 @@ def logps(args):
     for chunk in (size // 4, size // 8, size // 16):
         ours = measured(logps_update, size, 151_936, width, chunk)
         rows.append((f"{size} rows, {chunk} at a time, seconds", ours[0], full[0], ours[0] / full[0]))
-        rows.append(
-            (f"{size} rows, {chunk} at a time, GB", ours[1] - head, full[1] - head, (ours[1] - head) / (full[1] - head))
-        )
+        gb, full_gb = ours[1] - head, full[1] - head
+        rows.append((f"{size} rows, {chunk} at a time, GB", gb, full_gb, gb / full_gb))
     return ["vocabulary 151,936", "ours", "full logits", "ours/full"], rows
 
 
@@ -324,26 +321,12 @@ def sampling(args):
 def step(args):
     """Rows of the table: a whole RL step of the toy on two ranks, phase by phase, medians of steps 3 to 8. Its untrained model writes to the limit,
     and rewards are made from the tokens (doomed.py), so that all groups are trained."""
+    settings = "--steps 8 --prompts-per-step 32 --rollouts-per-prompt 8 --max-response-tokens 64 --save-every 4 --grade-seconds 10"
     with tempfile.TemporaryDirectory() as folder:
-        quiet = dict(check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        subprocess.run(
-            [sys.executable, str(ROOT / "tests/toy.py"), folder, "--sft", "12", "--rl", "400", "--eval", "1"], **quiet
-        )
-        options = "--steps 8 --prompts-per-step 32 --updates-per-step 2 --max-response-tokens 64 --dtype float32"
-        options += " --no-recompute --workers 1 --max-prompt-tokens 400 --save-every 4"
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            str(ROOT / "tests/doomed.py"),
-        ]
-        files = ["--model", f"{folder}/model", "--data", f"{folder}/rl_train.json", "--out", f"{folder}/rl"]
-        subprocess.run([*launcher, "", "rl_ema_grpo", *files, *options.split()], **quiet)
-        with open(f"{folder}/rl/metrics.jsonl") as file:
-            steps = [json.loads(line) for line in file][2:]
+        make_toy(folder)
+        if launch(folder, f"{folder}/rl", settings).wait():
+            sys.exit(Path(f"{folder}/rl.log").read_text()[-3000:])
+        steps = [json.loads(line) for line in Path(f"{folder}/rl/metrics.jsonl").read_text().splitlines()[2:]]
     whole = float(np.median([row["seconds/step"] for row in steps]))
     rows = []
     for name in ("sync", "data", "generate", "wait", "grade", "old_logps", "update", "save"):

@@ -69,6 +69,6 @@ def paste(title):
     module = types.ModuleType("pasted")
     code = compile(source, f"<{title}>", "exec")
     exec(code, module.__dict__)
-    strange = globals_of(code) - set(vars(module)) - set(dir(builtins)) - {"__name__", "__module__", "__qualname__"}
+    strange = globals_of(code) - set(vars(module)) - set(dir(builtins)) - {"__name__", "__annotations__"}
     assert not strange, f"{title}: {sorted(strange)} must be copied too"
     return module

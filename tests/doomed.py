@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 --max-restarts 2 tests/doomed.py "rl_ema_grpo.generate:2:all sft.publish:1:0" rl_ema_grpo ...
 
 Death i belongs to restart i: function:call:rank dies 0.1 s after that function is entered for that time ("all": every rank;
-"raise0" instead of a rank: that rank raises an exception; "hang0": it sleeps for good). The restart after the last lives.
+"raise0" instead of a rank: that rank raises an exception). The restart after the last lives.
 
 "towers" in place of deaths: now and then the response to a math record is a factorial that sympy does not finish.
 The toy's model is untrained and earns nothing, so rewards are made from the sampled tokens: every step has groups to train on.
@@ -14,12 +14,11 @@ import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cpu_compat  # noqa: F401, I001
+import cpu_compat  # noqa: F401
 import torch
 
 torch.set_num_threads(1)
@@ -39,8 +38,6 @@ if restart < len(deaths):
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
         if len(calls) == int(at) and who == f"raise{rank}":
             raise ArithmeticError("on purpose")
-        if len(calls) == int(at) and who == f"hang{rank}":
-            time.sleep(10**6)
         return original(*args, **kwargs)
 
     setattr(module, name, doomed)
@@ -57,9 +54,8 @@ if script.__name__ == "rl_ema_grpo":
             rollout.scores = [total(0.05 + 0.9 * (sum(tokens) % 89) / 89, 0.0) for tokens in rollout.responses]
 
     def hanging_text(rollout, i, tokenizer):
-        if (
-            rollout.prompt.record["problem_type"] == "math" and sum(rollout.responses[i]) % 8 == 0
-        ):  # one response in about 100
+        is_math = rollout.prompt.record["problem_type"] == "math"
+        if is_math and sum(rollout.responses[i]) % 8 == 0:  # one response in about 100
             print("tower on purpose", flush=True)
             return "<think>.</think><answer>$99999999!$</answer>"
         return text_of(rollout, i, tokenizer)

@@ -23,30 +23,19 @@ SETTINGS = "--prompts-per-step 4 --rollouts-per-prompt 4 --updates-per-step 2 --
 SETTINGS += " --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400 --grade-seconds 1"
 
 
-def launch(folder, out, steps, save_every, deaths=""):
-    """The toy's RL on two ranks, with rewards made from the sampled tokens (doomed.py)."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "tests/doomed.py",
-    ]
-    command += [
-        deaths,
-        "rl_ema_grpo",
-        "--model",
-        f"{folder}/model",
-        "--data",
-        f"{folder}/rl_train.json",
-        "--out",
-        str(out),
-    ]
-    command += [*SETTINGS.split(), "--steps", str(steps), "--save-every", str(save_every)]
-    log = open(f"{out}.log", "a")
-    return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+def make_toy(folder):
+    command = [sys.executable, "tests/toy.py", folder, *"--sft 12 --rl 400 --eval 1".split()]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def launch(folder, out, settings, deaths=""):
+    """The toy's RL on two ranks, with rewards made from the sampled tokens (doomed.py). settings: flags, which overrule those
+    above. Returns the process of torchrun; what it prints goes to OUT.log."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 tests/doomed.py".split()
+    files = ["--model", f"{folder}/model", "--data", f"{folder}/rl_train.json", "--out", out]
+    command = [sys.executable, *launcher, deaths, "rl_ema_grpo", *files, *SETTINGS.split(), *settings.split()]
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
 def rows(out):
@@ -67,10 +56,10 @@ def unmeasured(row):
 
 def kills(folder, args):
     """Uninterrupted run first; then one that is killed at random moments, and resumed each time."""
-    steps, rng = 12 * args.times, random.Random(args.seed)
+    settings, rng = f"--steps {12 * args.times} --save-every 4", random.Random(args.seed)
     whole, killed, lost, back = f"{folder}/whole", f"{folder}/killed", [], []
-    assert launch(folder, whole, steps, 4).wait() == 0
-    run, start, done = launch(folder, killed, steps, 4), time.time(), 0
+    assert launch(folder, whole, settings).wait() == 0
+    run, start, done = launch(folder, killed, settings), time.time(), 0
     for i in range(args.times):
         while i % 4 < 3 and not (rows(killed) and rows(killed)[-1]["step"] > done):
             time.sleep(0.05)  # three kills of four come within 10 s after a new step, one while the run starts
@@ -85,14 +74,15 @@ def kills(folder, args):
             os.kill(rank, signal.SIGKILL)
         run.wait()
         saved = max((int(path.name[5:]) for path in Path(killed, "checkpoints").glob("step-*[0-9]")), default=0)
-        done = max(done, rows(killed)[-1]["step"] if rows(killed) else 0)
-        lost.append((rows(killed)[-1]["step"] if rows(killed) else 0) - saved)
-        run, start = launch(folder, killed, steps, 4), time.time()
+        reached = rows(killed)[-1]["step"] if rows(killed) else 0
+        done = max(done, reached)
+        lost.append(reached - saved)
+        run, start = launch(folder, killed, settings), time.time()
     assert run.wait() == 0
     same = list(map(unmeasured, rows(whole))) == list(map(unmeasured, rows(killed)))
     weights = Path(whole, "model.safetensors").read_bytes() == Path(killed, "model.safetensors").read_bytes()
     print(
-        f"{len(lost)} kills in {steps} steps, a save every 4: {max(lost)} finished steps lost at most, mean {statistics.mean(lost):.1f}"
+        f"{len(lost)} kills, a save every 4 steps: at most {max(lost)} finished steps lost, mean {statistics.mean(lost):.1f}"
     )
     print(f"past where it was after {statistics.median(back):.0f} s (median of {len(back)}), start included")
     print(f"metrics equal: {same}; weights equal: {weights}")
@@ -102,7 +92,7 @@ def kills(folder, args):
 def steps(folder, args):
     """Resident memory, open files and threads of each rank, and all processes below it, every ten steps."""
     out, seen = f"{folder}/long", {}
-    run = launch(folder, out, args.steps, 50)
+    run = launch(folder, out, f"--steps {args.steps} --save-every 50")
     while run.poll() is None:
         done = len(rows(out))
         if done and done % 10 == 0 and done not in seen:
@@ -113,13 +103,10 @@ def steps(folder, args):
         if done % 50 == 0 or done == 60:
             print(f"{done:5d}   " + "   ".join(f"{mb:12.0f} {files:5d} {children:8d}" for mb, files, children in ranks))
     late = [seen[done] for done in sorted(seen) if done >= 50]
-    growth = [max(measures[rank][0] for measures in late) / late[0][rank][0] - 1 for rank in range(2)]
-    files = [late[-1][rank][1] - late[0][rank][1] for rank in range(2)]
-    children = [late[-1][rank][2] - late[0][rank][2] for rank in range(2)]
-    print(
-        f"after step 50: memory grew by {max(growth):.1%}, open files by {max(files)}, child processes by {max(children)}"
-    )
-    return run.returncode == 0 and max(growth) < 0.05 and max(files) <= 2 and max(children) <= 0
+    growth = max(max(measures[rank][0] for measures in late) / late[0][rank][0] - 1 for rank in range(2))
+    files, children = (max(last[i] - first[i] for first, last in zip(late[0], late[-1])) for i in (1, 2))
+    print(f"after step 50: memory grew by {growth:.1%}, open files by {files}, child processes by {children}")
+    return run.returncode == 0 and growth < 0.05 and files <= 2 and children <= 0
 
 
 def measure(pid):
@@ -132,12 +119,11 @@ def measure(pid):
 def grader(folder, args):
     """One response in a hundred, by its tokens, claims a factorial that sympy does not finish."""
     out = f"{folder}/grader"
-    code = launch(folder, out, 40, 50, "towers").wait()
+    code = launch(folder, out, "--steps 40 --save-every 50", "towers").wait()
     last, towers = rows(out)[-1], Path(f"{out}.log").read_text().count("tower on purpose")
-    print(
-        f"{towers} hanging gradings in {last['step']} steps, {last.get('grader/killed', 0)} counted as killed, loss {last['loss']:.3f}"
-    )
-    return code == 0 and towers == last.get("grader/killed", 0) > 0
+    killed = last.get("grader/killed", 0)
+    print(f"{towers} hanging gradings in {last['step']} steps, {killed} counted as killed, loss {last['loss']:.3f}")
+    return code == 0 and towers == killed > 0
 
 
 if __name__ == "__main__":
@@ -148,7 +134,5 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(
-            [sys.executable, "tests/toy.py", folder, "--sft", "12", "--rl", "400", "--eval", "1"], cwd=ROOT, check=True
-        )
+        make_toy(folder)
         sys.exit(0 if globals()[args.what](folder, args) else 1)

@@ -27,7 +27,7 @@ import data
 def test_examples():
     """The docstrings show what the code no longer does."""
     result = doctest.testmod(data)
-    assert result.attempted > 8 and result.failed == 0
+    assert result.attempted > 3 and result.failed == 0
 
 
 def write_clock(path, count, gap_ms=lambda i: 100, key_every=10):
@@ -163,7 +163,7 @@ def test_three_forms_become_one(tmp_path):
 
 def test_order_depends_on_the_seed_alone():
     """Another number of ranks, or a restart, that repeats or leaves out records."""
-    take = lambda cursor, rank, world, n: list(itertools.islice(data.data_order(10, 3, cursor, rank, world), n))  # noqa: E731
+    take = lambda cursor, rank, world, n: list(itertools.islice(data.data_order(10, 3, cursor, rank, world), n))
     whole = take(0, 0, 1, 30)
     assert [sorted(whole[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert whole[:10] != whole[10:20]
@@ -370,7 +370,7 @@ def test_odd_sizes(tmp_path):
 def test_two_hours_are_not_decoded(tmp_path, monkeypatch):
     """Reading a film from end to end for 128 of its frames, or keeping all of them."""
     write_film(tmp_path / "a.mp4", count=7200, rate=1, options={"preset": "ultrafast", "g": "10", "crf": "20"})
-    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # noqa: E731
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     decoded, memory, next_frame = [], [resident()], data.next_frame
 
     def count(decoder, target, reached):
@@ -409,7 +409,7 @@ def test_folders_of_frames_that_do_not_fit(tmp_path):
     """Frames of two sizes, or a name with a digit that is no number, ended the run."""
     for name, size in (("1.png", (64, 64)), ("2².png", (64, 64)), ("10.png", (128, 64))):
         Image.new("RGB", size).save(tmp_path / name)
-    with pytest.raises(data.MediaError, match="frames of different sizes"):
+    with pytest.raises(data.MediaError, match="must have the same shape"):
         data.read_video(str(tmp_path))
     (tmp_path / "none").mkdir()
     with pytest.raises(data.MediaError, match="no frames in this folder"):
@@ -542,8 +542,8 @@ def test_cache_gives_back_what_was_read(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     limits = data.Limits(cache=str(tmp_path / "cache"))
     settings = (2.0, 128, 4096, 65536, None)
-    film = lambda *settings: data.cached(limits, data.read_video, str(tmp_path / "a.mp4"), *settings)  # noqa: E731
-    picture = lambda: data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536)  # noqa: E731
+    film = lambda *settings: data.cached(limits, data.read_video, str(tmp_path / "a.mp4"), *settings)
+    picture = lambda: data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536)
     fresh, red = film(*settings), picture()
     with monkeypatch.context() as patch:
         patch.setattr(av, "open", None)
@@ -563,7 +563,7 @@ def test_damaged_entries_are_read_again(tmp_path):
     """Pixels of a half-written or spoilt entry; a crash that leaves its half-written file behind for ever."""
     Image.fromarray(clock(77)).save(tmp_path / "a.png")
     limits = data.Limits(cache=str(tmp_path / "cache"))
-    read = lambda: data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536)  # noqa: E731
+    read = lambda: data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536)
     whole = read()
     (entry,) = (tmp_path / "cache").rglob("*.npz")
     content = entry.read_bytes()
@@ -572,16 +572,11 @@ def test_damaged_entries_are_read_again(tmp_path):
         entry.write_bytes(damaged)
         assert (read() == whole).all()
         assert entry.read_bytes() == content
-    left = entry.parent / "crash.tmp"
-    left.write_bytes(content)
-    os.utime(left, (0, 0))
-    data.make_room(entry.parent, len(content))
-    assert entry.exists() and not left.exists()
 
 
 FILL_CACHE = """
 import sys, data
-limits = data.Limits(cache=sys.argv[1], cache_gb=16 * 100_000 / 2**30)
+limits = data.Limits(cache=sys.argv[1], cache_gb=16 * 60_000 / 2**30)
 for round in range(3):
     for i in range(60):
         pixels = data.cached(limits, data.read_image, f"{sys.argv[2]}/{i}.png", 3136, 65536)
@@ -599,28 +594,17 @@ def test_cache_is_bounded_and_shared(tmp_path):
     sizes = Counter()
     for file in (tmp_path / "cache").rglob("*.*"):
         sizes[file.parent.name] += file.stat().st_size
-    assert sizes and max(sizes.values()) <= 100_000 and not list((tmp_path / "cache").rglob("*.tmp"))
+    assert sizes and max(sizes.values()) <= 110_000 and len(list((tmp_path / "cache").rglob("*.npz"))) > 16
+    assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
-def test_oldest_use_goes_first(tmp_path):
-    """What every step needs was thrown out because it was written first."""
-    for i, name in enumerate("abc"):
-        (tmp_path / name).write_bytes(bytes(100))
-        os.utime(tmp_path / name, (i, i))
-    os.utime(tmp_path / "a")  # used now
-    data.make_room(tmp_path, 250)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "c"]
-
-
-def test_two_processes_make_room_at_once(tmp_path, monkeypatch):
-    """What another process has just deleted ended the run."""
-    remove = os.remove
-    monkeypatch.setattr(data.os, "remove", lambda path: (remove(path), remove(path)))
-    for i, name in enumerate("abc"):
-        (tmp_path / name).write_bytes(bytes(100))
-        os.utime(tmp_path / name, (i, i))
-    data.make_room(tmp_path, 100)
-    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+def test_cache_that_cannot_be_written(tmp_path):
+    """A folder without the right to write, or a full disk, ended the run."""
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    limits = data.Limits(cache=str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="--cache .*cache"):
+        assert data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536).shape == (64, 64, 3)
 
 
 # --- records of every kind --------------------------------------------------------------------------------------------
@@ -645,7 +629,7 @@ def test_lines_of_text_files(tmp_path):
         (b"[]", "holds no records"),
         (b'{"a": 1}\n{"a": ', "a.json: line 2: not JSON"),
         (b'[{"a": 1}, {"a": ]', "a.json: not JSON"),
-        (b'{"a": "\xff"}', "a.json: not UTF-8"),
+        (b'{"a": "\xff"}', "a.json: not JSON in UTF-8"),
         (b"[" * 100_000, "a.json: not JSON"),
         (b'[{"a": ' + b"9" * 5000 + b"}]", "a.json: not JSON"),
         (b'["text"]', "record 0: record is 'text', expected an object"),
@@ -668,7 +652,7 @@ def turns(*texts):
         (dict(images={"a.png": 1}), "images is \"{'a.png': 1}\", expected a list of paths"),
         (dict(images=7), "images is '7', expected a list of paths"),
         (dict(images=[None]), "images is '\\[None\\]', expected a list of paths"),
-        (dict(images=[], path=["a.png"]), "path is .*, expected a path"),
+        (dict(images=[], path=["a.png"]), "path is .*, expected a text"),
         (dict(images=[""]), "is outside the media folder"),
         (dict(images=["/etc/passwd"]), "is outside the media folder"),
         (dict(data_type="sound"), "data_type is 'sound', expected one of image, video"),
@@ -678,10 +662,10 @@ def turns(*texts):
         (dict(problem_type="tracking", answer="[" * 50_000), "expected JSON, an object"),
         (dict(problem_type="tracking", answer="[1]"), "expected JSON, an object"),
         (dict(answer=None, solution=""), "solution is '', expected the true answer"),
-        (dict(fps=0), "fps is '0', expected frames per second"),
-        (dict(process=["thought"]), "process is .*, expected the thinking as text"),
-        (dict(messages=turns("a")), "expected a last turn of the assistant"),
-        (dict(messages=[{"from": "human", "value": "x"}]), "expected turns with a role"),
+        (dict(fps="fast"), "fps is 'fast', expected a number"),
+        (dict(process=["thought"]), "process is .*, expected a text"),
+        (dict(messages=turns("a")), "expected .* a last turn of the assistant"),
+        (dict(messages=[{"from": "human", "value": "x"}]), "expected a list of turns with a role"),
         (dict(messages=turns("<image><image>", "x")), "expected 1 <image> placeholders"),
         (dict(messages=None), "messages is 'None', expected a list of turns"),
     ],
@@ -812,8 +796,8 @@ def test_peek_shows_what_is_learned(toy, tmp_path):
         tmp_path / "a.png",
     ]
     shown = run(*command).stdout
-    assert shown.count("of them vision; grids [[8, 4, 4]]") == 2 and shown.count("skipped, missing_media: no file") == 1
-    assert "video: 16 frames of 64 x 64, 0.00 to 7.75 s" in shown
+    assert shown.count("32 of them vision; frames x height x width: 16 x 64 x 64") == 2
+    assert shown.count("skipped, missing_media: no file") == 1 and "<|video_pad|>x4" in shown
     rows = [line.split(maxsplit=3) for line in shown.splitlines() if re.match(r" +\d+ +\d+ ", line)]
     learned = [row for row in rows if row[2] != "-"]
     assert all(row[1] == row[2] for row in learned)

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, run, tiny_sam2
+from PIL import Image
 from scipy import ndimage
 
 import data
@@ -32,7 +33,7 @@ def line_of(task, truth, answer, position=0, **more):
     answer = answer if isinstance(answer, str) or answer is None else json.dumps(answer)
     parts = evaluate.parts_of(task, record, answer)
     accuracy = evaluate.rewards.accuracy(record, answer)
-    return dict(problem_id="p", position=position, accuracy=accuracy, parts=parts, trouble=[], **more)
+    return dict(problem_id="p", position=position, task=task, accuracy=accuracy, parts=parts, trouble=[], **more)
 
 
 def values(name, lines):
@@ -153,18 +154,18 @@ def test_the_table_is_the_papers():
     assert len({(row.name) for row in evaluate.BENCHMARKS.values()}) == 31
     for stem, row in evaluate.BENCHMARKS.items():  # every number of the paper has a metric of exactly that name
         known = {"accuracy", "circular accuracy"}
-        known |= evaluate.METRICS.get(row.task, {}).keys()
+        known |= evaluate.parts_of(row.task, dict(answer="{}"), None).keys() | {"cIoU", "J", "F", "J&F"}
         assert row.paper.keys() <= known and row.task in evaluate.CONVENTIONS, stem
 
 
 def own_of(stem):
     row = evaluate.BENCHMARKS[stem]
-    return evaluate.own_metric(stem, [dict(parts=dict(task=row.task))], row.paper)
+    return evaluate.own_metric(stem, [dict(task=row.task)], row.paper)
 
 
 def test_the_mean_leaves_out_by_name_what_has_no_grade():
     """The release counts segmentation as 0 in its mean; a caption set without a judge must not count either."""
-    cell = lambda value: dict(value=value, low=value, high=value, n=4)  # noqa: E731
+    cell = lambda value: dict(value=value, low=value, high=value, n=4)
     clean = {"not judged": cell(0.0), "failed": cell(0.0)}
     results = {
         "eval_charades": {"accuracy": cell(0.1), "mIoU": cell(0.6), **clean},
@@ -173,22 +174,19 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
         "Video_MMLU_CAP": clean | {"not judged": cell(0.5)},
     }
     owns = dict(zip(results, ("mIoU", "J&F", "cIoU", "accuracy")))
-    total = evaluate.overall(results, owns)
-    assert total["names"] == ["eval_charades", "eval_seg_refcoco"] and total["value"] == pytest.approx(50)
-    assert total["paper"] == [
-        pytest.approx((59.9 + 75.8) / 2),
-        None,
-    ]  # the same benchmarks; Qwen3-VL's cIoU is not known
-    assert total["left_out"] == {
-        "eval_seg_mevis": "no J&F without --sam2",
-        "Video_MMLU_CAP": "2 not judged, see --judge-url",
-    }
+    said = evaluate.table_of(results, owns).splitlines()
+    assert "mean over 2 benchmarks, each by its own *: 50.0" in said
+    assert said[-2:] == [
+        "not in the mean: eval_seg_mevis: no J&F without --sam2",
+        "not in the mean: Video_MMLU_CAP: 2 not judged (see --judge-url)",
+    ]
 
 
 def test_circular_accuracy_wants_every_order_of_the_options():
     """MMBench's rows counted one by one, where the paper's number needs all orders of a question right."""
     rows = [("7", 1.0), ("1000007", 0.0), ("8", 1.0), ("2000008", 1.0), ("1000008", 1.0)]
-    lines = [line_of("multiple choice", "B", "B") | dict(problem_id=index, accuracy=right) for index, right in rows]
+    lines = [line_of("multiple choice", "B", "B", i) for i in range(len(rows))]
+    lines = [line | dict(problem_id=index, accuracy=right) for line, (index, right) in zip(lines, rows)]
     found = evaluate.metrics_of("MMBench_DEV_EN", lines)
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (0.8, 5)
     assert (found["circular accuracy"]["value"], found["circular accuracy"]["n"]) == (0.5, 2)
@@ -215,7 +213,7 @@ def davis_f(p, y):
 
 def paper_f(p, y):
     contours = [mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=0) for mask in (p, y)]
-    grow = lambda contour, r: ndimage.binary_dilation(contour, np.ones((2 * r + 1, 2 * r + 1)))  # noqa: E731
+    grow = lambda contour, r: ndimage.binary_dilation(contour, np.ones((2 * r + 1, 2 * r + 1)))
     return f_measure(*contours, grow, max(1, round(0.0075 * np.linalg.norm(p.shape))))
 
 
@@ -255,36 +253,37 @@ def test_empty_masks_are_where_the_two_conventions_part():
 def test_ciou_is_cumulative_and_giou_is_not():
     """cIoU as a mean of IoUs, or its interval from resampled IoUs: here one large picture outweighs nine small ones."""
     pairs = [(900, 1000)] + [(0, 10)] * 9
-    parts = [dict(task="segmentation-image", iou=0.0, intersection=i, union=u, mask_iou=i / u) for i, u in pairs]
-    lines = [dict(problem_id="p", position=k, accuracy=0.0, parts=p, trouble=[]) for k, p in enumerate(parts)]
+    common = dict(problem_id="p", task="segmentation-image", accuracy=0.0, trouble=[])
+    parts = [{"box_mIoU": 0.0, "cIoU": [i, u], "gIoU": i / u} for i, u in pairs]
+    lines = [common | dict(position=k, parts=part) for k, part in enumerate(parts)]
     found = evaluate.metrics_of("eval_seg_refcoco", lines)
     assert found["cIoU"]["value"] == pytest.approx(900 / 1090) and found["gIoU"]["value"] == pytest.approx(0.09)
     assert found["cIoU"]["low"] == 0.0 and found["cIoU"]["high"] == pytest.approx(
         2700 / 3070
     )  # three draws of the large one
-    lines[3]["parts"] = dict(task="segmentation-image", iou=0.0)  # SAM2 has not come to it yet
+    lines[3]["parts"] = dict(box_mIoU=0.0)  # SAM2 has not come to it yet
     assert "cIoU" not in evaluate.metrics_of("eval_seg_refcoco", lines)
 
 
 def segmentation_records(toy, name, count=2):
-    records = evaluate.load_benchmark(str(toy / "eval" / f"{name}.json"), None, "nowhere")[:count]
-    lines = [
-        dict(problem_id="p", position=r["index"], answer=r["answer"], accuracy=1.0, parts={}, trouble=[])
-        for r in records
-    ]
+    records = list(evaluate.load_benchmark(str(toy / "eval" / f"{name}.json"), None, "nowhere").values())[:count]
+    lines = [dict(problem_id="p", position=r["index"], response=r["answer"], trouble=[]) for r in records]
     return list(zip(records, lines))
 
 
 def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeypatch):
-    """Masks compared in the picture's size where the truth has another; frames of a video counted from 1, or a prompt on
+    """Masks of the picture's size compared with a truth of another; frames of a video counted from 1, or a prompt on
     the wrong one; an answer without a prompt that vanishes instead of scoring 0."""
     images, videos = segmentation_records(toy, "segmentation_image"), segmentation_records(toy, "segmentation_video")
+    for record, _ in images:
+        twice = np.kron(evaluate.true_masks(record)[0], np.ones((2, 2)))
+        record["segmentation_output"]["segmentation_rle"] = evaluate.encode_mask(twice)
     truth = [evaluate.true_masks(record) for record, _ in images + videos]
     prompts = []
 
-    def segment_images(sam2, items):  # a perfect SAM2, at twice the truth's size
-        masks = [np.kron(truth[k][0], np.ones((2, 2))).astype(bool) for k in range(len(items))]
-        return [mask if marks.boxes else np.zeros((i.height, i.width), bool) for mask, (i, marks) in zip(masks, items)]
+    def segment_images(sam2, items):  # a perfect SAM2, at the size of what it is given
+        masks = [truth[k][0] if marks.boxes else np.zeros_like(truth[k][0]) for k, (_, marks) in enumerate(items)]
+        return [np.asarray(Image.fromarray(mask).resize(image.size)) for mask, (image, _) in zip(masks, items)]
 
     def segment_video(sam2, frames, index, marks):
         prompts.append(index)
@@ -293,19 +292,20 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
 
     monkeypatch.setattr(evaluate, "segment_images", segment_images)
     monkeypatch.setattr(evaluate, "segment_video", segment_video)
-    images[1][1]["answer"], images[1][0]["media"] = None, [dict(type="image", path="lost.png")]
+    images[1][1]["response"], images[1][0]["media"] = None, [dict(type="image", path="lost.png")]
     done = []
     evaluate.add_image_masks(images, None, lambda record, line: done.append(line))
     for record, line in videos:
         evaluate.add_video_masks(record, line, None, lambda record, line: done.append(line))
-    assert (done[0]["parts"]["intersection"], done[0]["parts"]["union"]) == (truth[0][0].sum(),) * 2
-    assert (done[1]["parts"]["intersection"], done[1]["parts"]["union"]) == (0, truth[1][0].sum())
+    assert done[0]["masks"]["parts"]["cIoU"] == [truth[0][0].sum()] * 2
+    assert done[1]["masks"]["parts"]["cIoU"] == [0, truth[1][0].sum()]
     assert prompts == [4 * json.loads(record["answer"])["time"] for record, _ in videos]  # 4 frames a second
     for line, masks in zip(done[2:], truth[2:]):
         absent = np.mean([not mask.any() for mask in masks.values()])
-        assert line["parts"]["J (DAVIS)"] == line["parts"]["F (DAVIS)"] == line["parts"]["F"] == 1.0
-        assert 0 < absent < 1 and line["parts"]["J"] == pytest.approx(1 - absent)  # absent objects are 0 in the paper
-        assert all((evaluate.decode_mask(rle) == masks[int(k)]).all() for k, rle in line["masks"].items())
+        parts, frames = line["masks"]["parts"], line["masks"]["frames"]
+        assert parts["J (DAVIS)"] == parts["F (DAVIS)"] == parts["F"] == 1.0
+        assert 0 < absent < 1 and parts["J"] == pytest.approx(1 - absent)  # absent objects are 0 in the paper
+        assert all((evaluate.decode_mask(rle) == masks[int(k)]).all() for k, rle in frames.items())
 
 
 def test_frames_of_a_segmentation_are_those_of_its_seconds(toy):
@@ -331,11 +331,11 @@ def make_forms(toy, out, count=2):
     """A folder with one small file per form of the paper's benchmarks, out of the toy world's held-out records."""
     out.mkdir()
     (out / "media").symlink_to(toy / "eval" / "media")
-    read = lambda name: json.loads((toy / "eval" / f"{name}.json").read_text())[:count]  # noqa: E731
-    truth = lambda record: record["solution"].removeprefix("<answer>").removesuffix("</answer>")  # noqa: E731
-    code = lambda record: base64.b64encode((toy / "eval" / record["path"]).read_bytes()).decode()  # noqa: E731
-    question = lambda record: record["problem"].replace("<image>", "")  # noqa: E731
-    letters = lambda record: {option[0]: option[3:] for option in record["options"]}  # noqa: E731
+    read = lambda name: json.loads((toy / "eval" / f"{name}.json").read_text())[:count]
+    truth = lambda record: record["solution"].removeprefix("<answer>").removesuffix("</answer>")
+    code = lambda record: base64.b64encode((toy / "eval" / record["path"]).read_bytes()).decode()
+    question = lambda record: record["problem"].replace("<image>", "")
+    letters = lambda record: {option[0]: option[3:] for option in record["options"]}
 
     def write_tsv(stem, rows):
         with open(out / f"{stem}.tsv", "w", newline="") as file:
@@ -365,7 +365,6 @@ def make_forms(toy, out, count=2):
     write_tsv("MMBench_DEV_EN", [
         dict(index="1000007", question="Turned", image="7", answer="B", A="x", B="y"),
         dict(index="7", question=question(choice[0]), image=code(choice[0]), answer=truth(choice[0]), **letters(choice[0])),
-        dict(index="8", question="No picture", image="", answer="A", A="x", B="y"),
     ])  # fmt: skip
     write_tsv("MathVerse_MINI", [
         dict(index="1", question="Choices:\nA:1\nB:2", image=code(number), answer="B", question_type="multi-choice"),
@@ -406,19 +405,20 @@ def forms(toy, tmp_path_factory):
 
 def test_tsv_rows_become_records(forms, tmp_path, capsys):
     """A row of another split graded as a question, pictures in the wrong order or lost, an answer of the wrong kind."""
-    load = lambda name: evaluate.load_benchmark(str(forms / name), None, str(tmp_path))  # noqa: E731
+    load = lambda name: list(evaluate.load_benchmark(str(forms / name), None, str(tmp_path)).values())
     two, number, text = load("MMMU_DEV_VAL.tsv")
-    assert "1 rows of other splits than 'validation' and 0 without a medium" in capsys.readouterr().out
+    assert "1 rows of other splits than 'validation' are no records" in capsys.readouterr().out
     assert [r["index"] for r in (two, number, text)] == [1, 2, 3] and two["problem_id"] == "val_1"
-    assert two["problem"] == "Hint: Look.\nIs <image> beside <image>?" and two["options"][0].startswith("A. ")
+    assert two["problem"] == "Hint: Look.\nImage 1: <image>\nImage 2: <image>\nIs image 2 beside image 1?" and two[
+        "options"
+    ][0].startswith("A. ")
     pictures = [medium["path"] for medium in two["media"]]
     originals = json.loads((forms / "eval_mmvu.json").read_text())
-    assert [Path(p).read_bytes() for p in pictures] == [(forms / r["path"]).read_bytes() for r in reversed(originals)]
+    assert [Path(p).read_bytes() for p in pictures] == [(forms / r["path"]).read_bytes() for r in originals]
     assert (number["problem_type"], number["answer"]) == ("numerical", "1,200") and "\nare there?" in number["problem"]
-    assert text["problem_type"] == "open-ended" and evaluate.is_judged(text) and not evaluate.is_judged(number)
+    assert text["problem_type"] == "open-ended"
 
     turned, straight = load("MMBench_DEV_EN.tsv")
-    assert "and 1 without a medium" in capsys.readouterr().out
     assert turned["media"] == straight["media"] and turned["problem_id"] == "1000007"
     letter, root = load("MathVerse_MINI.tsv")
     assert (letter["problem_type"], letter["answer"], root["problem_type"]) == ("multiple choice", "B", "math")
@@ -428,16 +428,23 @@ def test_tsv_rows_become_records(forms, tmp_path, capsys):
     assert load("MMSci_DEV_Captioning_image_only.tsv")[0]["problem_type"] == "open-ended"
 
 
+def test_pictures_of_a_tsv_go_below_a_relative_out(forms, tmp_path, monkeypatch):
+    """--out runs/eval, as the README has it: pictures that are written there, and then taken for strangers."""
+    monkeypatch.chdir(tmp_path)
+    straight = evaluate.load_benchmark(str(forms / "MathVerse_MINI.tsv"), None, "runs")[0]
+    assert Path(straight["media"][0]["path"]).parent == tmp_path / "runs" / "media"
+
+
 def test_video_tsv_and_json_become_records(forms, tmp_path):
     """The three video sets that VLMEvalKit reads in forms of their own."""
-    (holmes,) = evaluate.load_benchmark(str(forms / "Video_Holmes.json"), None, str(tmp_path))
-    (long,) = evaluate.load_benchmark(str(forms / "LongVideoBench.json"), None, str(tmp_path))
-    (caption,) = evaluate.load_benchmark(str(forms / "Video_MMLU_CAP.tsv"), None, str(tmp_path))
+    (holmes,) = evaluate.load_benchmark(str(forms / "Video_Holmes.json"), None, str(tmp_path)).values()
+    (long,) = evaluate.load_benchmark(str(forms / "LongVideoBench.json"), None, str(tmp_path)).values()
+    (caption,) = evaluate.load_benchmark(str(forms / "Video_MMLU_CAP.tsv"), None, str(tmp_path)).values()
     for record, folder in ((holmes, "video"), (long, "videos"), (caption, "youtube_videos")):
         assert record["media"] == [dict(type="video", path=str(forms / folder / "abc.mp4"))]
     assert (holmes["options"], holmes["answer"]) == (["A. he", "B. she"], "B")
     assert (long["options"], long["answer"]) == (["A. he", "B. she"], "A")
-    assert caption["answer"] == "Who comes? A triangle.\nWhen? Late." and evaluate.is_judged(caption)
+    assert caption["answer"] == "Who comes? A triangle.\nWhen? Late." and caption["problem_type"] == "open-ended"
 
 
 def test_benchmarks_by_name(forms, capsys):
@@ -445,7 +452,7 @@ def test_benchmarks_by_name(forms, capsys):
     assert evaluate.files_of("refcoco", str(forms)) == [str(forms / "eval_refcoco_val.json")]
     assert evaluate.files_of("MMMU", str(forms)) == [str(forms / "MMMU_DEV_VAL.tsv")]
     assert evaluate.files_of(str(forms / "mine.json"), "nowhere") == [str(forms / "mine.json")]
-    for name, said in (("GOT-10k", "holds none of eval_got10k.json"), ("nothing", "no benchmark of --list")):
+    for name, said in (("GOT-10k", "none of nowhere/eval_got10k.json"), ("nothing", "no benchmark of --list")):
         with pytest.raises(SystemExit):
             evaluate.files_of(name, "nowhere")
         assert said in capsys.readouterr().err
@@ -562,35 +569,40 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
     """Paying twice for one verdict; an answer without a verdict as a 0; a verdict for other words of the model."""
     monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
     name, out = "MMSci_DEV_Captioning_image_only", str(tmp_path)
-    records = [CAPTION | dict(index=i, problem_id=str(i), benchmark=name) for i in range(4)]
-    line = dict(problem_id="p", accuracy=None, parts=dict(task="open-ended"), trouble=[], response="r")
-    answers = ["a fox", "a fox", "a cow", "a hen"]
-    evaluate.write_lines(
-        f"{out}/{name}.jsonl", {i: line | dict(position=i, answer=text) for i, text in enumerate(answers)}
-    )
+    records = {i: CAPTION | dict(index=i, problem_id=str(i), benchmark=name) for i in range(5)}
+    answers = ["a fox", "a fox", "a cow", "a hen", None]
+    lines = {i: dict(problem_id="p", position=i, response=text, trouble=[]) for i, text in enumerate(answers)}
+    evaluate.write_lines(f"{out}/{name}.jsonl", lines)
+
+    def accuracies():
+        evaluate.judge({name: records}, out, server.url, "m")
+        evaluate.grade({name: records}, out)
+        return [line["accuracy"] for line in evaluate.read_lines(f"{out}/{name}.jsonl").values()]
+
     server.replies = ["no"] * 9  # nobody has an answer
-    assert evaluate.judge({name: records}, out, server.url, "m") == 4 and len(server.asked) == 9
-    metrics = evaluate.metrics_of(name, list(evaluate.read_lines(f"{out}/{name}.jsonl").values()))
-    assert "accuracy" not in metrics and metrics["not judged"]["value"] == 1.0
-    assert (
-        evaluate.judge({name: records}, out, server.url, "m") == 0 and len(server.asked) == 12
-    )  # three different answers
-    assert [line["accuracy"] for line in evaluate.read_lines(f"{out}/{name}.jsonl").values()] == [0.7] * 4
-    lines = {i: line | dict(position=i, answer=text) for i, text in enumerate(answers)}
+    assert accuracies() == [None] * 4 + [0.0] and len(server.asked) == 9
+    found = values(name, list(evaluate.read_lines(f"{out}/{name}.jsonl").values()))
+    assert found["not judged"] == 0.8 and found["accuracy"] == 0.0  # of the one that says nothing
+    assert accuracies() == [0.7] * 4 + [0.0] and len(server.asked) == 12  # three different answers
     evaluate.write_lines(f"{out}/{name}.jsonl", lines)
-    assert evaluate.judge({name: records}, out, server.url, "m") == 0 and len(server.asked) == 12  # all in judge.jsonl
-    evaluate.write_lines(f"{out}/{name}.jsonl", lines)
-    assert evaluate.judge({name: records}, out, server.url, "other") == 0 and len(server.asked) == 15
+    assert accuracies() == [0.7] * 4 + [0.0] and len(server.asked) == 12  # all in judge.jsonl
+    evaluate.write_lines(f"{out}/{name}.jsonl", lines | {0: lines[0] | dict(response="an owl")})
+    assert accuracies() == [0.7] * 4 + [0.0] and len(server.asked) == 13
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Intervals
 
 
+def column_of(values):
+    """One metric that is a mean, as columns_of stacks them: (1, 2, n)."""
+    return np.stack([values, np.ones(len(values))])[None].astype(float)
+
+
 def test_interval_is_that_of_the_mean():
     """An interval of the values, not of their mean; or one that shrinks with the resamples instead of with n."""
     scores = np.random.default_rng(0).random(400)
-    means = evaluate.resampled_means([scores], "x")
+    means = evaluate.resampled(column_of(scores), "x")
     assert means.shape == (2000, 1)
     cell = evaluate.interval(scores.mean(), means[:, 0])
     half = 1.96 * scores.std() / np.sqrt(400)
@@ -602,7 +614,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
     """Wrong percentiles (90%, or one-sided)."""
     rng, hits = np.random.default_rng(1), 0
     for i in range(400):
-        means = evaluate.resampled_means([rng.random(60) < 0.4], f"benchmark {i}")
+        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")
         low, high = evaluate.interval(0, means)["low"], evaluate.interval(0, means)["high"]
         hits += low <= 0.4 <= high
     assert 0.91 <= hits / 400 <= 0.98
@@ -611,14 +623,8 @@ def test_interval_covers_the_truth_about_95_times_in_100():
 def test_resamples_are_the_same_for_a_name_and_independent_between_names():
     """One seed for all benchmarks couples their draws, and the interval of the mean over benchmarks is wrong."""
     scores = np.random.default_rng(0).random(50)
-    a, again, b = (evaluate.resampled_means([scores], name)[:, 0] for name in ("a", "a", "b"))
+    a, again, b = (evaluate.resampled(column_of(scores), name)[:, 0] for name in ("a", "a", "b"))
     assert (a == again).all() and abs(np.corrcoef(a, b)[0, 1]) < 0.1
-
-
-def test_resampling_in_blocks_draws_every_block_anew(monkeypatch):
-    """A large benchmark is resampled block by block: a generator made anew per block repeats the same draws."""
-    means = evaluate.resampled_means([np.arange(400_000.0)], "large", resamples=6)[:, 0]
-    assert len(set(means)) == 6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -640,12 +646,12 @@ def test_parts_merge_in_position_order_with_what_was_there(tmp_path):
     for position in range(0, 24):
         rank = position % 3
         evaluate.append(
-            f"{out}/parts/a/{rank}.jsonl", dict(position=position, problem_id=str(position), response="first")
+            f"{out}/a.parts/{rank}.jsonl", dict(position=position, problem_id=str(position), response="first")
         )
     assert list(evaluate.merge_parts(out, "a")) == list(range(24))
-    assert not (tmp_path / "parts" / "a").exists()
-    evaluate.append(f"{out}/parts/a/0.jsonl", dict(position=24, problem_id="24", response="second"))
-    evaluate.append(f"{out}/parts/a/1.jsonl", dict(position=5, problem_id="5", response="tried again"))
+    assert not (tmp_path / "a.parts").exists()
+    evaluate.append(f"{out}/a.parts/0.jsonl", dict(position=24, problem_id="24", response="second"))
+    evaluate.append(f"{out}/a.parts/1.jsonl", dict(position=5, problem_id="5", response="tried again"))
     lines = evaluate.merge_parts(out, "a")
     assert list(lines) == list(range(25)) and lines[5]["response"] == "tried again" and lines[6]["response"] == "first"
     stored = [json.loads(text) for text in (tmp_path / "a.jsonl").read_text().splitlines()]
@@ -656,7 +662,7 @@ def test_parts_of_a_benchmark_whose_name_begins_another(tmp_path):
     """Parts found by a pattern: "a" swallows those of "a.b", "x[1]" finds none."""
     out = str(tmp_path)
     for name in ("a", "a.b", "x[1]"):
-        evaluate.append(f"{out}/parts/{name}/0.jsonl", dict(position=0, problem_id=name))
+        evaluate.append(f"{out}/{name}.parts/0.jsonl", dict(position=0, problem_id=name))
     for name in ("a", "a.b", "x[1]"):
         assert evaluate.merge_parts(out, name)[0]["problem_id"] == name
 
@@ -664,8 +670,8 @@ def test_parts_of_a_benchmark_whose_name_begins_another(tmp_path):
 def test_duplicate_problem_ids_stay_apart(tmp_path):
     """The release keys its outputs by problem id: records that share one overwrite each other."""
     for position, accuracy in enumerate([1.0, 0.0, 1.0]):
-        line = dict(problem_id="same", position=position, accuracy=accuracy, parts=dict(task="math"), trouble=[])
-        evaluate.append(f"{tmp_path}/parts/a/0.jsonl", line)
+        line = dict(problem_id="same", position=position, task="math", accuracy=accuracy, parts={}, trouble=[])
+        evaluate.append(f"{tmp_path}/a.parts/0.jsonl", line)
     lines = evaluate.merge_parts(str(tmp_path), "a")
     assert len(lines) == 3 and values("a", list(lines.values()))["accuracy"] == pytest.approx(2 / 3)
 
@@ -690,32 +696,33 @@ def store(out, name, accuracies, ids=None):
     Path(out).mkdir(exist_ok=True)
     for i, accuracy in enumerate(accuracies):
         line = dict(problem_id=str(i) if ids is None else ids[i], position=i, accuracy=float(accuracy))
-        evaluate.append(f"{out}/parts/{name}/0.jsonl", line | dict(parts=dict(task="math"), trouble=[]))
+        evaluate.append(f"{out}/{name}.parts/0.jsonl", line | dict(task="math", parts={}, trouble=[]))
     lines = list(evaluate.merge_parts(str(out), name).values())
-    results = evaluate.read_json_file(f"{out}/results.json") or {}
+    results = evaluate.read_json_file(f"{out}/results.json")
     evaluate.write_whole(f"{out}/results.json", json.dumps(results | {name: evaluate.metrics_of(name, lines)}))
 
 
-def own(values, ids=None, metric="accuracy"):
-    """One benchmark of one model as read_own gives it."""
+def own(values, ids=None):
+    """One benchmark of one model, of what read_own gives."""
     ids = [str(i) for i in range(len(values))] if ids is None else ids
-    return ids, metric, np.array([values, np.ones(len(values))], dtype=float)
+    return ids, np.array([values, np.ones(len(values))], dtype=float)
 
 
 def test_difference_is_paired_over_the_records():
     """Independent resamples for the two models: a model that is better on every single record looks like chance."""
     rng = np.random.default_rng(0)
-    base = {name: 0.8 * (rng.random(50) < 0.5) for name in ("a", "b")}
+    base = {(name, "accuracy"): 0.8 * (rng.random(50) < 0.5) for name in ("a", "b")}
     models = {
-        "base": {name: own(base[name]) for name in base},
-        "better": {name: own(base[name] + 0.02) for name in base},
+        "base": {key: own(base[key]) for key in base},
+        "better": {key: own(base[key] + 0.02) for key in base},
     }
     report = evaluate.compare_models(models)
-    (difference,) = report["differences"]
-    assert (difference["model"], difference["minus"]) == ("better", "base")
-    for row in (difference, difference["benchmarks"]["a"], difference["benchmarks"]["b"]):
-        assert [row[key] for key in ("value", "low", "high", "p")] == pytest.approx([0.02, 0.02, 0.02, 0.0])
-    assert report["mean"]["base"]["high"] - report["mean"]["base"]["low"] > 0.1  # while each alone is uncertain
+    for row in (report["mean"], *report["benchmarks"].values()):
+        difference = row["differences"]["better"]
+        assert [difference[key] for key in ("value", "low", "high", "p")] == pytest.approx([0.02, 0.02, 0.02, 0.0])
+    assert list(report["benchmarks"]) == ["a", "b"] and list(report["mean"]["differences"]) == ["better"]
+    alone = report["mean"]["models"]["base"]
+    assert alone["high"] - alone["low"] > 0.1  # while each model alone is uncertain
 
 
 def test_difference_of_equal_models_with_different_luck_includes_zero():
@@ -723,8 +730,8 @@ def test_difference_of_equal_models_with_different_luck_includes_zero():
     rng = np.random.default_rng(3)
     hits, surprises = 0, 0
     for i in range(60):
-        models = {model: {f"{i}": own((rng.random(80) < 0.5) * 1.0)} for model in ("a", "b")}
-        (difference,) = evaluate.compare_models(models)["differences"]
+        models = {model: {(f"{i}", "accuracy"): own((rng.random(80) < 0.5) * 1.0)} for model in ("a", "b")}
+        difference = evaluate.compare_models(models)["mean"]["differences"]["b"]
         hits += difference["low"] <= 0 <= difference["high"]
         surprises += difference["p"] < 0.05
     assert hits >= 52 and surprises <= 8
@@ -732,27 +739,29 @@ def test_difference_of_equal_models_with_different_luck_includes_zero():
 
 def test_mean_weighs_benchmarks_not_records():
     """A large benchmark drowns the small ones in one pot; the three files of RefCOCO count three times."""
-    models = {"m": {"large": own([0.0] * 90), "small": own([1.0] * 10)}}
-    assert evaluate.compare_models(models)["mean"]["m"]["value"] == 0.5
-    files = {f"eval_refcoco_{split}": own([1.0] * 5, metric="R@0.5") for split in ("val", "testA", "testB")}
-    models = {"m": files | {"eval_charades": own([0.0] * 5, metric="mIoU")}}
-    assert evaluate.compare_models(models)["mean"]["m"]["value"] == 0.5
+    models = {"m": {("large", "accuracy"): own([0.0] * 90), ("small", "accuracy"): own([1.0] * 10)}}
+    assert evaluate.compare_models(models)["mean"]["models"]["m"]["value"] == 0.5
+    files = {(f"eval_refcoco_{split}", "R@0.5"): own([1.0] * 5) for split in ("val", "testA", "testB")}
+    models = {"m": files | {("eval_charades", "mIoU"): own([0.0] * 5)}}
+    assert evaluate.compare_models(models)["mean"]["models"]["m"]["value"] == 0.5
 
 
 def test_a_ratio_of_sums_is_compared_as_one():
     """cIoU averaged over pictures in the comparison, while results.json has the cumulative one."""
     columns = np.array([[90.0, 0.0], [100.0, 10.0]])
-    report = evaluate.compare_models({"m": {"eval_seg_refcoco": (["1", "2"], "cIoU", columns)}})
-    assert report["mean"]["m"]["value"] == pytest.approx(90 / 110)
+    report = evaluate.compare_models({"m": {("eval_seg_refcoco", "cIoU"): (["1", "2"], columns)}})
+    assert report["mean"]["models"]["m"]["value"] == pytest.approx(90 / 110)
 
 
-def test_comparison_needs_the_same_records_and_names_what_it_leaves_out():
+def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(capsys):
     """Models compared over different benchmarks, metrics or records, in silence."""
-    a = {"x": own([1.0, 0.0], ["1", "2"]), "y": own([1.0], ["1"]), "z": own([1.0], ["1"])}
-    b = {"x": own([0.0, 0.0], ["1", "2"]), "z": own([1.0], ["1"], "cIoU")}
+    x, y, z = ("x", "accuracy"), ("y", "accuracy"), ("z", "accuracy")
+    a = {x: own([1.0, 0.0], ["1", "2"]), y: own([1.0], ["1"]), z: own([1.0], ["1"])}
+    b = {x: own([0.0, 0.0], ["1", "2"]), ("z", "cIoU"): own([1.0], ["1"])}
     assert evaluate.compare_models({"a": a, "b": b})["left_out"] == ["y", "z"]
-    with pytest.raises(ValueError, match="x: the models did not answer the same records"):
-        evaluate.compare_models({"a": a, "b": {"x": own([0.0, 0.0], ["1", "3"])}})
+    with pytest.raises(SystemExit):
+        evaluate.compare_models({"a": a, "b": {x: own([0.0, 0.0], ["1", "3"])}})
+    assert "x: the models did not answer the same records" in capsys.readouterr().err
 
 
 def test_compare_command_prints_and_writes(tmp_path):
@@ -775,9 +784,8 @@ def test_compare_command_prints_and_writes(tmp_path):
         r"ocr +10 +20.0 \[[^]]+\] +70.0 \[[^]]+\]\+ +90.0 \[[^]]+\]\+", ocr
     )  # constant: clear everywhere
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (
-        report["benchmarks"]["math"]["RL"] == evaluate.read_json_file(f"{tmp_path}/rl/results.json")["math"]["accuracy"]
-    )
+    alone = evaluate.read_json_file(f"{tmp_path}/rl/results.json")["math"]["accuracy"]
+    assert report["benchmarks"]["math"]["models"]["RL"] | dict(n=10) == alone
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -792,7 +800,7 @@ def test_chunks_are_bounded_by_count_and_by_tokens():
     assert [len(chunk) for chunk in evaluate.chunked(iter(items[2:]), most=3, most_tokens=50)] == [1, 3, 1]
 
 
-def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypatch):
+def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypatch, tmp_path):
     """The release writes a failed batch as answers and never retries it, and drops what it cannot read from the mean."""
     import rl_ema_grpo
 
@@ -815,20 +823,35 @@ def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypa
 
     monkeypatch.setattr(rl_ema_grpo, "generate", generate)
     monkeypatch.setattr(rl_ema_grpo, "text_of", lambda rollout, i, tokenizer: "".join(rollout.responses[i]))
-    grader = SimpleNamespace(accuracies=lambda pairs: [evaluate.rewards.accuracy(*pair) for pair in pairs])
-    pairs = evaluate.answer(list(zip(records, prompts)), None, grader, None, max_tokens=12)
-    assert all(record["index"] == line["position"] for record, line in pairs)
-    by_position = {line["position"]: line for _, line in pairs}
-    assert sorted(by_position) == [0, 2, 3, 4, 5]  # 1 has neither ended nor used its tokens up: it failed
+    lines = {}
+    for record, response, trouble in evaluate.answer(list(zip(records, prompts)), None, None, max_tokens=12):
+        lines[record["index"]] = dict(problem_id="p", position=record["index"], response=response, trouble=trouble)
+    assert sorted(lines) == [0, 2, 3, 4, 5]  # 1 has neither ended nor used its tokens up: it failed
+    assert not any(responses.values())  # tried three times, and no more
+
+    evaluate.write_lines(f"{tmp_path}/a.jsonl", lines)
+    evaluate.grade({"a": dict(enumerate(records))}, tmp_path)
+    by_position = evaluate.read_lines(tmp_path / "a.jsonl")
     assert [by_position[i]["accuracy"] for i in (0, 3, 4, 5)] == [1.0, 0.0, 0.0, 1.0]
     assert by_position[2]["trouble"][0] == "cut off" and by_position[4]["trouble"] == ["unreadable"]
     assert by_position[3]["trouble"] == ["skipped", "missing_media"] and by_position[3]["response"] is None
-    assert not any(responses.values())  # tried three times, and no more
 
     metrics = evaluate.metrics_of("a", list(by_position.values()), failed=1)
     assert metrics["accuracy"]["n"] == 5 and metrics["failed"]["value"] == pytest.approx(1 / 6)
-    total = evaluate.overall({"a": metrics}, {"a": "accuracy"})
-    assert total["names"] == [] and total["left_out"] == {"a": "1 failed"}
+    said = evaluate.table_of({"a": metrics}, {"a": "accuracy"})
+    assert "mean over" not in said and "not in the mean: a: 1 failed (a rerun tries again)" in said
+
+
+def test_masks_of_what_was_read_as_the_answer_before_are_dropped(tmp_path):
+    """After a change of the reader: the masks of the old answer counted as those of the new one, or all masks lost."""
+    record = dict(problem_type="segmentation", data_type="image", answer="{}", benchmark="a")
+    for said, kept in (("read", True), ("read otherwise", False)):
+        masks = dict(answer=said, parts=dict(gIoU=0.5), frames={})
+        line = dict(problem_id="p", position=0, response="read", trouble=[], masks=masks)
+        evaluate.write_lines(f"{tmp_path}/a.jsonl", {0: line})
+        evaluate.grade({"a": {0: record}}, str(tmp_path))
+        line = evaluate.read_lines(f"{tmp_path}/a.jsonl")[0]
+        assert ("masks" in line) == ("gIoU" in line["parts"]) == kept and line["answer"] == "read"
 
 
 @pytest.fixture
@@ -871,12 +894,12 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "math.json").write_text((tmp_path / "math.json").read_text())
     twice = [str(tmp_path / "math.json"), str(tmp_path / "more" / "math.json")]
-    assert "both be the benchmark 'math'" in refused(request_of(data=twice), capsys)
+    assert "a second file of the benchmark 'math'" in refused(request_of(data=twice), capsys)
     (tmp_path / "sft.jsonl").write_text(
         json.dumps(dict(messages=[dict(role="user", content="?"), dict(role="assistant", content="!")]))
     )
     assert "an SFT record" in refused(request_of(data=[str(tmp_path / "sft.jsonl")]), capsys)
-    assert "1 media files do not exist" in refused(request_of(media_root=str(tmp_path / "elsewhere")), capsys)
+    assert "1 media do not exist, such as" in refused(request_of(media_root=str(tmp_path / "elsewhere")), capsys)
     assert "go together" in refused(request_of(judge_url="http://x/v1"), capsys)
     assert "--sam2 nowhere: no such folder" in refused(request_of(sam2="nowhere"), capsys)
     record = dict(problem_type="segmentation", problem="?", solution="{}", data_type="image", path="media.png")
@@ -884,8 +907,7 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     assert "no segmentation_rle" in refused(request_of(data=[str(tmp_path / "seg.json")], sam2=str(tmp_path)), capsys)
     for row, sentence in (
         ("1\t?\tB\t7", "image is '7', expected the index of a row with a picture"),
-        ("1\t<image 2>\tB\t" + 100 * "A", "the question speaks of image 2, but there are 1"),
-        ("1\t?\tB\t" + 100 * "!", "image is no base64"),
+        ("1\t?\tB\t" + 100 * "!", "base64"),
         ("1\t?\t\t" + 100 * "A", "expected the true answer"),
     ):
         (tmp_path / "rows.tsv").write_text(f"index\tquestion\tanswer\timage\n{row}\n")
@@ -1002,7 +1024,7 @@ def test_interrupted_three_times_the_result_is_the_same(runs):
     """A rerun that loses, repeats or mixes answers, masks or verdicts; a torn line that ends it, or takes the next along."""
     whole, resumed = ((runs / f"{out}.txt").read_text() for out in ("whole", "cut"))
     assert stored(runs / "whole") == stored(runs / "cut")
-    assert ": 1 to answer" in resumed  # the one whose picture is not there
+    assert ", 1 to answer" in resumed  # the one whose picture is not there
     assert resumed[resumed.index("\nbenchmark") :] == whole[whole.index("\nbenchmark") :].replace("/whole", "/cut")
     verdicts = [evaluate.read_lines(runs / out / "judge.jsonl", "key") for out in ("whole", "cut")]
     assert verdicts[0] == verdicts[1] and verdicts[0]
@@ -1011,7 +1033,7 @@ def test_interrupted_three_times_the_result_is_the_same(runs):
     assert len(results) == 17 and all(metrics["failed"]["value"] == 0 for metrics in results.values())
     assert results["eval_got10k"]["AO"]["n"] == 2 and "J&F (DAVIS)" in results["eval_seg_mevis"]
     assert results["MMSci_DEV_Captioning_image_only"]["accuracy"]["value"] == pytest.approx(0.7)
-    assert re.search(r"mean over benchmarks +17 ", whole) and "not in the mean" not in whole
+    assert "mean over 17 benchmarks" in whole and "not in the mean" not in whole
 
 
 def test_a_record_without_its_medium_counts_0_and_is_tried_again(toy, forms, runs):
@@ -1035,7 +1057,7 @@ def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path):
         evaluate.write_lines(path, lost)
     paths = json.loads(Path(f"{out}/args.json").read_text())["data"]
     done = run("evaluate.py", "--regrade", "--data", *paths, "--out", out)
-    assert stored(Path(out)) == stored(runs / "whole") and "mean over benchmarks" in done.stdout
+    assert stored(Path(out)) == stored(runs / "whole") and "mean over 17 benchmarks" in done.stdout
 
 
 def test_nothing_in_the_report_is_code_but_its_own(runs):
@@ -1044,7 +1066,7 @@ def test_nothing_in_the_report_is_code_but_its_own(runs):
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and page.count("<script") == 1
     bare = re.sub('base64,[^"]+', "", page)
     assert all(link.startswith("data:") for link in re.findall('(?:src|href)="?([^">]*)', bare)) and "http" not in bare
-    assert page.count("<article") == page.count("<details>") > 25 and page.count("no picture") == 1
+    assert page.count("<article") == page.count("<details>") > 25 and page.count("skipped; missing_media") == 1
 
 
 def test_the_report_in_a_browser(runs):
@@ -1078,10 +1100,9 @@ def test_the_report_in_a_browser(runs):
     assert all('task="tracking"' in card and float(re.search('score="([^"]+)', card)[1]) <= 0.95 for card in left)
     width, needed, broken = map(int, re.search("<title>(.*)</title>", seen)[1].split(","))
     assert needed <= width and broken == 0
-    order = re.findall('data-benchmark="eval_stvg" data-score="([^"]+)', dom("#benchmark=eval_stvg"))
-    assert len(order) == 2 and float(order[0]) < float(order[1])  # worst first
-    order = re.findall('data-benchmark="eval_stvg" data-score="([^"]+)', dom("#benchmark=eval_stvg&sort=-1"))
-    assert float(order[0]) > float(order[1])
+    for section in dom("").split("<section>")[1:]:
+        scores = [float(score) for score in re.findall('data-score="([^"]+)', section)]
+        assert scores == sorted(scores)  # worst first
 
 
 def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):

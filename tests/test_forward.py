@@ -23,7 +23,7 @@ def groups(toy, processor):
     text["messages"][0]["content"] = text["messages"][0]["content"].replace("<image>", "")
     pairs = [sft.training_pair(record, processor, data.Limits()) for record in [*records, text]]
     rng = random.Random(0)
-    noise = lambda: [rng.randrange(10, 500) for _ in range(rng.randint(1, 30))]  # noqa: E731
+    noise = lambda: [rng.randrange(10, 500) for _ in range(rng.randint(1, 30))]
     return [sft.Group(pair.prompt, [*pair.responses, noise(), noise()]) for pair in pairs]
 
 
@@ -65,8 +65,7 @@ def test_packed_forward_equals_one_at_a_time(toy, groups, seeded):
 
 
 def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
-    """Rows, offsets or alignment of the two calls on a GPU: its kernel is replaced by SDPA, sequence by sequence."""
-    import torch.nn.attention.varlen as varlen
+    """Rows, offsets or alignment of the call on a GPU: its kernel is replaced by SDPA, sequence by sequence."""
 
     def kernel(q, k, v, q_offsets, k_offsets, q_longest, k_longest, scale, window_size, enable_gqa):
         assert window_size == (-1, 0) and enable_gqa and q_offsets.dtype == k_offsets.dtype == torch.int32
@@ -79,13 +78,13 @@ def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
             out.append(part[0].transpose(0, 1))
         return torch.cat(out)
 
-    monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    segments = sft.pack(groups, "cpu")["segments"]
-    length = sum(prompt + sum(responses) for prompt, responses in segments)
+    monkeypatch.setattr(sft, "varlen_attn", kernel)
+    batch = sft.pack(groups, "cpu")
+    length, sequences = len(batch["ids"]), batch["sequences"]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2))
-    expected, _ = sft.shared_prefix_attention(None, query, key, value, None, 0.3, segments)
-    assert torch.allclose(sft.varlen_attention(query, key, value, 0.3, segments), expected, atol=1e-6)
+    expected, _ = sft.shared_prefix_attention(None, query, key, value, None, 0.3, sequences)
+    assert torch.allclose(sft.varlen_attention(query, key, value, 0.3, sequences), expected, atol=1e-6)
 
 
 def test_text_alone_runs_the_vision_tower_without_effect(toy, groups):
@@ -245,9 +244,9 @@ def test_flops_are_those_that_torch_counts(toy, groups):
     with FlopCounterMode(display=False) as counter:
         sft.response_logps(model, batch).sum().backward()
     # By hand: one causal sequence of 110 has 110 * 111 / 2 pairs, two of 55 have 2 * 55 * 56 / 2, 3,025 fewer.
-    text, lengths = model.config.text_config, (((100, (10,)),), ((50, (5,)), (50, (5,))))
+    text, cases = model.config.text_config, ((((0, 110),),), (((0, 55),), ((55, 110),)))
     fake = dict(ids=torch.zeros(110), rows=torch.zeros(10), grids=torch.zeros(0, 3, dtype=torch.int64))
-    one, two = (sft.training_flops(model, fake | dict(segments=segments), recompute=False) for segments in lengths)
+    one, two = (sft.training_flops(model, fake | dict(sequences=case), recompute=False) for case in cases)
     width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
     assert one - two == 3 * 2 * 2 * width * 3025  # forward and two backward, two products, a multiply and an add
     # Torch counts a masked product in full, we count the half that a causal kernel executes; the toy's attention is small.
@@ -259,24 +258,15 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     model = sft.load_model(toy / "model", torch.device("cpu"), torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     settings = argparse.Namespace(
-        recompute=False,
-        tokens_per_microbatch=300,
-        clip_low=0.2,
-        clip_high=0.3,
-        dual_clip=3.0,
-        kl_coef=0.0,
-        tis_cap=None,
-        grad_clip=1.0,
-    )
+        recompute=False, tokens_per_microbatch=300, grad_clip=1.0,
+        clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0, tis_cap=None,
+    )  # fmt: skip
     responses = [[[7, 8, 9, 10], [11, 12, 13, 14]] for _ in groups]  # equal lengths: advantages cancel in the mean
     rollouts = []
     for group, pair in zip(groups, responses):
         logps = model.response_logps(sft.pack([sft.Group(group.prompt, pair)], "cpu")).detach()
-        rollouts.append(
-            rl_ema_grpo.Rollout(
-                group.prompt, pair, [logps[:4].tolist(), logps[4:].tolist()], [True, True], advantages=[1.0, -1.0]
-            )
-        )
+        sampled = [logps[:4].tolist(), logps[4:].tolist()]
+        rollouts.append(rl_ema_grpo.Rollout(group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0]))
     result = rl_ema_grpo.update(model, optimizer, rollouts, None, None, settings, torch.device("cpu"))
     assert result["tokens"] == 8 * len(groups)
     assert abs(result["loss"]) < 1e-6

@@ -8,15 +8,15 @@ import re
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import cpu_compat  # noqa: F401  (before transformers)
 import pytest
 import torch
 from copying import paste, pieces  # tests/copying.py
 from transformers import Qwen3VLForConditionalGeneration
 from transformers.modeling_utils import AttentionInterface
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import cpu_compat  # noqa: F401  (before transformers)
 import data
 import sft
 from rl_ema_grpo import EMAStd, advantages
@@ -68,7 +68,7 @@ def test_diagram_counts_like_the_loop():
     """A diagram of the step whose numbers are not those in the code."""
     diagram = section("The method in one page").split("```")[3]
     loop = (ROOT / "rl_ema_grpo.py").read_text().split("while step < args.steps:")[1]
-    in_code = re.findall(r"^ +# (\d) (\w+)(?: and (\d) (\w+))?", loop, re.MULTILINE)
+    in_code = re.findall(r"^ +# (\d) (\w+)(?:.*? and (\d) (\w+))?", loop, re.MULTILINE)
     in_code = {pair for one in in_code for pair in (one[:2], one[2:]) if pair[0]}
     assert in_code == set(re.findall(r"(\d) (\w+)", diagram.replace("in 4 mini-batches", "")))
     assert len(in_code) == 8
@@ -106,6 +106,7 @@ OTHERS = """--nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --max-resta
 def test_flags_exist():
     """A command of the README with a flag that no script has."""
     scripts = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("*.sh")])
+    scripts += "".join(f'"--{field}"' for field in data.Limits._fields).replace("_", "-")  # data.add_limits makes these
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README.read_text())) - set(OTHERS)
     assert len(flags) > 30
     assert [flag for flag in flags if f'"{flag}' not in scripts and f"{flag} " not in scripts] == []
@@ -161,7 +162,7 @@ def test_pasted_forward(toy, processor):
     module = paste("the packed shared-prefix forward of Qwen3-VL")
     records = [data.load_records(toy / f"sft_{kind}.json")[0] for kind in ("image", "video")]
     groups = [sft.training_pair(record, processor, data.Limits()) for record in records]
-    groups = [(prompt, [*responses, [5, 6, 7]]) for prompt, responses in groups]
+    groups = [(prompt, [*responses, [15, 16, 17]]) for prompt, responses in groups]
     model = Qwen3VLForConditionalGeneration.from_pretrained(toy / "model", dtype=torch.float32)
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
     pasted = module.response_logps(model, module.pack(groups, "cpu"))
@@ -178,7 +179,10 @@ def test_pasted_policy_loss():
 
 def test_pasted_video_reader(toy):
     path = next((toy / "media").glob("*.mp4"))
-    pasted, ours = paste("reading a video").read_video(str(path)), data.read_video(str(path))
+    pasted, ours = (
+        paste("reading a video, exact frames, true time stamps").read_video(str(path)),
+        data.read_video(str(path)),
+    )
     assert pasted.frames.shape[0] == 16 and (pasted.frames == ours.frames).all() and pasted[1:] == ours[1:]
 
 

@@ -186,7 +186,7 @@ def test_a_full_disk_keeps_the_run_and_the_older_checkpoint(alone, trainer, tmp_
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tally == {"failed_saves": 1} and "step 2 could not be saved" in capsys.readouterr().out
     with monkeypatch.context() as patch:  # the last few bytes
-        patch.setattr(sft, "write_json", lambda path, value: open("/nowhere/at/all", "w"))
+        patch.setattr(sft.Path, "rename", lambda self, target: open("/nowhere/at/all"))
         save(tmp_path, trainer, alone, 2, tally)
     assert tally.pop("failed_saves") == 2 and "/nowhere/at/all" in capsys.readouterr().out
     tally["failed_saves"] = 1
@@ -223,7 +223,7 @@ def test_damaged_checkpoints_are_passed_over(alone, trainer, tmp_path, capsys):
     part = next((checkpoints / "step-000003").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-1])
     folder, state = sft.find_checkpoint(str(tmp_path))
-    assert state["step"] == 2 and folder.endswith("step-000002")
+    assert state["step"] == 2 and folder.name == "step-000002"
     assert "step-000003 is damaged" in capsys.readouterr().out
     (checkpoints / "step-000002" / "trainer_state.json").write_text('{"step": 2')
     with pytest.raises(SystemExit):
@@ -239,7 +239,7 @@ def test_other_settings_or_another_model_are_refused(alone, trainer, tmp_path, c
     with pytest.raises(SystemExit):
         sft.check_resume(state, args, ["out", "workers"])
     said = capsys.readouterr().err
-    assert "--lr 1e-05, this command has 2e-05" in said and "method" in said and "workers" not in said
+    assert "--lr was 1e-05, is now 2e-05" in said and "method" in said and "workers" not in said
     args.force = True
     sft.check_resume(state, args, ["out", "workers"])
     sft.check_resume({}, argparse.Namespace(lr=1, force=False), [])
