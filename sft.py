@@ -670,6 +670,8 @@ def main():
         data.refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
     if args.shard_size is not None and (args.shard_size < 1 or world % args.shard_size):
         data.refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
+    if args.keep < 1:
+        data.refuse(f"--keep {args.keep} must be at least 1")
     try:
         records = [record for path in args.data for record in data.load_records(path, args.media_root)]
         processor = AutoProcessor.from_pretrained(args.model)

@@ -49,7 +49,7 @@ def collect(folder):
     for path in sorted(folder.glob("eval/*/*.jsonl")):
         if path.stem != "judge":
             lines = sorted(read(path), key=lambda line: line["position"])
-            task = lines[0]["parts"]["task"]
+            task = lines[0]["task"]
             result["heldout"].setdefault(path.parent.name, {})[task] = [short(line["accuracy"]) for line in lines]
     result["bandit"] = {method: shares[:, ::3].round(4).tolist() for method, shares in bandit.curves().items()}
     return result
