@@ -322,7 +322,8 @@ def load_sam2(path, device):
     """SAM2 from a Hugging Face folder or hub id, such as facebook/sam2.1-hiera-large: what the two functions below take."""
     from transformers import Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor
 
-    models = (kind.from_pretrained(path).to(device).eval() for kind in (Sam2Model, Sam2VideoModel))
+    safe = dict(use_safetensors=True)  # nothing is ever unpickled from a model folder
+    models = (kind.from_pretrained(path, **safe).to(device).eval() for kind in (Sam2Model, Sam2VideoModel))
     return *models, Sam2Processor.from_pretrained(path), Sam2VideoProcessor.from_pretrained(path)
 
 
@@ -631,7 +632,8 @@ def main():
         llm = make_engine(args.model, args.dtype, length, media, seed=0)
         stream = partial(stream_vllm, llm=llm, tokenizer=processor.tokenizer, max_tokens=max_tokens)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype).to(device).eval()
+        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, use_safetensors=True)
+        model = model.to(device).eval()
         stream = partial(stream_transformers, model=model, processor=processor, max_tokens=max_tokens)
 
     # 3 The answers
