@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 METHODS = {"ema_grpo": ("EMA-GRPO", "tab:blue"), "grpo": ("GRPO", "tab:orange"), "dr_grpo": ("Dr.GRPO", "tab:green")}
@@ -116,12 +117,15 @@ def step_means(result, method, key):
 
 
 def smooth(values, width):
-    """(seeds, steps): the mean of the last `width` steps that have a value."""
-    return np.stack([np.nanmean(values[:, max(0, i + 1 - width) : i + 1], axis=1) for i in range(values.shape[1])], 1)
+    """(seeds, steps): the mean over the last `width` steps that have a value; nan where none has."""
+    sums, counts = (np.cumsum(part, axis=1, dtype=float) for part in (np.nan_to_num(values), ~np.isnan(values)))
+    for part in (sums, counts):
+        part[:, width:] -= part[:, :-width].copy()
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def draw(result, tasks, table, path):
-    figure = plt.figure(figsize=(13, 19), constrained_layout=True)
+    figure = plt.figure(figsize=(15, 19), constrained_layout=True)
     grid = figure.add_gridspec(5, 12, height_ratios=[1.8, 1.8, 1, 1, 1])
     tasks = sorted(tasks, key=lambda task: step_means(result, "ema_grpo", f"std/{task}"))
     places = {task: i for i, task in enumerate(sorted(tasks))}  # of the table
@@ -165,7 +169,7 @@ def draw(result, tasks, table, path):
             axis.plot(steps, shares.mean(0), style, color=colour, label=f"{title}: {kind}")
             axis.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.1, linewidth=0)
     axis.set(
-        title="A task of tiny reward spread (tests/bandit.py): right answers in percent\nband: all ten seeds",
+        title="A task of tiny reward spread (tests/bandit.py):\nright answers in percent; band: all ten seeds",
         xlabel="step",
     )
     axis.legend(fontsize="small")
@@ -177,9 +181,14 @@ def draw(result, tasks, table, path):
             steps = np.arange(1, values.shape[1] + 1)
             axis.plot(steps, values.mean(0), color=colour)
             axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-        axis.set(title=f"{task}: reward (band: all seeds)", xlabel="step")
+        axis.set(title=f"{task}: reward" + ", band: all seeds" * (i == 0), xlabel="step")
     for axis in figure.axes:
         axis.grid(alpha=0.3)
+        for side in (axis.xaxis, axis.yaxis):
+            if side.get_scale() == "log":
+                side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                side.set_major_formatter(ScalarFormatter())
+                side.set_minor_formatter(NullFormatter())
     figure.savefig(path, dpi=75)
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What to divide advantages by: EMA-GRPO, GRPO and Dr.GRPO from one SFT checkpoint, three seeds each, on a CPU.
-#   bash tests/ablation.sh            about 90 minutes on 2 cores, under runs/ablation/; writes assets/ablation.json, .png
+#   bash tests/ablation.sh            about an hour on 2 quiet cores, under runs/ablation/; writes assets/ablation.json, .png
 # The toy's lengths are 10 larger here: an estimate that is one off then loses a tenth of its accuracy, as in real grounding.
 # Stopped half way, the same command goes on where it was.
 set -euo pipefail

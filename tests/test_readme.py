@@ -4,12 +4,14 @@ python tests/test_readme.py      # after an edit of the scripts: moves the line 
 """
 
 import doctest
+import json
 import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import ablation  # tests/ablation.py
 import cpu_compat  # noqa: F401  (before transformers)
 import pytest
 import torch
@@ -83,6 +85,16 @@ def test_memory_arithmetic():
     for billions, cells in rows:
         expected = [2 * float(billions) + 16 * float(billions) / n + 4 for n in (1, 2, 4, 8)]
         assert list(map(float, cells.split(" | "))) == pytest.approx(expected, abs=0.06)
+
+
+def test_ablation_table(capsys):
+    """Numbers in the README that are not those of the committed runs."""
+    result = json.loads((ROOT / "assets" / "ablation.json").read_text())
+    ablation.print_table(result, sorted(result["heldout"]["sft"]), ablation.intervals(result))
+    assert capsys.readouterr().out.strip() in section("Does it matter what one divides by?")
+    assert {name: len(run["reward"]) for name, run in result["runs"].items()} == {
+        f"{method}-{seed}": 100 for method in ablation.METHODS for seed in range(3)
+    }
 
 
 def test_links_lead_somewhere():
