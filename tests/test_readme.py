@@ -107,7 +107,7 @@ def test_links_lead_somewhere():
     files = {link.split("#")[0] for link in links if not link.startswith(("#", "http"))}
     files |= set(re.findall(r"(?:python|bash|torchrun[^\n]*?) ((?:tests/)?\w+\.(?:py|sh))", text))
     assert len(files) > 10
-    assert [path for path in files if not (ROOT / path).exists()] == []
+    assert {path for path in files if not (ROOT / path).exists()} == {"make_mine.py"}  # the reader writes it
 
 
 # of torchrun, the hub, pip, containers and vLLM
