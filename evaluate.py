@@ -823,7 +823,7 @@ def percent(cell, sign=""):
 def table_of(results, owns):
     """The results as text: one line per metric, the paper's numbers beside it; then the mean over benchmarks, each by its own
     metric, which has a star, and what is not in it and why. No line for a trouble that nobody had."""
-    width, named, left_out = max(map(len, results)), [], []
+    width, named, left_out = max(map(len, ["benchmark", *results])), [], []
     lines = [f"{'benchmark':{width}}  {'metric':29} {'n':>6}  percent [95% interval]   paper  Qwen3-VL"]
     for name, metrics in results.items():
         shown = [metric for metric, cell in metrics.items() if cell["value"] or metric not in (*TROUBLES, *UNKNOWN)]
