@@ -37,6 +37,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageOps
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
+BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # from answers: they claim pixels
 
 
 def refuse(message):

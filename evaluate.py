@@ -694,8 +694,7 @@ def parts_of(task, record, answer):
     >>> parts_of("spatial grounding", {"answer": '{"boxes": [0, 0, 10, 10]}'}, '{"boxes": [0, 5, 10, 15]}')
     {'R@0.5': False, 'mIoU': 0.3333333333333333}
     """
-    p, y = (rewards.read_json(text) if isinstance(text, str) else None for text in (answer, rewards.truth_of(record)))
-    p, y = (side if isinstance(side, dict) else {} for side in (p, y))
+    p, y = rewards.read_json(answer or ""), rewards.read_json(rewards.truth_of(record))
     times, boxes = (p.get("time"), y.get("time")), (p.get("boxes"), y.get("boxes"))
     if task == TG:
         iou = rewards.iou_1d(*times)

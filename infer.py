@@ -81,8 +81,7 @@ def marks_of(task, answer):
     >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
     (2, 6.5)
     """
-    said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else None
-    said = said if isinstance(said, dict) else {}
+    said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else {}
     time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
     if in_video and not rewards.is_number(time):
         return Marks()  # of which frame?
@@ -374,16 +373,12 @@ def segment_video(sam2, frames, index, marks):
 # Asking. Each stream yields (piece of text, finish reason); the reason is None until the last piece: "stop" or "length".
 
 
-# One in an answer would claim pixels that are not there.
-BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-
-
 def stream_vllm(prompt, llm, tokenizer, max_tokens):
     """A data.Prompt -> the pieces of the engine's greedy answer."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    banned = dict.fromkeys(tokenizer.convert_tokens_to_ids(BANNED), -100.0)
+    banned = dict.fromkeys(tokenizer.convert_tokens_to_ids(data.BANNED), -100.0)
     settings = dict(skip_special_tokens=False, output_kind=RequestOutputKind.DELTA)
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, logit_bias=banned, **settings)
     llm.llm_engine.add_request("question", prompt.vllm, params)
@@ -405,7 +400,9 @@ def stream_transformers(prompt, model, processor, max_tokens):
     inputs = processor(**text, images=media.get("image"), **films, **kept).to(model.device)
     assert inputs["input_ids"][0].tolist() == prompt.token_ids, "transformers reads another prompt than data.encode"
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
-    settings = dict(do_sample=False, max_new_tokens=max_tokens, suppress_tokens=tokenizer.convert_tokens_to_ids(BANNED))
+    settings = dict(
+        do_sample=False, max_new_tokens=max_tokens, suppress_tokens=tokenizer.convert_tokens_to_ids(data.BANNED)
+    )
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(model.generate, **inputs, **settings, streamer=streamer)
         future.add_done_callback(lambda _: streamer.end())  # after an error we would wait here for ever

@@ -40,7 +40,7 @@ from transformers import AutoProcessor
 
 # fmt: off
 from data import (
-    Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, refuse, take, task_of,
+    BANNED, Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, refuse, take, task_of,
 )
 from rewards import Grader
 from sft import (
@@ -124,6 +124,18 @@ def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
             raise ValueError(f"method is {method!r}, expected ema_grpo, grpo or dr_grpo")
         result.append(float(np.clip((reward - np.mean(values)) / scale, -clip, clip)))
     return result
+
+
+def pull_of_tasks(advantages, tasks):
+    """How hard each task pulls, for the log: {"advantage/<task>": root mean square of its advantages}.
+
+    >>> pull_of_tasks([3.0, -4.0, 1.0], ["QA", "QA", "box"])
+    {'advantage/QA': 3.5355339059327378, 'advantage/box': 1.0}
+    """
+    squares = defaultdict(list)
+    for advantage, task in zip(advantages, tasks, strict=True):
+        squares[task].append(advantage**2)
+    return {f"advantage/{task}": math.sqrt(np.mean(squares[task])) for task in sorted(squares)}
 
 
 def policy_loss(
@@ -253,8 +265,7 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
     """
     from vllm import SamplingParams
 
-    banned = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    banned = {token: -100.0 for token in tokenizer.convert_tokens_to_ids(banned)}
+    banned = dict.fromkeys(tokenizer.convert_tokens_to_ids(BANNED), -100.0)
     settings = [
         SamplingParams(
             n=n, temperature=temperature, top_p=1.0, max_tokens=max_tokens, seed=seed,
@@ -480,13 +491,9 @@ def check(args, world):
     for flag, ranks in (("--rollout-tp", args.rollout_tp), ("--shard-size", args.shard_size or world)):
         if ranks < 1 or world % ranks:
             refuse(f"{flag} {ranks} does not divide {world} ranks")
-    for flag, number in (
-        ("--prompts-per-step", args.prompts_per_step),
-        ("--updates-per-step", args.updates_per_step),
-        ("--keep", args.keep),
-    ):
-        if number < 1:
-            refuse(f"{flag} {number} must be at least 1")
+    for name in ("prompts_per_step", "updates_per_step", "keep"):
+        if (number := getattr(args, name)) < 1:
+            refuse(f"--{name.replace('_', '-')} {number} must be at least 1")
     if args.rollouts_per_prompt < 2:
         refuse(f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from")
     try:
@@ -647,8 +654,7 @@ def main():
             start = sum(len(part) for part in everyone[:rank])
             for i, rollout in enumerate(kept):
                 rollout.advantages = result[start + i * n : start + (i + 1) * n]
-            for task in sorted(set(tasks)):  # root mean square: how hard this task pulls
-                row[f"advantage/{task}"] = float(np.sqrt(np.mean([a * a for a, t in zip(result, tasks) if t == task])))
+            row |= pull_of_tasks(result, tasks)
 
         # 5 old log-probabilities: the first mini-batch is updated by the very policy that computes them, so it needs none
         counts = [len(part) // n for part in everyone]
@@ -774,9 +780,8 @@ def save_samples(out, step, rollouts, tokenizer, count=3):
             entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record))
             entry |= dict(answer=record["answer"], response=text_of(rollout, 0, tokenizer))
             entry |= rollout.scores[0]._asdict()
-            entry |= dict(
-                rewards=[score.reward for score in rollout.scores], advantages=rollout.advantages
-            )  # the group's
+            entry["rewards"] = [score.reward for score in rollout.scores]  # of the whole group
+            entry["advantages"] = rollout.advantages  # empty where the group was not kept
             file.write(json.dumps(entry) + "\n")
 
 

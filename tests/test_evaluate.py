@@ -1,5 +1,6 @@
 """evaluate.py: metrics, intervals, reading of benchmarks, stored outputs, judge, masks, report, comparison, whole runs."""
 
+import argparse
 import base64
 import contextlib
 import csv
@@ -1132,3 +1133,10 @@ def test_tracking_sees_32_frames(toy, processor):
         prompt = evaluate.prompt_of(record | dict(benchmark=name), processor, limits, data.PROMPTS)
         seen[name] = len(prompt.vllm["multi_modal_data"]["video"][0][0])
     assert seen == {"eval_got10k": 32, "mine": 128}
+
+
+def test_what_another_run_has_begun_stays(tmp_path):
+    """A finished run that clears away the answers of an interrupted one to other benchmarks, in the same folder."""
+    evaluate.append(f"{tmp_path}/other.parts/0.jsonl", dict(position=0, response="B", trouble=[]))
+    evaluate.sum_up(argparse.Namespace(out=str(tmp_path), judge_url=None), {})
+    assert evaluate.merge_parts(str(tmp_path), "other")[0]["response"] == "B"

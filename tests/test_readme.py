@@ -92,6 +92,11 @@ def test_ablation_table(capsys):
     result = json.loads((ROOT / "assets" / "ablation.json").read_text())
     ablation.print_table(result, sorted(result["heldout"]["sft"]), ablation.intervals(result))
     assert capsys.readouterr().out.strip() in section("Does it matter what one divides by?")
+    rows = re.findall(r"^\| (?:QA|box) \| (.+) \|$", section("Does it matter what one divides by?"), re.MULTILINE)
+    for k, row in enumerate(rows):  # after 105 steps, of which every third is there
+        shares = [100 * sum(seed[35][k] for seed in result["bandit"][method]) / 10 for method in ablation.METHODS]
+        assert list(map(float, row.split(" | "))) == pytest.approx(shares, abs=0.06)
+    assert len(rows) == 2
     assert {name: len(run["reward"]) for name, run in result["runs"].items()} == {
         f"{method}-{seed}": 100 for method in ablation.METHODS for seed in range(3)
     }

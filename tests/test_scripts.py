@@ -86,7 +86,11 @@ def test_demo_runs_to_the_end(demo):
         assert {"seconds/sync", "seconds/generate", "seconds/grade", "seconds/update"} <= set(row)
     for stage in ("sft", "rl"):
         assert (out / stage / "args.json").exists() and (out / stage / "checkpoints" / "latest").exists()
-    assert (out / "rl" / "rollouts.jsonl").exists() and (out / "curves.png").stat().st_size > 10_000
+    assert (out / "curves.png").stat().st_size > 10_000
+    for line in (out / "rl" / "rollouts.jsonl").read_text().splitlines():
+        entry = json.loads(line)  # another group's rewards or advantages: those of one group have the same order
+        assert len(entry["rewards"]) == 8 and len(entry["advantages"]) in (0, 8)
+        assert [a for _, a in sorted(zip(entry["rewards"], entry["advantages"]))] == sorted(entry["advantages"])
     for model in ("base", "sft", "rl"):
         results = json.loads((out / "eval" / model / "results.json").read_text())
         assert len(results) >= 12
