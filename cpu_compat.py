@@ -12,11 +12,15 @@ import warnings
 
 import torch
 
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine lives in our process: torchrun owns the ranks
+os.environ.setdefault(
+    "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+)  # the engine lives in our process: torchrun owns the ranks
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports usage by default
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")  # vLLM's own, twice a rank
+warnings.filterwarnings(
+    "ignore", message=".*torch.distributed.reduce_op.*"
+)  # vLLM's own, twice a rank
 
 if torch.version.cuda is None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -31,7 +35,9 @@ if torch.version.cuda is None:
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
         for op in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.library.define(
+                f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
         import torchvision  # noqa: F401
 
 

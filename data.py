@@ -23,6 +23,7 @@ import signal
 import struct
 import sys
 import tempfile
+import textwrap
 import warnings
 import zipfile
 from collections import Counter, namedtuple
@@ -34,10 +35,21 @@ import numpy as np
 import torch
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-PATCH, MERGE, TEMPORAL = 16, 2, 2  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
-BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # from answers: they claim pixels
+import rewards
+
+PATCH, MERGE, TEMPORAL = (
+    16,
+    2,
+    2,
+)  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
+BANNED = [
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+]  # from answers: they claim pixels
 
 
 def refuse(message):
@@ -45,6 +57,35 @@ def refuse(message):
     if os.environ.get("RANK", "0") == "0":
         print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def new_parser(doc):
+    """An argparse parser whose errors are one sentence, see `refuse`."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.error = refuse
+    return parser
+
+
+def at_least(least, kind=int):
+    """An argparse type: a finite number that is not below `least`."""
+
+    def read(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
+        return value
+
+    read.__name__ = "number"  # argparse names it where `kind` refuses the text
+    return read
+
+
+def load_processor(path):
+    """The processor of a Qwen3-VL folder or hub id. Raises ValueError or OSError when there is none."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -96,8 +137,12 @@ def load_prompts(path):
         return PROMPTS
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
-    if not isinstance(prompts, dict) or not all(isinstance(prompts.get(task), str) for task in PROMPTS):
-        raise ValueError(f"{path}: expected an object with an instruction for each of {', '.join(PROMPTS)}")
+    if not isinstance(prompts, dict) or not all(
+        isinstance(prompts.get(task), str) for task in PROMPTS
+    ):
+        raise ValueError(
+            f"{path}: expected an object with an instruction for each of {', '.join(PROMPTS)}"
+        )
     return prompts
 
 
@@ -106,7 +151,9 @@ def load_prompts(path):
 
 DATA_TYPES = ("image", "video", "video-image", "text")
 ROLES = ("system", "user", "assistant")
-_TRUTH = json.JSONDecoder(parse_constant=int)  # int("NaN") raises: with NaN in the truth no response could be right
+_TRUTH = json.JSONDecoder(
+    parse_constant=int
+)  # int("NaN") raises: with NaN in the truth no response could be right
 
 
 def load_records(path, media_root=None):
@@ -121,7 +168,9 @@ def load_records(path, media_root=None):
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
     gc.disable()  # a million new objects and nothing to collect: the collector's rounds would take a third of the time
     try:
-        return [normalise(raw, str(path), index, root) for index, raw in enumerate(read_values(path))]
+        return [
+            normalise(raw, str(path), index, root) for index, raw in enumerate(read_values(path))
+        ]
     finally:
         gc.enable()
 
@@ -135,10 +184,15 @@ def read_values(path):
         if text.lstrip().startswith("["):
             values = json.loads(text)
         else:
-            for number, content in enumerate(text.split("\n"), 1):  # other line ends may stand in a text
+            for number, content in enumerate(
+                text.split("\n"), 1
+            ):  # other line ends may stand in a text
                 line = f"line {number}: "
                 values += [json.loads(content)] if content.strip() else []
-    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
         raise ValueError(f"{path}: {line}not JSON in UTF-8: {error}") from error
     if not values:
         raise ValueError(f"{path}: holds no records")
@@ -150,32 +204,46 @@ def normalise(raw, file, index, root):
 
     def fail(field, expected):
         value = raw.get(field) if isinstance(raw, dict) else raw
-        raise ValueError(f"{file}: record {index}: {field} is {str(value)[:80]!r}, expected {expected}")
+        raise ValueError(
+            f"{file}: record {index}: {field} is {str(value)[:80]!r}, expected {expected}"
+        )
 
     if not isinstance(raw, dict):
         fail("record", "an object")
-    for field, kind in dict(options=list, process=str, path=str, additional_path=str, fps=(int, float)).items():
+    for field, kind in dict(
+        options=list, process=str, path=str, additional_path=str, fps=(int, float)
+    ).items():
         if raw.get(field) and not isinstance(raw[field], kind):
             fail(field, "a list" if kind is list else "a text" if kind is str else "a number")
     media = find_media(raw, fail)
     for medium in media:
         medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
         if not medium["path"].startswith(root + os.sep):
-            raise ValueError(f"{file}: record {index}: {medium['path']!r} is outside the media folder {root!r}")
+            raise ValueError(
+                f"{file}: record {index}: {medium['path']!r} is outside the media folder {root!r}"
+            )
     kinds = [medium["type"] for medium in media]
     record = {**raw, "file": file, "index": index, "problem_id": str(raw.get("problem_id", index))}
     record["options"] = [str(option) for option in raw.get("options") or []]
-    if record.setdefault("data_type", "-".join(sorted({*kinds}, reverse=True)) or "text") not in DATA_TYPES:
+    if (
+        record.setdefault("data_type", "-".join(sorted({*kinds}, reverse=True)) or "text")
+        not in DATA_TYPES
+    ):
         fail("data_type", f"one of {', '.join(DATA_TYPES)}")
 
     if "messages" in raw:
         turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
-        if not all(isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str) for t in turns):
+        if not all(
+            isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str)
+            for t in turns
+        ):
             fail("messages", f"a list of turns with a role ({', '.join(ROLES)}) and a text")
         asked = [turn for turn in turns if turn["role"] == "user"]
         if not asked or turns[-1]["role"] != "assistant":
             fail("messages", "a turn of the user, and a last turn of the assistant")
-        text = "\n".join(turn["content"] for turn in asked)  # media may come in any turn of the user
+        text = "\n".join(
+            turn["content"] for turn in asked
+        )  # media may come in any turn of the user
         record["problem"], record["answer"] = place_media(text, kinds, fail, "messages"), None
         asked[0]["content"] = record["problem"].removesuffix(text) + asked[0]["content"]
         record.setdefault("problem_type", None)
@@ -184,9 +252,16 @@ def normalise(raw, file, index, root):
             fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
         if not isinstance(raw.get("problem"), str):
             fail("problem", "a text")
-        record["problem"], record["answer"] = place_media(raw["problem"], kinds, fail, "problem"), read_truth(raw, fail)
-    order = re.findall("<(image|video)>", record["problem"])  # the pixels meet their tokens in this order
-    record["media"] = [media.pop([medium["type"] for medium in media].index(kind)) for kind in order]
+        record["problem"], record["answer"] = (
+            place_media(raw["problem"], kinds, fail, "problem"),
+            read_truth(raw, fail),
+        )
+    order = re.findall(
+        "<(image|video)>", record["problem"]
+    )  # the pixels meet their tokens in this order
+    record["media"] = [
+        media.pop([medium["type"] for medium in media].index(kind)) for kind in order
+    ]
     return record
 
 
@@ -201,8 +276,14 @@ def find_media(raw, fail):
             fail(kind + "s", "a list of paths")
         media += [{"type": kind, "path": path} for path in paths]
     if not media and raw.get("path"):
-        media.append({"type": "image" if raw.get("data_type") == "image" else "video", "path": raw["path"]})
-        media += [{"type": "image", "path": raw["additional_path"]}] if raw.get("additional_path") else []
+        media.append(
+            {"type": "image" if raw.get("data_type") == "image" else "video", "path": raw["path"]}
+        )
+        media += (
+            [{"type": "image", "path": raw["additional_path"]}]
+            if raw.get("additional_path")
+            else []
+        )
     return media
 
 
@@ -297,7 +378,9 @@ def fit(height, width, min_pixels, max_pixels):
     new_height, new_width = (max(32, round(side / 32) * 32) for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new_height, new_width = (max(32, math.floor(side / shrink / 32) * 32) for side in (height, width))
+        new_height, new_width = (
+            max(32, math.floor(side / shrink / 32) * 32) for side in (height, width)
+        )
     elif new_height * new_width < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         new_height, new_width = (math.ceil(side * grow / 32) * 32 for side in (height, width))
@@ -305,8 +388,20 @@ def fit(height, width, min_pixels, max_pixels):
 
 
 # What Pillow's readers raise on damaged bytes, found by feeding them such; each is one unreadable picture.
-IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError)
-IMAGE_ERRORS += (struct.error, Image.DecompressionBombError)  # a bomb is refused by its header, before it is decoded
+IMAGE_ERRORS = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    ArithmeticError,
+    LookupError,
+)
+IMAGE_ERRORS += (
+    struct.error,
+    Image.DecompressionBombError,
+)  # a bomb is refused by its header, before it is decoded
 
 
 def read_image(path, min_pixels=3136, max_pixels=1024 * 1024):
@@ -320,7 +415,9 @@ def read_image(path, min_pixels=3136, max_pixels=1024 * 1024):
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            )
         image = image.convert("RGB")
         height, width = fit(image.height, image.width, min_pixels, max_pixels)
     except MediaError as error:
@@ -345,11 +442,15 @@ def sample_positions(total, duration, fps, max_frames):
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
     """
-    count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999999999999 s
+    count = (
+        min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2
+    )  # 8 s may be 7.999999999999999 s
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
-def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, folder_fps=None):
+def read_video(
+    path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, folder_fps=None
+):
     """Frames of a video file, or of a folder of numbered pictures (which play at `folder_fps`, by default at `fps`).
 
     The packets are listed first, without decoding, for the true time stamp of every frame, in seconds after the first.
@@ -360,21 +461,33 @@ def read_video(path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels
     """
     try:
         if os.path.isdir(path):
-            return read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps)
+            return read_frame_folder(
+                path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps
+            )
         with av.open(path, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
-            if stream is None or stream.disposition & Disposition.attached_pic:  # the cover of a record
+            if (
+                stream is None or stream.disposition & Disposition.attached_pic
+            ):  # the cover of a record
                 raise MediaError("unreadable_video", "no video stream")
             pts, keys = list_frames(container, stream)
             seconds = (pts - pts[0]) * float(stream.time_base)
-            step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean seconds per frame
+            step = (
+                seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps
+            )  # mean seconds per frame
             duration = seconds[-1] + step
             positions = sample_positions(len(pts), duration, fps, max_frames)
             indices, rate, total = positions, 1 / step, len(pts)
-            if np.abs(seconds - np.arange(len(pts)) * step).max() >= step / 2:  # a variable frame rate
+            if (
+                np.abs(seconds - np.arange(len(pts)) * step).max() >= step / 2
+            ):  # a variable frame rate
                 times = np.linspace(0, seconds[-1], len(positions))
                 positions = np.array([np.abs(seconds - time).argmin() for time in times])
-                indices, rate, total = (seconds[positions] * 1000).round().astype(int), 1000, round(duration * 1000)
+                indices, rate, total = (
+                    (seconds[positions] * 1000).round().astype(int),
+                    1000,
+                    round(duration * 1000),
+                )
             frames = decode_at(container, stream, pts[positions], keys, min_pixels, max_pixels)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
@@ -398,7 +511,9 @@ def list_frames(container, stream):
         raise MediaError("unreadable_video", "no frames with a time stamp")
     pts = np.array(sorted(shown))
     if stream.frames and end - pts[0] < 0.95 * (stream.duration or 0):  # other headers only guess
-        seconds = [float(ticks * stream.time_base) for ticks in (end - int(pts[0]), stream.duration)]
+        seconds = [
+            float(ticks * stream.time_base) for ticks in (end - int(pts[0]), stream.duration)
+        ]
         raise MediaError("truncated_video", f"ends after {seconds[0]:.1f} s of {seconds[1]:.1f} s")
     return pts, np.array(sorted(keys.items()) or [(pts[0], pts[0])])
 
@@ -412,10 +527,14 @@ def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
         if frame is not None and frame.pts == target:  # the same frame once more
             frames.append(frames[-1])
             continue
-        last = max(0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1)  # key frame not after the target
+        last = max(
+            0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1
+        )  # key frame not after the target
         # MP4 and MKV seek by time, others by place in decoding order; the key frame before, should that be late too
         places = [*keys[last].tolist(), int(keys[max(0, last - 1), 1])]
-        if frame is not None and keys[last, 0] <= frame.pts:  # no key frame lies on the way: first just go on
+        if (
+            frame is not None and keys[last, 0] <= frame.pts
+        ):  # no key frame lies on the way: first just go on
             places.insert(0, None)
         for place in places:
             if place is not None:
@@ -425,10 +544,15 @@ def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
             if frame is not None and frame.pts == target:
                 break
         else:
-            raise MediaError("unreadable_video", f"no frame can be decoded at {float(target * stream.time_base):.2f} s")
+            raise MediaError(
+                "unreadable_video",
+                f"no frame can be decoded at {float(target * stream.time_base):.2f} s",
+            )
         if not frames:
             height, width = fit(frame.height, frame.width, min_pixels, max_pixels)
-        pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        pixels = scaler.reformat(
+            frame, width, height, "rgb24", interpolation="BICUBIC"
+        ).to_ndarray()
         frames.append(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
     return frames
 
@@ -445,8 +569,14 @@ def next_frame(decoder, target, reached):
 
 
 def read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps):
-    names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
-    names.sort(key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))  # 2 before 10
+    names = [
+        name
+        for name in os.listdir(path)
+        if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
+    ]
+    names.sort(
+        key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name)
+    )  # 2 before 10
     if not names:
         raise MediaError("unreadable_video", "no frames in this folder")
     indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
@@ -473,14 +603,28 @@ def cached(limits, read, path, *settings):
     try:
         with np.load(file) as saved:
             parts = list(saved.values())
-        return Video(parts[0], parts[1].tolist(), float(parts[2]), int(parts[3])) if len(parts) == 4 else parts[0]
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there, or damaged: its checksum tells
+        return (
+            Video(parts[0], parts[1].tolist(), float(parts[2]), int(parts[3]))
+            if len(parts) == 4
+            else parts[0]
+        )
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        zipfile.BadZipFile,
+    ):  # not there, or damaged: its checksum tells
         value = read(path, *settings)
     try:
         os.makedirs(folder, exist_ok=True)
         parts = value if isinstance(value, Video) else [value]
-        if sum(entry.stat().st_size for entry in os.scandir(folder)) + parts[0].nbytes < limits.cache_gb * 2**30 / 16:
-            with tempfile.NamedTemporaryFile(dir=limits.cache, suffix=".tmp", delete=False) as aside:
+        if (
+            sum(entry.stat().st_size for entry in os.scandir(folder)) + parts[0].nbytes
+            < limits.cache_gb * 2**30 / 16
+        ):
+            with tempfile.NamedTemporaryFile(
+                dir=limits.cache, suffix=".tmp", delete=False
+            ) as aside:
                 np.savez(aside, *parts)
             os.replace(aside.name, file)
     except OSError as error:  # a full disk makes reading slower, it does not end the run
@@ -509,9 +653,17 @@ def patchify(frames):
 
     frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16), the grid (T/2, H/16, W/16).
     """
-    time, height, width = frames.shape[0] // TEMPORAL, frames.shape[1] // PATCH, frames.shape[2] // PATCH
-    blocks = frames.reshape(time, TEMPORAL, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3)
-    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)  # time, row, column, both in the token | channel, frame, y, x
+    time, height, width = (
+        frames.shape[0] // TEMPORAL,
+        frames.shape[1] // PATCH,
+        frames.shape[2] // PATCH,
+    )
+    blocks = frames.reshape(
+        time, TEMPORAL, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3
+    )
+    blocks = blocks.transpose(
+        0, 2, 5, 3, 6, 8, 1, 4, 7
+    )  # time, row, column, both in the token | channel, frame, y, x
     return blocks.reshape(time * height * width, -1), (time, height, width)
 
 
@@ -520,13 +672,21 @@ def mrope_positions(token_ids, vision_ids, grids):
     longer side. vision_ids: the ids of the image and video tokens. grids: (M, 3), one per medium. A video has one run
     of vision tokens per time step, since time stamps stand between them."""
     is_vision = np.isin(token_ids, vision_ids)
-    runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)  # start and end of each
-    frames = [(height // MERGE, width // MERGE) for time, height, width in grids for _ in range(time)]
+    runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(
+        -1, 2
+    )  # start and end of each
+    frames = [
+        (height // MERGE, width // MERGE) for time, height, width in grids for _ in range(time)
+    ]
     inside, advance = np.zeros((3, len(token_ids)), np.int64), np.ones(len(token_ids), np.int64)
     for (start, end), (height, width) in zip(runs, frames, strict=True):
         if end - start != height * width:
-            raise MediaError("token_mismatch", f"{end - start} vision tokens for a frame of {height} x {width}")
-        inside[1:, start:end] = np.divmod(np.arange(height * width), width)  # not in time: that is told by time stamps
+            raise MediaError(
+                "token_mismatch", f"{end - start} vision tokens for a frame of {height} x {width}"
+            )
+        inside[1:, start:end] = np.divmod(
+            np.arange(height * width), width
+        )  # not in time: that is told by time stamps
         advance[start:end], advance[end - 1] = 0, max(height, width)
     return inside + np.cumsum(advance) - advance
 
@@ -535,7 +695,9 @@ def check_text(texts, tokenizer):
     """Raises MediaError where a text holds a control token, such as <|im_end|>, or half a character."""
     control = [word for word in tokenizer.get_added_vocab() if word.startswith("<|")]
     if found := [word for word in control if any(word in text for text in texts)]:
-        raise MediaError("control_token", f"the text holds {found[0]}, which the model would not read as text")
+        raise MediaError(
+            "control_token", f"the text holds {found[0]}, which the model would not read as text"
+        )
     if half := re.search("[\ud800-\udfff]", "".join(texts)):
         raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
 
@@ -547,33 +709,54 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
     """
     tokenizer, limits = processor.tokenizer, limits or Limits()
-    turns = record.get("messages", [])[:-1] or [{"role": "user", "content": render_problem(record, prompts)}]
+    turns = record.get("messages", [])[:-1] or [
+        {"role": "user", "content": render_problem(record, prompts)}
+    ]
     check_text([turn["content"] for turn in turns] + [demonstration(record) or ""], tokenizer)
     kinds = [medium["type"] for medium in record["media"]]
 
-    def placed(text):  # as many as there are media: they come first, an <image> in an option or an answer stays text
-        text = text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image"))
+    def placed(
+        text,
+    ):  # as many as there are media: they come first, an <image> in an option or an answer stays text
+        text = text.replace(
+            "<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image")
+        )
         return text.replace("<video>", "<|video_pad|>", kinds.count("video"))
 
-    turns = [turn | {"content": placed(turn["content"])} if turn["role"] == "user" else turn for turn in turns]
+    turns = [
+        turn | {"content": placed(turn["content"])} if turn["role"] == "user" else turn
+        for turn in turns
+    ]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     patches, grids, expanded, vllm_data = [], [], [], {"image": [], "video": []}
     for medium in record["media"]:
         if medium["type"] == "image":
-            pixels = cached(limits, read_image, medium["path"], limits.image_min_pixels, limits.image_max_pixels)
-            rows, grid = patchify(np.stack([pixels, pixels]))  # a picture is a film of two equal frames
+            pixels = cached(
+                limits, read_image, medium["path"], limits.image_min_pixels, limits.image_max_pixels
+            )
+            rows, grid = patchify(
+                np.stack([pixels, pixels])
+            )  # a picture is a film of two equal frames
             expanded.append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
             vllm_data["image"].append(Image.fromarray(pixels))
         else:
             bounds = limits.fps, limits.max_frames, limits.frame_min_pixels, limits.frame_max_pixels
             video = cached(limits, read_video, medium["path"], *bounds, record.get("fps"))
             rows, grid = patchify(video.frames)
-            frame = "<|vision_start|>" + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2) + "<|vision_end|>"
+            frame = (
+                "<|vision_start|>"
+                + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2)
+                + "<|vision_end|>"
+            )
             shown = [index / video.fps for index in video.indices]  # seconds
-            pairs = zip(shown[::2], shown[1::2])  # in the library's own order: 3.15 is else 3.1 here and 3.2 there
+            pairs = zip(
+                shown[::2], shown[1::2]
+            )  # in the library's own order: 3.15 is else 3.1 here and 3.2 there
             expanded.append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
-            metadata = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
+            metadata = dict(
+                fps=video.fps, frames_indices=video.indices, total_num_frames=video.total
+            )
             metadata |= dict(video_backend="pyav", do_sample_frames=False)
             vllm_data["video"].append((video.frames.transpose(0, 3, 1, 2), metadata))
         patches.append(rows)
@@ -583,9 +766,13 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     full = re.sub(r"<\|(image|video)_pad\|>", lambda _: next(waiting), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
     if len(token_ids) > limits.max_prompt_tokens:
-        raise MediaError("too_long", f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}")
+        raise MediaError(
+            "too_long", f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}"
+        )
 
-    positions = mrope_positions(token_ids, tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]), grids)
+    positions = mrope_positions(
+        token_ids, tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]), grids
+    )
     rows = np.concatenate(patches) if patches else np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)
     grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
     vllm = dict(prompt=text, mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False))
@@ -624,7 +811,9 @@ def data_order(count, seed, cursor=0, rank=0, world=1, rows=1, work=None):
             for index in sorted(block, key=lambda index: -work[index]):
                 free = [hand for hand in hands if len(hand) < rows]
                 min(free, key=lambda hand: sum(work[i] for i in hand)).append(index)
-            hands = hands[turn % world :] + hands[: turn % world]  # the first hand has most: everybody's turn
+            hands = (
+                hands[turn % world :] + hands[: turn % world]
+            )  # the first hand has most: everybody's turn
         yield from hands[rank]
 
 
@@ -636,7 +825,9 @@ def prefetch(records, function, order, workers, seconds=600):
 
     def become_worker(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: does not outlive the script, even a killed one
+        ctypes.CDLL(None).prctl(
+            1, signal.SIGKILL
+        )  # PR_SET_PDEATHSIG: does not outlive the script, even a killed one
 
     def use(record):
         try:
@@ -650,7 +841,7 @@ def prefetch(records, function, order, workers, seconds=600):
     ))  # fmt: skip
 
 
-def take(stream, count, tally, max_bad_share):
+def next_items(stream, count, tally, max_bad_share):
     """The next `count` items less the unusable ones, which are named on the screen and counted.
 
     tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>" are counted in it. Raises
@@ -671,18 +862,209 @@ def take(stream, count, tally, max_bad_share):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Drawing: what an answer says, on what it speaks of. --peek, infer.py and the report of evaluate.py use it.
+
+
+class Marks(NamedTuple):
+    """What an answer says, in a form that can be drawn: coordinates 0-1000, times in seconds. Empty where it says nothing."""
+
+    span: tuple | None = None  # (start, end)
+    boxes: dict = {}  # {second: [x1, y1, x2, y2]}, or of a single image {None: box}
+    positive: list = []  # [[x, y], ...] on the object
+    negative: list = []  # [[x, y], ...] beside it
+    time: float | None = (
+        None  # the second at which the box and the points of a video's segmentation stand
+    )
+
+
+def marks_of(task, answer):
+    """The marks in an answer's text (or None). task: as data.task_of gives it. What is malformed is left out.
+
+    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's key k the one at k seconds.
+
+    >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
+    {0.0: [0, 0, 500, 500]}
+    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
+    (2, 6.5)
+    """
+    said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else {}
+    time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
+    if in_video and not rewards.is_number(time):
+        return Marks()  # of which frame?
+    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
+    if first is None:
+        boxes = {time if in_video else None: boxes}
+    else:
+        keys = (
+            [key for key in boxes if re.fullmatch("[0-9]{1,9}", key)]
+            if isinstance(boxes, dict)
+            else []
+        )
+        boxes = {float(key) - first: boxes[key] for key in keys if int(key) >= first}
+    boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
+    points = [said.get(key) for key in ("positive_points", "negative_points")]
+    points = [
+        [xy for xy in p if rewards.are_numbers(xy, 2)] if isinstance(p, list) else []
+        for p in points
+    ]
+    return Marks(
+        tuple(time) if rewards.are_numbers(time, 2) else None,
+        boxes,
+        *points,
+        time if in_video else None,
+    )
+
+
+def box_at(boxes, second):
+    """The box at a second (None of an image), on a straight line between the seconds that are named; the last one holds for
+    less than a second more. None where there is no box.
+
+    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
+    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
+    ([25.0, 0.0, 125.0, 100.0], None, None)
+    """
+    if None in boxes or not boxes or second is None:
+        return boxes.get(None)
+    named = sorted(boxes)
+    if not named[0] <= second < named[-1] + 1:
+        return None
+    return [float(np.interp(second, named, side)) for side in zip(*(boxes[k] for k in named))]
+
+
+def draw(image, marks, second=None, colour="orange", mask=None):
+    """An RGB copy of a PIL image with everything that holds at this second (None: of an image, which has no time).
+
+    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what lies outside goes to the
+    edge. mask: bool (H, W) of the image's shape in any size, becomes a tint.
+    """
+    image = image.convert("RGB")
+    if mask is not None:
+        tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
+        image.paste(tint, mask=Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+    canvas, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
+    pixel = lambda xy: [
+        round(min(max(v, 0), 1000) * side / 1000) for v, side in zip(xy, image.size)
+    ]
+    if box := box_at(marks.boxes, second):
+        (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
+        canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
+    if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
+        r = 2 * line
+        for x, y in map(pixel, marks.positive):
+            canvas.circle((x, y), r, fill=colour, outline="black")
+        for x, y in map(pixel, marks.negative):
+            for width, ink in ((r + 1, "black"), (line, colour)):
+                canvas.line([x - r, y - r, x + r, y + r], ink, width)
+                canvas.line([x - r, y + r, x + r, y - r], ink, width)
+    return image
+
+
+def enlarged(image, least=256):
+    """A picture whose longer side has at least so many pixels, by a whole factor: marks and text on a tiny one can be seen."""
+    factor = math.ceil(least / max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def stack(*images):
+    """Pictures under each other. Even width and height, as the chroma of an MP4 needs."""
+    width, height = max(image.width for image in images), sum(image.height for image in images)
+    canvas, y = Image.new("RGB", (width + width % 2, height + height % 2), "white"), 0
+    for image in images:
+        canvas.paste(image, (0, y))
+        y += image.height
+    return canvas
+
+
+def captioned(image, text, size=14, above=False):
+    """The picture with black text under it (or above it), in letters of this many pixels. Without text: just the picture."""
+    lines = [
+        part
+        for line in text.splitlines()
+        for part in textwrap.wrap(line, max(8, int(image.width / size / 0.55)))
+    ]
+    strip = Image.new("RGB", (image.width, (size + 4) * len(lines) + 6 if lines else 0), "white")
+    ImageDraw.Draw(strip).multiline_text(
+        (4, 2), "\n".join(lines), "black", ImageFont.load_default(size), spacing=4
+    )
+    return stack(strip, image) if above else stack(image, strip)
+
+
+def timeline(width, spans, edges, places, now=None):
+    """A bar for each (span, colour). edges (seconds) stand at places (pixels), both ascending. now: a clock and a cursor."""
+    strip = Image.new("RGB", (width, 18 * len(spans)), "white")
+    canvas = ImageDraw.Draw(strip)
+    for y, (span, colour) in zip(range(6, 18 * len(spans), 18), spans):
+        canvas.rectangle([places[0], y, places[-1] - 1, y + 5], "lightgrey")
+        start, end = np.interp(span or (0, 0), edges, places).round()
+        if start < end:
+            canvas.rectangle([start, y, end - 1, y + 5], colour)
+    if now is not None:
+        x = round(np.interp(now, edges, places))
+        canvas.rectangle([x - 1, 3, x, 14], "black")
+        canvas.text((4, 1), f"{now:.2f} s", "black", ImageFont.load_default(13))
+    return strip
+
+
+def nearest(seconds, second):
+    """The index of the frame that is nearest in time; of two, the later one."""
+    return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
+
+
+def draw_strip(frames, seconds, marks, masks=None, cell=160):
+    """A film strip: up to 8 frames side by side with their seconds and marks, and under it a bar for each span.
+
+    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}, such as {"orange": answer, "lime": truth}.
+    masks: {colour: bool (T, H, W)}. cell: pixels of a frame's longer side. Returns a PIL image. The frames are those at whole
+    seconds, where answers have their boxes, and at a segmentation's time. On the bar a frame stands until the next.
+    """
+    times = {part.time for part in marks.values() if part.time is not None}
+    shown = sorted(
+        {*np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times))).tolist(), *times}
+    )
+    indices, cells = [nearest(seconds, second) for second in shown], []
+    for second, index in zip(shown, indices):
+        image = ImageOps.contain(
+            Image.fromarray(frames[index]), (cell, cell), Image.Resampling.BICUBIC
+        )
+        for colour, part in marks.items():
+            image = draw(
+                image,
+                part,
+                second,
+                colour,
+                masks[colour][index] if masks and colour in masks else None,
+            )
+        cells.append(captioned(image, f"{seconds[index]:.1f} s", 11, above=True))
+    places = [i * (cells[0].width + 2) for i in range(len(cells) + 1)]
+    strip = Image.new("RGB", (places[-1], cells[0].height), "white")
+    for image, x in zip(cells, places):
+        strip.paste(image, (x, 0))
+    begin = [seconds[index] for index in indices]
+    edges = [*begin, begin[-1] + (begin[-1] - begin[0]) / max(1, len(begin) - 1)]
+    spans = [(part.span, colour) for colour, part in marks.items() if part.span]
+    return stack(strip, timeline(strip.width, spans, edges, places))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # --peek: what training will see.
 
 
 def token_table(prompt, tokenizer, few=6):
     """Which tokens SFT learns, as text: a `few` around the first learned token, and the last ones. All of the prompt is
     given, all of the response is learned, the end of the turn included; the row above a label predicts it."""
-    response = tokenizer(demonstration(prompt.record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    response = tokenizer(demonstration(prompt.record), add_special_tokens=False)["input_ids"] + [
+        tokenizer.eos_token_id
+    ]
     ids, start = prompt.token_ids + response, len(prompt.token_ids)
-    rows = [f"labels: {start} tokens given, {len(response)} learned", f"{'position':>10}{'id':>10}{'label':>10}  token"]
+    rows = [
+        f"labels: {start} tokens given, {len(response)} learned",
+        f"{'position':>10}{'id':>10}{'label':>10}  token",
+    ]
     for i in range(start - few, len(ids)):
         if i < start + few or i >= len(ids) - few:
-            rows.append(f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}")
+            rows.append(
+                f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}"
+            )
     return "\n".join(rows)
 
 
@@ -692,20 +1074,30 @@ def contact_sheet(prompts, path, cell=160, line=14):
     draw = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(prompts):
         top, media = row * (cell + 2 * line), prompt.vllm["multi_modal_data"]
-        draw.text((2, top), f"record {prompt.record['index']}, {prompt.record['problem_type'] or 'SFT'}", "black")
+        draw.text(
+            (2, top),
+            f"record {prompt.record['index']}, {prompt.record['problem_type'] or 'SFT'}",
+            "black",
+        )
         cells = [("image", image) for image in media.get("image", [])]
         for frames, metadata in media.get("video", []):
             for i in np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int):
                 seconds = metadata["frames_indices"][i] / metadata["fps"]
                 cells.append((f"{seconds:.2f} s", Image.fromarray(frames[i].transpose(1, 2, 0))))
         for column, (label, image) in enumerate(cells[:8]):
-            draw.text((column * cell + 2, top + line), f"{label}, {image.width} x {image.height}", "black")
-            sheet.paste(ImageOps.contain(image, (cell - 4, cell - 4)), (column * cell, top + 2 * line))
+            draw.text(
+                (column * cell + 2, top + line), f"{label}, {image.width} x {image.height}", "black"
+            )
+            sheet.paste(
+                ImageOps.contain(image, (cell - 4, cell - 4)), (column * cell, top + 2 * line)
+            )
     sheet.save(path)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="record file")
     parser.add_argument("--model", required=True, help="folder or hub id that has the processor")
     parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
@@ -722,10 +1114,14 @@ def main():
     except (OSError, ValueError) as error:
         refuse(error)
     tokenizer, limits = processor.tokenizer, limits_of(args)
-    print(f"{args.file}: {len(records)} records: {dict(Counter(record['problem_type'] for record in records))}")
+    print(
+        f"{args.file}: {len(records)} records: {dict(Counter(record['problem_type'] for record in records))}"
+    )
     prompts = []
     for record in records[: args.peek]:
-        print(f"\n--- record {record['index']}, problem_id {record['problem_id']}, {record['problem_type']}")
+        print(
+            f"\n--- record {record['index']}, problem_id {record['problem_id']}, {record['problem_type']}"
+        )
         try:
             prompt = encode(record, processor, limits, table)
         except MediaError as error:
@@ -734,11 +1130,23 @@ def main():
         prompts.append(prompt)
         sizes = [f"{TEMPORAL * t} x {PATCH * h} x {PATCH * w}" for t, h, w in prompt.grids.tolist()]
         vision = int(prompt.grids.prod(1).sum()) // MERGE**2
-        print(f"{len(prompt.token_ids)} tokens, {vision} of them vision; frames x height x width: {', '.join(sizes)}")
+        print(
+            f"{len(prompt.token_ids)} tokens, {vision} of them vision; frames x height x width: {', '.join(sizes)}"
+        )
         text = tokenizer.decode(prompt.token_ids)
-        print(re.sub(r"(<\|(?:image|video)_pad\|>)+", lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}", text))
+        print(
+            re.sub(
+                r"(<\|(?:image|video)_pad\|>)+",
+                lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}",
+                text,
+            )
+        )
         response = demonstration(record)
-        print(f"truth: {record['answer']}" if response is None else f"{response}\n\n{token_table(prompt, tokenizer)}")
+        print(
+            f"truth: {record['answer']}"
+            if response is None
+            else f"{response}\n\n{token_table(prompt, tokenizer)}"
+        )
     if not prompts:
         refuse(f"{args.file}: none of the first {args.peek} records can be used")
     contact_sheet(prompts, args.sheet)

@@ -54,14 +54,18 @@ from pycocotools import mask as coco
 
 import data
 import rewards
-from infer import draw, draw_strip, film, load_sam2, marks_of, readable, segment_images, segment_video
+from data import draw, draw_strip, marks_of
+from infer import film, load_sam2, segment_images, segment_video
+from rewards import answer_of, readable
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The paper's benchmarks (arXiv 2512.03043). Its numbers are percent: OneThinker-8B, then Qwen3-VL-8B as its authors ran it.
 
 
 class Benchmark(NamedTuple):
-    name: str = ""  # the paper's; a benchmark may have several files, which count as one in the mean
+    name: str = (
+        ""  # the paper's; a benchmark may have several files, which count as one in the mean
+    )
     task: str = ""  # whose prompt, metrics and conventions hold; for a TSV's rows without options: see `free`
     paper: dict = {}  # metric -> (OneThinker-8B, Qwen3-VL-8B or None)
     source: str = ""  # hub id or URL
@@ -75,7 +79,12 @@ class Benchmark(NamedTuple):
 
 HUB = "OneThink/OneThinker-eval"
 KIT = "https://opencompass.openxlab.space/utils/"  # VLMEvalKit's DATASET_URL
-MC, TG, SG, ST = "multiple choice", "temporal grounding", "spatial grounding", "spatial-temporal grounding"
+MC, TG, SG, ST = (
+    "multiple choice",
+    "temporal grounding",
+    "spatial grounding",
+    "spatial-temporal grounding",
+)
 
 
 # fmt: off
@@ -143,18 +152,28 @@ def print_list():
     for task, convention in CONVENTIONS.items():
         print(f"\n{task}: {convention}")
         for stem, row in BENCHMARKS.items():
-            cells = [f"{metric} {a}" + (f" ({b})" if b else "") for metric, (a, b) in row.paper.items()]
-            cells += [f"split {row.split}"] * bool(row.split) + [f"{row.frames} frames"] * (row.frames != 128)
+            cells = [
+                f"{metric} {a}" + (f" ({b})" if b else "") for metric, (a, b) in row.paper.items()
+            ]
+            cells += [f"split {row.split}"] * bool(row.split) + [f"{row.frames} frames"] * (
+                row.frames != 128
+            )
             cells += ["judge"] * row.judged + ["needs --sam2"] * task.startswith("segmentation")
             if row.task == task:
                 print(f"  {row.name:18} {stem:32} {', '.join(cells)}")
-    print("\nPercent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most 128.\n")
-    print(f"hf download {HUB} --repo-type dataset --local-dir eval     # all eval_*; then unpack its media there")
+    print(
+        "\nPercent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most 128.\n"
+    )
+    print(
+        f"hf download {HUB} --repo-type dataset --local-dir eval     # all eval_*; then unpack its media there"
+    )
     for stem, row in BENCHMARKS.items():
         if row.source.startswith("http"):
             print(f"curl -L -o eval/{stem}.tsv {row.source}")
         elif row.media:
-            print(f"hf download {row.source} --repo-type dataset --local-dir eval/{row.name}     # then as below")
+            print(
+                f"hf download {row.source} --repo-type dataset --local-dir eval/{row.name}     # then as below"
+            )
     print("""
 Video-Holmes, LongVideoBench, VideoMMLU: unpack the videos into the folder video, videos, youtube_videos beside the record
 file, and call that Video_Holmes.json, LongVideoBench.json, Video_MMLU_CAP.tsv; VLMEvalKit's own TSV files of the three are
@@ -169,10 +188,14 @@ def files_of(item, folder):
     """What --data names: a path, or a benchmark of --list, by the paper's name or its file's stem, in `folder`."""
     if os.path.exists(item):
         return [item]
-    stems = [stem for stem, row in BENCHMARKS.items() if item.lower() in (stem.lower(), row.name.lower())]
+    stems = [
+        stem for stem, row in BENCHMARKS.items() if item.lower() in (stem.lower(), row.name.lower())
+    ]
     paths = [f"{folder}/{stem}{end}" for stem in stems for end in (".json", ".jsonl", ".tsv")]
     if not (found := [path for path in paths if os.path.exists(path)]):
-        where = f"none of {', '.join(paths)} (see --data-root)" if stems else "no benchmark of --list"
+        where = (
+            f"none of {', '.join(paths)} (see --data-root)" if stems else "no benchmark of --list"
+        )
         data.refuse(f"--data {item}: no such file, and {where}")
     return found
 
@@ -197,7 +220,10 @@ def load_rows(path, stem, media_root, picture_folder):
     benchmark, raws = about(stem), []
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file, delimiter="\t") if path.endswith(".tsv") else json.load(file)
-        rows = [{key if len(key) == 1 else key.lower(): cell for key, cell in row.items() if key} for row in rows]
+        rows = [
+            {key if len(key) == 1 else key.lower(): cell for key, cell in row.items() if key}
+            for row in rows
+        ]
     for position, row in enumerate(rows):
         row["index"] = str(row.get("index", position))
     images = {row["index"]: row.get("image") or "" for row in rows}
@@ -206,15 +232,25 @@ def load_rows(path, stem, media_root, picture_folder):
             if not benchmark.split or row.get("split") == benchmark.split:
                 cell = images[row["index"]]
                 if 0 < len(cell) <= 64 and len(cell := images.get(cell, "")) <= 64:
-                    raise ValueError(f"image is {row['image']!r}, expected the index of a row with a picture")
-                pictures = [save_picture(each, picture_folder) for each in literal(cell) or [cell] * bool(cell)]
+                    raise ValueError(
+                        f"image is {row['image']!r}, expected the index of a row with a picture"
+                    )
+                pictures = [
+                    save_picture(each, picture_folder)
+                    for each in literal(cell) or [cell] * bool(cell)
+                ]
                 raws.append((position, record_of_row(row, benchmark, pictures)))
     except (ValueError, SyntaxError, KeyError) as error:
         raise ValueError(f"{path}: record {position}: {error}") from error
     if len(raws) < len(rows) and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: {len(rows) - len(raws)} rows of other splits than {benchmark.split!r} are no records")
+        print(
+            f"{path}: {len(rows) - len(raws)} rows of other splits than {benchmark.split!r} are no records"
+        )
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-    return [data.normalise(raw, path, position, picture_folder if raw["images"] else root) for position, raw in raws]
+    return [
+        data.normalise(raw, path, position, picture_folder if raw["images"] else root)
+        for position, raw in raws
+    ]
 
 
 def literal(cell):
@@ -227,7 +263,9 @@ def literal(cell):
 def save_picture(text, folder):
     """Base64 -> the name of its file, given by its content: equal pictures are one, and ranks cannot disturb each other."""
     content = base64.b64decode(text, validate=True)
-    name = hashlib.sha256(content).hexdigest()[:24] + (".png" if content.startswith(b"\x89PNG") else ".jpg")
+    name = hashlib.sha256(content).hexdigest()[:24] + (
+        ".png" if content.startswith(b"\x89PNG") else ".jpg"
+    )
     target = os.path.join(folder, name)
     if not os.path.exists(target):
         os.makedirs(folder, exist_ok=True)
@@ -244,15 +282,22 @@ def record_of_row(row, benchmark, pictures):
     answers (VideoMMLU) asks for a description; the judge looks for the answers in it.
     """
     options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
-    options = options or literal(row.get("choices") or row.get("candidates") or row.get("options")) or {}
+    options = (
+        options or literal(row.get("choices") or row.get("candidates") or row.get("options")) or {}
+    )
     if isinstance(options, list):
         options = dict(zip(string.ascii_uppercase, options))
-    options = [text if str(text).startswith(f"{letter}.") else f"{letter}. {text}" for letter, text in options.items()]
+    options = [
+        text if str(text).startswith(f"{letter}.") else f"{letter}. {text}"
+        for letter, text in options.items()
+    ]
 
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     if "correct_choice" in row:  # LongVideoBench
         answer = string.ascii_uppercase[int(row["correct_choice"])]
-    elif options and row.get("answer_option"):  # MathVista: `answer` is an option's text, the question lists them too
+    elif options and row.get(
+        "answer_option"
+    ):  # MathVista: `answer` is an option's text, the question lists them too
         answer, question = row["answer_option"], question.partition("\nChoices:")[0]
     elif question.startswith("[{"):  # VideoMMLU
         answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in literal(question))
@@ -262,14 +307,27 @@ def record_of_row(row, benchmark, pictures):
     else:
         kind = "numerical" if rewards.read_number(str(answer)) is not None else benchmark.free
 
-    if any("<image " in text for text in [question, *options]):  # MMMU: "Is <image 2> like <image 1>?"
-        question, *options = (re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options])
+    if any(
+        "<image " in text for text in [question, *options]
+    ):  # MMMU: "Is <image 2> like <image 1>?"
+        question, *options = (
+            re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options]
+        )
         question = "".join(f"Image {i}: <image>\n" for i in range(1, len(pictures) + 1)) + question
     if row.get("hint"):
         question = f"Hint: {row['hint']}\n{question}"
-    raw = dict(problem_id=row["index"], problem=question, problem_type=kind, options=options, answer=answer)
-    video = row.get("video_path") or row.get("video") or (f"{row['video id']}.mp4" if "video id" in row else None)
-    return raw | dict(images=pictures, videos=[os.path.join(benchmark.media, os.path.basename(video))] if video else [])
+    raw = dict(
+        problem_id=row["index"], problem=question, problem_type=kind, options=options, answer=answer
+    )
+    video = (
+        row.get("video_path")
+        or row.get("video")
+        or (f"{row['video id']}.mp4" if "video id" in row else None)
+    )
+    return raw | dict(
+        images=pictures,
+        videos=[os.path.join(benchmark.media, os.path.basename(video))] if video else [],
+    )
 
 
 def load_all(args):
@@ -284,10 +342,17 @@ def load_all(args):
                 data.refuse(f"--data: {path}: a second file of the benchmark {name!r}: rename one")
             benchmarks[name] = load_benchmark(path, args.media_root, args.out)
             for record in benchmarks[name].values():
-                where, truth = f"{path}: record {record['index']}", record.get("segmentation_output") or {}
+                where, truth = (
+                    f"{path}: record {record['index']}",
+                    record.get("segmentation_output") or {},
+                )
                 if record["answer"] is None:
                     data.refuse(f"{where}: an SFT record (messages), where answers are needed")
-                if args.sam2 and record["problem_type"] == "segmentation" and not truth.get("segmentation_rle"):
+                if (
+                    args.sam2
+                    and record["problem_type"] == "segmentation"
+                    and not truth.get("segmentation_rle")
+                ):
                     data.refuse(f"{where}: no segmentation_rle to compare the masks of --sam2 with")
             with open(path, "rb") as file:
                 settings[f"{name} data"] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -312,7 +377,9 @@ def same_settings(out, settings):
     """The settings joined with those of earlier runs in this folder, which must not differ where both speak."""
     old = read_json_file(f"{out}/settings.json")
     if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
-        data.refuse(f"{out} holds answers with other {', '.join(other)}: name another --out, or remove that folder")
+        data.refuse(
+            f"{out} holds answers with other {', '.join(other)}: name another --out, or remove that folder"
+        )
     return old | settings
 
 
@@ -335,13 +402,27 @@ def check(args):
     except (OSError, ValueError) as error:
         data.refuse(error)
     for records in benchmarks.values():
-        media = [(record["file"], medium["path"]) for record in records.values() for medium in record["media"]]
+        media = [
+            (record["file"], medium["path"])
+            for record in records.values()
+            for medium in record["media"]
+        ]
         lost = [f"{file}: {path}" for file, path in media if not os.path.exists(path)]
         if len(lost) > args.max_bad_share * len(records):
-            data.refuse(f"{len(lost)} media do not exist, such as {lost[0]} (see --media-root, --max-bad-share)")
+            data.refuse(
+                f"{len(lost)} media do not exist, such as {lost[0]} (see --media-root, --max-bad-share)"
+            )
 
-    limits = {key: value for key, value in data.limits_of(args)._asdict().items() if not key.startswith("cache")}
-    settings |= dict(model=fingerprint(args.model), dtype=args.dtype, max_response_tokens=args.max_response_tokens)
+    limits = {
+        key: value
+        for key, value in data.limits_of(args)._asdict().items()
+        if not key.startswith("cache")
+    }
+    settings |= dict(
+        model=fingerprint(args.model),
+        dtype=args.dtype,
+        max_response_tokens=args.max_response_tokens,
+    )
     settings |= dict(prompts=prompts, limits=limits)
     settings |= dict(sam2=fingerprint(args.sam2)) if args.sam2 else {}
     settings |= dict(judge=args.judge_model) if args.judge_model else {}
@@ -436,7 +517,9 @@ def answer(chunk, llm, tokenizer, max_tokens, tries=3):
     for _ in range(tries):
         asked, pending = pending, []
         prompts = [prompt for _, prompt in asked]
-        rollouts = generate(llm, prompts, [0] * len(asked), 1, max_tokens, tokenizer, temperature=0.0)
+        rollouts = generate(
+            llm, prompts, [0] * len(asked), 1, max_tokens, tokenizer, temperature=0.0
+        )
         for pair, rollout in zip(asked, rollouts):
             if rollout.finished[0] or len(rollout.responses[0]) >= max_tokens:
                 trouble = [] if rollout.finished[0] else ["cut off"]
@@ -444,29 +527,6 @@ def answer(chunk, llm, tokenizer, max_tokens, tries=3):
             else:
                 pending.append(pair)
     return answered
-
-
-_STATED = re.compile(  # "the answer is (B)", "Option: B"; not "the answer is a dog", "answer A or B", "Answer: BC"
-    r"(?i:answer|option|choice)\b(?:(?!\b[A-Z]\b)[^.\n]){0,20}?[\s:*(\[{]([A-Z])(?![\w'])(?!\W{1,3}(?:(?:or|and)\b|[A-Z]\b))"
-    r"(?!(?<=[AI]) (?!because|since|as\b)[a-z])"
-)
-
-
-def answer_of(record, response):
-    """rewards.find_answer; in a multiple choice whose tags hold no choice, the last letter that is stated after the thinking.
-
-    >>> answer_of({"problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"]}, "It barks. So the answer is (B).")
-    'B'
-    """
-    answer = rewards.find_answer(response)
-    if answer is None or record["problem_type"] != MC or readable(record, answer):
-        return answer
-    stated = []
-    for line in response.rpartition("</think>")[2].splitlines():
-        stated += _STATED.findall(line)
-        bare = line.strip("*_$ ").removesuffix(".")
-        stated += [rewards.read_choice(line)] * bool(re.fullmatch(r"(?:\\boxed)?[({\[]?[A-Z][)}\]]?", bare))
-    return stated[-1] if stated else answer
 
 
 def is_judged(record):
@@ -482,17 +542,29 @@ def grade(benchmarks, out):
         for name, records in benchmarks.items():
             lines = merge_parts(out, name)
             answers = {p: answer_of(records[p], line["response"]) for p, line in lines.items()}
-            ruled = [p for p, answer in answers.items() if answer is None or not is_judged(records[p])]
-            accuracies = dict(zip(ruled, grader.accuracies([(records[p], answers[p]) for p in ruled])))
+            ruled = [
+                p for p, answer in answers.items() if answer is None or not is_judged(records[p])
+            ]
+            accuracies = dict(
+                zip(ruled, grader.accuracies([(records[p], answers[p]) for p in ruled]))
+            )
             for p, line in lines.items():
                 record, answer, task = records[p], answers[p], data.task_of(records[p])
                 if "masks" in line and line["masks"]["answer"] != answer:
                     del line["masks"]
                 parts = parts_of(task, record, answer) | line.get("masks", {}).get("parts", {})
                 trouble = [what for what in line["trouble"] if what != "unreadable"]
-                trouble += ["unreadable"] * (line["response"] is not None and not readable(record, answer))
-                accuracy = accuracies[p] if p in accuracies else verdicts.get(key_of(record, answer), {}).get("score")
-                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy, parts=parts)
+                trouble += ["unreadable"] * (
+                    line["response"] is not None and not readable(record, answer)
+                )
+                accuracy = (
+                    accuracies[p]
+                    if p in accuracies
+                    else verdicts.get(key_of(record, answer), {}).get("score")
+                )
+                line |= dict(
+                    task=task, trouble=trouble, answer=answer, accuracy=accuracy, parts=parts
+                )
             write_lines(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
             print(f"{killed} answers took too long to grade and count 0")
@@ -514,7 +586,10 @@ def add_image_masks(batch, sam2, store):
         items.append((picture, marks_of(data.task_of(record), answer)))
     for (record, line), answer, y, p in zip(batch, answers, truths, segment_images(sam2, items)):
         parts = {"cIoU": [int((p & y).sum()), int((p | y).sum())], "gIoU": jaccard(p, y, empty=1.0)}
-        store(record, line | dict(masks=dict(answer=answer, parts=parts, frames={"0": encode_mask(p)})))
+        store(
+            record,
+            line | dict(masks=dict(answer=answer, parts=parts, frames={"0": encode_mask(p)})),
+        )
 
 
 def add_video_masks(record, line, sam2, store):
@@ -542,7 +617,11 @@ def true_masks(record):
     rles = truth["segmentation_rle"]
     if "counts" in rles:
         return {0: decode_mask(rles)}
-    return {k: decode_mask(rles[str(name)]) for k, name in enumerate(truth["frames"]) if rles.get(str(name))}
+    return {
+        k: decode_mask(rles[str(name)])
+        for k, name in enumerate(truth["frames"])
+        if rles.get(str(name))
+    }
 
 
 def decode_mask(rle):
@@ -589,19 +668,33 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     said = {key: record[key] for key in ("problem", "options")} | dict(
         reference=record["answer"], answer=answer[:20000]
     )
-    body = dict(model=model, temperature=0, messages=[dict(role="user", content=JUDGE + json.dumps(said))])
+    body = dict(
+        model=model, temperature=0, messages=[dict(role="user", content=JUDGE + json.dumps(said))]
+    )
     headers = {
         "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}",
         "Content-Type": "application/json",
     }
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers
+    )
     for attempt in range(tries):
         try:
             with urllib.request.urlopen(request, timeout=seconds) as reply:
                 text = json.load(reply)["choices"][0]["message"]["content"]
-            if score := re.fullmatch(r"\s*(10|[0-9])(?:\s*/\s*10)?\.?\s*", text.rpartition("</think>")[2], re.ASCII):
+            if score := re.fullmatch(
+                r"\s*(10|[0-9])(?:\s*/\s*10)?\.?\s*", text.rpartition("</think>")[2], re.ASCII
+            ):
                 return int(score[1]) / 10
-        except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (
+            OSError,
+            http.client.HTTPException,
+            ValueError,
+            KeyError,
+            IndexError,
+            TypeError,
+            AttributeError,
+        ):
             pass  # it did not answer, or not in the protocol
         time.sleep(pause * attempt)
     return None
@@ -609,21 +702,31 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
 
 def key_of(record, answer):
     """What a verdict is stored under: equal answers to equal questions are judged once."""
-    return hashlib.sha256(json.dumps([record["problem"], answer, record["answer"]]).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([record["problem"], answer, record["answer"]]).encode()
+    ).hexdigest()
 
 
 def judge(benchmarks, out, url, model):
     """Has the judge grade the stored answers that wait for it -> judge.jsonl. A rerun asks again where it said nothing."""
     path, waiting = f"{out}/judge.jsonl", {}
     known = read_lines(path, "key")
-    write_lines(path, known)  # without a line that a kill has torn, which would take the next one along
+    write_lines(
+        path, known
+    )  # without a line that a kill has torn, which would take the next one along
     for name, records in benchmarks.items():
         for position, line in merge_parts(out, name).items():
             record, answer = records[position], answer_of(records[position], line["response"])
-            if answer is not None and is_judged(record) and (key := key_of(record, answer)) not in known:
+            if (
+                answer is not None
+                and is_judged(record)
+                and (key := key_of(record, answer)) not in known
+            ):
                 waiting[key] = record, answer
     with ThreadPoolExecutor(8) as pool:
-        for key, score in zip(waiting, pool.map(lambda pair: ask_judge(url, model, *pair), waiting.values())):
+        for key, score in zip(
+            waiting, pool.map(lambda pair: ask_judge(url, model, *pair), waiting.values())
+        ):
             if score is not None:
                 append(path, dict(key=key, score=score))
 
@@ -665,7 +768,9 @@ def dilate(mask, reach):
     [[1, 0, 0, 0], [1, 1, 0, 0]]
     """
     r, (height, width), grown = len(reach) // 2, mask.shape, np.zeros_like(mask)
-    sums = np.pad(mask, ((r, r), (r + 1, r))).cumsum(1, dtype=np.int32)  # column c: of what lies left of c - r
+    sums = np.pad(mask, ((r, r), (r + 1, r))).cumsum(
+        1, dtype=np.int32
+    )  # column c: of what lies left of c - r
     for y, w in enumerate(reach):
         rows = sums[y : y + height]
         grown |= rows[:, r + w + 1 : r + w + 1 + width] > rows[:, r - w : r - w + width]
@@ -684,7 +789,10 @@ def boundary_f(p, y, davis):
     p, y = boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
-    precision, recall = (p & dilate(y, reach)).sum() / p.sum(), (y & dilate(p, reach)).sum() / y.sum()
+    precision, recall = (
+        (p & dilate(y, reach)).sum() / p.sum(),
+        (y & dilate(p, reach)).sum() / y.sum(),
+    )
     return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
@@ -703,17 +811,32 @@ def parts_of(task, record, answer):
         iou = rewards.iou_box(*boxes)
         return {"R@0.5": iou >= 0.5, "mIoU": iou}
     if task == ST:
-        t, v = rewards.iou_1d(*times), rewards.mean_box_iou(*boxes)  # v: over the true seconds, as in the reward
-        s = rewards.mean_box_iou(*boxes, over="shared")  # over the seconds of both, as the paper's table has it
-        parts = {"tIoU@0.5": t >= 0.5, "m_tIoU": t, "sIoU@0.5": s >= 0.5, "m_sIoU": s, "m_tIoU&m_sIoU": (t + s) / 2}
+        t, v = (
+            rewards.iou_1d(*times),
+            rewards.mean_box_iou(*boxes),
+        )  # v: over the true seconds, as in the reward
+        s = rewards.mean_box_iou(
+            *boxes, over="shared"
+        )  # over the seconds of both, as the paper's table has it
+        parts = {
+            "tIoU@0.5": t >= 0.5,
+            "m_tIoU": t,
+            "sIoU@0.5": s >= 0.5,
+            "m_sIoU": s,
+            "m_tIoU&m_sIoU": (t + s) / 2,
+        }
         return parts | {"vIoU@0.5": v >= 0.5, "m_vIoU": v}
     if task == "tracking":
         p, y = (side if isinstance(side, dict) else {} for side in boxes)
         ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
         rest = track_parts([iou for k, iou in ious.items() if k != "1"])
-        return track_parts([*ious.values()]) | {f"{metric}, given box left out": part for metric, part in rest.items()}
+        return track_parts([*ious.values()]) | {
+            f"{metric}, given box left out": part for metric, part in rest.items()
+        }
     if task.startswith("segmentation"):
-        return {"box_mIoU": rewards.iou_box(*boxes)}  # of the box that prompts SAM2, which adds the metrics of masks
+        return {
+            "box_mIoU": rewards.iou_box(*boxes)
+        }  # of the box that prompts SAM2, which adds the metrics of masks
     return {}
 
 
@@ -730,8 +853,15 @@ def track_parts(ious):
 
 
 OWN = {TG: "mIoU", SG: "R@0.5", ST: "m_tIoU&m_sIoU", "tracking": "AO", "segmentation-image": "cIoU", "segmentation-video": "J&F"}  # fmt: skip
-TROUBLES = ("unreadable", "cut off", "skipped")  # no answer in it, stopped by --max-response-tokens, no media
-UNKNOWN = {"not judged": "see --judge-url", "failed": "a rerun tries again"}  # no grade: no place in the mean
+TROUBLES = (
+    "unreadable",
+    "cut off",
+    "skipped",
+)  # no answer in it, stopped by --max-response-tokens, no media
+UNKNOWN = {
+    "not judged": "see --judge-url",
+    "failed": "a rerun tries again",
+}  # no grade: no place in the mean
 
 
 def own_metric(name, lines, metrics):
@@ -750,19 +880,33 @@ def columns_of(name, lines):
     columns, tasks, orders = {}, sorted({line["task"] for line in lines}), {}
 
     def add(metric, parts):  # one per line: a number, a pair, or None
-        pairs = [part if isinstance(part, (list, tuple)) else (part or 0, part is not None) for part in parts]
+        pairs = [
+            part if isinstance(part, (list, tuple)) else (part or 0, part is not None)
+            for part in parts
+        ]
         columns[metric] = np.array(pairs, dtype=np.float64).T
 
     add("accuracy", [line["accuracy"] for line in lines])
     if about(name).circular:
-        for line in lines:  # VLMEvalKit numbers the further orders of question k as k + 1,000,000 and so on
+        for line in (
+            lines
+        ):  # VLMEvalKit numbers the further orders of question k as k + 1,000,000 and so on
             orders.setdefault(int(line["problem_id"]) % 10**6, []).append(line)
-        right = {same[0]["position"]: min(line["accuracy"] for line in same) for same in orders.values()}
-        add("circular accuracy", [right.get(line["position"]) for line in lines])  # one order stands for the question
+        right = {
+            same[0]["position"]: min(line["accuracy"] for line in same) for same in orders.values()
+        }
+        add(
+            "circular accuracy", [right.get(line["position"]) for line in lines]
+        )  # one order stands for the question
     for task in tasks:
-        own = [dict(accuracy=line["accuracy"]) | line["parts"] if line["task"] == task else None for line in lines]
+        own = [
+            dict(accuracy=line["accuracy"]) | line["parts"] if line["task"] == task else None
+            for line in lines
+        ]
         for metric in next(filter(None, own)):
-            if all(metric in parts for parts in own if parts):  # those of masks are there after SAM2
+            if all(
+                metric in parts for parts in own if parts
+            ):  # those of masks are there after SAM2
                 title = f"{metric} ({task})" if len(tasks) > 1 else metric
                 add(title, [parts and parts[metric] for parts in own])
     for trouble in TROUBLES:
@@ -783,7 +927,9 @@ def resampled(columns, name, resamples=2000):
     comes from the name, so that a benchmark has the same draws everywhere and two benchmarks have independent ones.
     """
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
-    counts = (np.bincount(rng.integers(n, size=n, dtype=np.int32), minlength=n) for _ in range(resamples))
+    counts = (
+        np.bincount(rng.integers(n, size=n, dtype=np.int32), minlength=n) for _ in range(resamples)
+    )
     return ratios(np.stack([columns @ count for count in counts]))
 
 
@@ -798,8 +944,15 @@ def metrics_of(name, lines, failed=0):
     metric over frames, sequences) count. `failed`: how many records have no line."""
     columns, share = columns_of(name, lines), failed / (len(lines) + failed)
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
-    counts, values, draws = (stacked[:, 1] > 0).sum(1), ratios(stacked.sum(-1)), resampled(stacked, name)
-    cells = {metric: interval(values[i], draws[:, i], n=int(counts[i])) for i, metric in enumerate(columns)}
+    counts, values, draws = (
+        (stacked[:, 1] > 0).sum(1),
+        ratios(stacked.sum(-1)),
+        resampled(stacked, name),
+    )
+    cells = {
+        metric: interval(values[i], draws[:, i], n=int(counts[i]))
+        for i, metric in enumerate(columns)
+    }
     return cells | dict(failed=dict(value=share, low=share, high=share, n=len(lines) + failed))
 
 
@@ -815,7 +968,9 @@ def weights_of(names):
 
 def percent(cell, sign=""):
     """A number with its interval, as the tables have it."""
-    value, low, high = (f"{100 * cell[key]:{sign}{'' if sign else 5}.1f}" for key in ("value", "low", "high"))
+    value, low, high = (
+        f"{100 * cell[key]:{sign}{'' if sign else 5}.1f}" for key in ("value", "low", "high")
+    )
     return f"{value} [{low}, {high}]"
 
 
@@ -823,9 +978,15 @@ def table_of(results, owns):
     """The results as text: one line per metric, the paper's numbers beside it; then the mean over benchmarks, each by its own
     metric, which has a star, and what is not in it and why. No line for a trouble that nobody had."""
     width, named, left_out = max(map(len, ["benchmark", *results])), [], []
-    lines = [f"{'benchmark':{width}}  {'metric':29} {'n':>6}  percent [95% interval]   paper  Qwen3-VL"]
+    lines = [
+        f"{'benchmark':{width}}  {'metric':29} {'n':>6}  percent [95% interval]   paper  Qwen3-VL"
+    ]
     for name, metrics in results.items():
-        shown = [metric for metric, cell in metrics.items() if cell["value"] or metric not in (*TROUBLES, *UNKNOWN)]
+        shown = [
+            metric
+            for metric, cell in metrics.items()
+            if cell["value"] or metric not in (*TROUBLES, *UNKNOWN)
+        ]
         for metric in shown:
             papers = "".join(f"{number or '':>8}" for number in about(name).paper.get(metric, ()))
             row = f"{metric + '*' * (metric == owns[name]):29} {metrics[metric]['n']:6}    {percent(metrics[metric])}"
@@ -836,11 +997,15 @@ def table_of(results, owns):
             if what in shown
         ]
         if why or owns[name] not in metrics:
-            left_out.append(f"not in the mean: {name}: {', '.join(why) or f'no {owns[name]} without --sam2'}")
+            left_out.append(
+                f"not in the mean: {name}: {', '.join(why) or f'no {owns[name]} without --sam2'}"
+            )
         else:
             named.append(name)
     if named:
-        mean = np.average([100 * results[name][owns[name]]["value"] for name in named], weights=weights_of(named))
+        mean = np.average(
+            [100 * results[name][owns[name]]["value"] for name in named], weights=weights_of(named)
+        )
         lines.append(f"mean over {len(named)} benchmarks, each by its own *: {mean:.1f}")
     return "\n".join(lines + left_out)
 
@@ -903,7 +1068,10 @@ def gallery_of(name, lines, count):
 
 def picture_of(record, line):
     """An answer and its truth, drawn on the record's first video or picture -> PIL.Image; a film strip for a video."""
-    task, medium = data.task_of(record), min(record["media"], key=lambda medium: medium["type"] != "video")
+    task, medium = (
+        data.task_of(record),
+        min(record["media"], key=lambda medium: medium["type"] != "video"),
+    )
     marks = {"lime": marks_of(task, record["answer"]), "orange": marks_of(task, line["answer"])}
     masks = {}
     if "masks" in line:
@@ -940,7 +1108,10 @@ def card(record, line):
     texts["small"] = "; ".join([where, *line["trouble"]])
     return (
         f'<article class="{kind}" data-task="{data.task_of(record)}" data-score="{score_of(line):.4f}">{shown}'
-        + "".join(f'<p class="{kind}">{html.escape(text[:2000].strip())}</p>' for kind, text in texts.items())
+        + "".join(
+            f'<p class="{kind}">{html.escape(text[:2000].strip())}</p>'
+            for kind, text in texts.items()
+        )
         + f"<details><summary>{'thinking' if closed else 'response'}</summary>"
         + f"<pre>{html.escape(thinking[:20000].strip())}</pre></details></article>"
     )
@@ -950,11 +1121,18 @@ def write_report(out, table, benchmarks, lines, count=9):
     """report.html under `out`: the table, and of each benchmark `count` answers."""
     sections, tasks = [], sorted({line["task"] for name in lines for line in lines[name]})
     for name in lines:
-        cards = "".join(card(benchmarks[name][line["position"]], line) for line in gallery_of(name, lines[name], count))
-        sections.append(f'<section><h2>{html.escape(name)}</h2><div class="cards">{cards}</div></section>')
+        cards = "".join(
+            card(benchmarks[name][line["position"]], line)
+            for line in gallery_of(name, lines[name], count)
+        )
+        sections.append(
+            f'<section><h2>{html.escape(name)}</h2><div class="cards">{cards}</div></section>'
+        )
     title = html.escape(f"OneThinker evaluation: {os.path.basename(os.path.normpath(out))}")
     tasks = "".join(f"<option>{task}</option>" for task in tasks)
-    page = PAGE % dict(title=title, table=html.escape(table), tasks=tasks, sections="\n".join(sections))
+    page = PAGE % dict(
+        title=title, table=html.escape(table), tasks=tasks, sections="\n".join(sections)
+    )
     write_whole(f"{out}/report.html", page)
 
 
@@ -972,7 +1150,9 @@ def evaluate(args):
 
     benchmarks, processor, prompts, settings = check(args)
     rank, world, device = init_distributed()
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # a rank may finish long before the others
+    patient = dist.new_group(
+        backend="gloo", timeout=timedelta(days=2)
+    )  # a rank may finish long before the others
 
     def store(record, line):
         place = dict(problem_id=record["problem_id"], position=record["index"])
@@ -986,7 +1166,11 @@ def evaluate(args):
                 merge_parts(args.out, name)
         dist.barrier(group=patient)
         lines = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
-        return [(record, lines[name].get(p)) for name, records in benchmarks.items() for p, record in records.items()]
+        return [
+            (record, lines[name].get(p))
+            for name, records in benchmarks.items()
+            for p, record in records.items()
+        ]
 
     # 1 What is there already? Records whose media could not be used are tried again.
     start_run(args)
@@ -996,7 +1180,9 @@ def evaluate(args):
     todo = [record for record, line in pairs if line is None or "skipped" in line["trouble"]]
     mine = todo[rank::world]
     if rank == 0:
-        print(f"{len(pairs)} records in {len(benchmarks)} benchmarks, {len(todo)} to answer on {world} ranks")
+        print(
+            f"{len(pairs)} records in {len(benchmarks)} benchmarks, {len(todo)} to answer on {world} ranks"
+        )
 
     # 2 Each rank answers its share, and writes as it goes.
     if todo:
@@ -1004,18 +1190,26 @@ def evaluate(args):
         make_prompt = partial(prompt_of, processor=processor, limits=limits, prompts=prompts)
         stream = data.prefetch(mine, make_prompt, range(len(mine)), args.workers)
         kinds = [[medium["type"] for medium in record["media"]] for record in todo]
-        media_per_prompt = {kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")}
+        media_per_prompt = {
+            kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")
+        }
         length = limits.max_prompt_tokens + args.max_response_tokens
         llm = make_engine(args.model, args.dtype, length, media_per_prompt, seed=0)
         mine = tqdm(mine, disable=rank > 0, unit="record", desc="rank 0's share")
         for chunk in chunked(zip(mine, stream), args.prompts_per_chunk):
-            for record, response, trouble in answer(chunk, llm, processor.tokenizer, args.max_response_tokens):
+            for record, response, trouble in answer(
+                chunk, llm, processor.tokenizer, args.max_response_tokens
+            ):
                 store(record, dict(response=response, trouble=trouble))
     pairs = merged()
 
     # 3 Masks, each rank its share, pictures in batches.
     if args.sam2:
-        pairs = [(r, line) for r, line in pairs if r["problem_type"] == "segmentation" and line and "masks" not in line]
+        pairs = [
+            (r, line)
+            for r, line in pairs
+            if r["problem_type"] == "segmentation" and line and "masks" not in line
+        ]
         pairs = pairs[rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         pictures = [pair for pair in pairs if pair[0]["data_type"] == "image"]
@@ -1041,7 +1235,9 @@ def sum_up(args, benchmarks):
     grade(benchmarks, args.out)
     lines = {name: list(read_lines(f"{args.out}/{name}.jsonl").values()) for name in benchmarks}
     failed = {name: len(benchmarks[name]) - len(lines[name]) for name in benchmarks}
-    results = {name: metrics_of(name, lines[name], failed[name]) for name in benchmarks if lines[name]}
+    results = {
+        name: metrics_of(name, lines[name], failed[name]) for name in benchmarks if lines[name]
+    }
     if results:
         owns = {name: own_metric(name, lines[name], metrics) for name, metrics in results.items()}
         path, table = f"{args.out}/results.json", table_of(results, owns)
@@ -1082,7 +1278,9 @@ def compare_models(models):
     shared = [key for key in models[names[0]] if all(key in found for found in models.values())]
     if not shared:
         data.refuse("--compare: the models have no benchmark in common")
-    left_out = {name for found in models.values() for name, _ in found} - {name for name, _ in shared}
+    left_out = {name for found in models.values() for name, _ in found} - {
+        name for name, _ in shared
+    }
     report, all_values, all_draws = dict(benchmarks={}, left_out=sorted(left_out)), [], []
 
     def row_of(values, draws, **more):  # (models,), (resamples, models)
@@ -1100,7 +1298,9 @@ def compare_models(models):
         columns = np.stack(columns)  # (models, 2, n)
         all_values.append(ratios(columns.sum(-1)))
         all_draws.append(resampled(columns, name))
-        report["benchmarks"][name] = row_of(all_values[-1], all_draws[-1], metric=own, n=columns.shape[-1])
+        report["benchmarks"][name] = row_of(
+            all_values[-1], all_draws[-1], metric=own, n=columns.shape[-1]
+        )
     weights = weights_of([name for name, _ in shared])
     values, draws = np.average(all_values, 0, weights), np.average(all_draws, 0, weights)
     report["mean"] = row_of(values, draws, metric="mean", n=len(shared))
@@ -1110,7 +1310,9 @@ def compare_models(models):
 def compare(args):
     names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
     if len(set(names)) != len(args.compare) or len(names) != len(args.compare):
-        data.refuse(f"--names: {len(args.compare)} different names are needed, not {' '.join(names)}")
+        data.refuse(
+            f"--names: {len(args.compare)} different names are needed, not {' '.join(names)}"
+        )
     report = compare_models({name: read_own(out) for name, out in zip(names, args.compare)})
     rows = report["benchmarks"]
     sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
@@ -1119,19 +1321,26 @@ def compare(args):
     last, what = f"mean over {len(rows)} benchmarks", "accuracy" if alike else "own metric"
     width = max(map(len, [last, *titles]))
     print(
-        f"{what + ' in percent [95% interval]':{width + 8}}" + "".join(f"  {name[:20]:>20} " for name in names).rstrip()
+        f"{what + ' in percent [95% interval]':{width + 8}}"
+        + "".join(f"  {name[:20]:>20} " for name in names).rstrip()
     )
     for title, row in titles.items():
         marks = [" ", *map(sign, row["differences"].values())]
-        cells = "".join(f"  {percent(cell)}{mark}" for cell, mark in zip(row["models"].values(), marks))
+        cells = "".join(
+            f"  {percent(cell)}{mark}" for cell, mark in zip(row["models"].values(), marks)
+        )
         print(f"{title:{width}}  {row['n']:>6}{cells}".rstrip())
     cells = "".join(f"  {percent(cell)} " for cell in report["mean"]["models"].values())
     print(f"{last:{width}}  {'':6}{cells}".rstrip())
     for before, (model, row) in zip(names, report["mean"]["differences"].items()):
         says = {"+": "above", "-": "below", " ": "no clear difference"}[sign(row)]
         p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
-        print(f"{model} - {before}: {percent(row, '+')} points, {p}, paired over the records: {says}")
-    print("+ and -: clearly above and below the model to the left, by the paired 95% interval of that benchmark")
+        print(
+            f"{model} - {before}: {percent(row, '+')} points, {p}, paired over the records: {says}"
+        )
+    print(
+        "+ and -: clearly above and below the model to the left, by the paired 95% interval of that benchmark"
+    )
     if report["left_out"]:
         print(f"left out, since not all models have them: {', '.join(report['left_out'])}")
     if args.out:

@@ -20,21 +20,18 @@ import argparse
 import base64
 import io
 import json
-import math
 import os
 import re
 import sys
-import textwrap
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
-from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 import data
 import rewards
@@ -43,58 +40,6 @@ TASKS = [*data.PROMPTS, "segmentation"]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading an answer
-
-
-class Marks(NamedTuple):
-    """What an answer says, in a form that can be drawn: coordinates 0-1000, times in seconds. Empty where it says nothing."""
-
-    span: tuple | None = None  # (start, end)
-    boxes: dict = {}  # {second: [x1, y1, x2, y2]}, or of a single image {None: box}
-    positive: list = []  # [[x, y], ...] on the object
-    negative: list = []  # [[x, y], ...] beside it
-    time: float | None = None  # the second at which the box and the points of a video's segmentation stand
-
-
-def readable(record, answer):
-    """Whether an answer says anything in the terms of its task, right or wrong.
-
-    >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a dozen")
-    (True, False)
-    """
-    kind = rewards.kind_of(record)
-    if not answer:
-        return False
-    if kind == "multiple choice":
-        return rewards.read_choice(answer, record.get("options")) is not None
-    if kind in ("numerical", "regression"):
-        return rewards.read_number(answer) is not None
-    return kind not in rewards.JSON_TYPES or rewards.structure(record, answer) > 0
-
-
-def marks_of(task, answer):
-    """The marks in an answer's text (or None). task: as data.task_of gives it. What is malformed is left out.
-
-    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's key k the one at k seconds.
-
-    >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
-    {0.0: [0, 0, 500, 500]}
-    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
-    (2, 6.5)
-    """
-    said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else {}
-    time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
-    if in_video and not rewards.is_number(time):
-        return Marks()  # of which frame?
-    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
-    if first is None:
-        boxes = {time if in_video else None: boxes}
-    else:
-        keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key)] if isinstance(boxes, dict) else []
-        boxes = {float(key) - first: boxes[key] for key in keys if int(key) >= first}
-    boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
-    points = [said.get(key) for key in ("positive_points", "negative_points")]
-    points = [[xy for xy in p if rewards.are_numbers(xy, 2)] if isinstance(p, list) else [] for p in points]
-    return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, time if in_video else None)
 
 
 def thought_of(text, ended=True):
@@ -112,130 +57,26 @@ def thought_of(text, ended=True):
 # Drawing
 
 
-def box_at(boxes, second):
-    """The box at a second (None of an image), on a straight line between the seconds that are named; the last one holds for
-    less than a second more. None where there is no box.
-
-    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
-    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
-    ([25.0, 0.0, 125.0, 100.0], None, None)
-    """
-    if None in boxes or not boxes or second is None:
-        return boxes.get(None)
-    named = sorted(boxes)
-    if not named[0] <= second < named[-1] + 1:
-        return None
-    return [float(np.interp(second, named, side)) for side in zip(*(boxes[k] for k in named))]
-
-
-def draw(image, marks, second=None, colour="orange", mask=None):
-    """An RGB copy of a PIL image with everything that holds at this second (None: of an image, which has no time).
-
-    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what lies outside goes to the
-    edge. mask: bool (H, W) of the image's shape in any size, becomes a tint.
-    """
-    image = image.convert("RGB")
-    if mask is not None:
-        tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
-        image.paste(tint, mask=Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
-    canvas, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
-    pixel = lambda xy: [round(min(max(v, 0), 1000) * side / 1000) for v, side in zip(xy, image.size)]
-    if box := box_at(marks.boxes, second):
-        (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
-        canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
-    if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
-        r = 2 * line
-        for x, y in map(pixel, marks.positive):
-            canvas.circle((x, y), r, fill=colour, outline="black")
-        for x, y in map(pixel, marks.negative):
-            for width, ink in ((r + 1, "black"), (line, colour)):
-                canvas.line([x - r, y - r, x + r, y + r], ink, width)
-                canvas.line([x - r, y + r, x + r, y - r], ink, width)
-    return image
-
-
-def enlarged(image, least=256):
-    """A picture whose longer side has at least so many pixels, by a whole factor: marks and text on a tiny one can be seen."""
-    factor = math.ceil(least / max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def stack(*images):
-    """Pictures under each other. Even width and height, as the chroma of an MP4 needs."""
-    width, height = max(image.width for image in images), sum(image.height for image in images)
-    canvas, y = Image.new("RGB", (width + width % 2, height + height % 2), "white"), 0
-    for image in images:
-        canvas.paste(image, (0, y))
-        y += image.height
-    return canvas
-
-
-def captioned(image, text, size=14, above=False):
-    """The picture with black text under it (or above it), in letters of this many pixels. Without text: just the picture."""
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, max(8, int(image.width / size / 0.55)))]
-    strip = Image.new("RGB", (image.width, (size + 4) * len(lines) + 6 if lines else 0), "white")
-    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(lines), "black", ImageFont.load_default(size), spacing=4)
-    return stack(strip, image) if above else stack(image, strip)
-
-
-def timeline(width, spans, edges, places, now=None):
-    """A bar for each (span, colour). edges (seconds) stand at places (pixels), both ascending. now: a clock and a cursor."""
-    strip = Image.new("RGB", (width, 18 * len(spans)), "white")
-    canvas = ImageDraw.Draw(strip)
-    for y, (span, colour) in zip(range(6, 18 * len(spans), 18), spans):
-        canvas.rectangle([places[0], y, places[-1] - 1, y + 5], "lightgrey")
-        start, end = np.interp(span or (0, 0), edges, places).round()
-        if start < end:
-            canvas.rectangle([start, y, end - 1, y + 5], colour)
-    if now is not None:
-        x = round(np.interp(now, edges, places))
-        canvas.rectangle([x - 1, 3, x, 14], "black")
-        canvas.text((4, 1), f"{now:.2f} s", "black", ImageFont.load_default(13))
-    return strip
-
-
-def nearest(seconds, second):
-    """The index of the frame that is nearest in time; of two, the later one."""
-    return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
-
-
-def draw_strip(frames, seconds, marks, masks=None, cell=160):
-    """A film strip: up to 8 frames side by side with their seconds and marks, and under it a bar for each span.
-
-    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}, such as {"orange": answer, "lime": truth}.
-    masks: {colour: bool (T, H, W)}. cell: pixels of a frame's longer side. Returns a PIL image. The frames are those at whole
-    seconds, where answers have their boxes, and at a segmentation's time. On the bar a frame stands until the next.
-    """
-    times = {part.time for part in marks.values() if part.time is not None}
-    shown = sorted({*np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times))).tolist(), *times})
-    indices, cells = [nearest(seconds, second) for second in shown], []
-    for second, index in zip(shown, indices):
-        image = ImageOps.contain(Image.fromarray(frames[index]), (cell, cell), Image.Resampling.BICUBIC)
-        for colour, part in marks.items():
-            image = draw(image, part, second, colour, masks[colour][index] if masks and colour in masks else None)
-        cells.append(captioned(image, f"{seconds[index]:.1f} s", 11, above=True))
-    places = [i * (cells[0].width + 2) for i in range(len(cells) + 1)]
-    strip = Image.new("RGB", (places[-1], cells[0].height), "white")
-    for image, x in zip(cells, places):
-        strip.paste(image, (x, 0))
-    begin = [seconds[index] for index in indices]
-    edges = [*begin, begin[-1] + (begin[-1] - begin[0]) / max(1, len(begin) - 1)]
-    spans = [(part.span, colour) for colour, part in marks.items() if part.span]
-    return stack(strip, timeline(strip.width, spans, edges, places))
-
-
 def film(path, folder_fps):
     """A whole video file, or folder of numbered frames, upright and in its own size, to be read frame by frame.
 
     Returns its length in seconds and an iterator of (second, PIL image).
     """
     if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))]
-        names.sort(key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name))  # as data.py does
+        names = [
+            name
+            for name in os.listdir(path)
+            if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
+        ]
+        names.sort(
+            key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name)
+        )  # as data.py does
         images = (ImageOps.exif_transpose(Image.open(os.path.join(path, name))) for name in names)
         return len(names) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
     with av.open(path) as container:
-        times = sorted(float(p.pts * p.time_base) for p in container.demux(video=0) if p.pts is not None)
+        times = sorted(
+            float(p.pts * p.time_base) for p in container.demux(video=0) if p.pts is not None
+        )
 
     def frames():
         with av.open(path) as container:
@@ -252,12 +93,16 @@ def draw_film(pictures, length, marks, caption="", masks=None, seconds=()):
     Frames outside the answer's span lose their colour. masks: bool (T, H, W), of the frames at `seconds`; the nearest counts.
     """
     for second, image in pictures:
-        mask = masks[nearest(seconds, second)] if masks is not None else None
-        image = draw(enlarged(image), marks, second, mask=mask)
+        mask = masks[data.nearest(seconds, second)] if masks is not None else None
+        image = data.draw(data.enlarged(image), marks, second, mask=mask)
         if marks.span and not marks.span[0] <= second < marks.span[1]:
-            image = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, "grey"), 0.5)
-        bar = timeline(image.width, [(marks.span, "orange")], [0, length], [70, image.width - 4], now=second)
-        yield second, captioned(stack(image, bar), caption)
+            image = Image.blend(
+                image.convert("L").convert("RGB"), Image.new("RGB", image.size, "grey"), 0.5
+            )
+        bar = data.timeline(
+            image.width, [(marks.span, "orange")], [0, length], [70, image.width - 4], now=second
+        )
+        yield second, data.captioned(data.stack(image, bar), caption)
 
 
 def save_film(path, pictures, length):
@@ -266,7 +111,9 @@ def save_film(path, pictures, length):
     if path.endswith(".gif"):
         seconds, images = zip(*pictures)
         durations = np.diff(np.round(np.array([*seconds, length]) * 100)) * 10  # milliseconds
-        images[0].save(path, save_all=True, append_images=images[1:], duration=durations.tolist(), loop=0)
+        images[0].save(
+            path, save_all=True, append_images=images[1:], duration=durations.tolist(), loop=0
+        )
         return
     with av.open(path, "w") as container:
         stream = container.add_stream("libx264", options={"crf": "18"})
@@ -286,31 +133,49 @@ def save_drawing(path, record, answer, limits, sam2=None):
     medium = max(record["media"], key=lambda medium: medium["type"])  # a video where there is one
     check_save(path, medium["type"])
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    task, marks = data.task_of(record), marks_of(data.task_of(record), answer)
-    caption = "" if record["problem_type"] in data.JSON_TYPES and readable(record, answer) else answer or "(no answer)"
+    task, marks = data.task_of(record), data.marks_of(data.task_of(record), answer)
+    caption = (
+        ""
+        if record["problem_type"] in data.JSON_TYPES and rewards.readable(record, answer)
+        else answer or "(no answer)"
+    )
     if medium["type"] == "image":
         with Image.open(medium["path"]) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
-        mask = segment_images(sam2, [(image, marks)])[0] if sam2 and task == "segmentation-image" else None
-        return captioned(draw(enlarged(image), marks, mask=mask), caption).save(path)
+        mask = (
+            segment_images(sam2, [(image, marks)])[0]
+            if sam2 and task == "segmentation-image"
+            else None
+        )
+        return data.captioned(data.draw(data.enlarged(image), marks, mask=mask), caption).save(path)
     fps, masks, seconds = record.get("fps") or limits.fps, {}, ()
     if path.endswith(".png") or sam2:
         bounds = limits.frame_min_pixels, limits.frame_max_pixels
-        video = data.read_video(medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=fps)
+        video = data.read_video(
+            medium["path"], limits.fps, limits.max_frames, *bounds, folder_fps=fps
+        )
         seconds = [index / video.fps for index in video.indices]
         if sam2 and marks.time is not None:
-            masks["orange"] = segment_video(sam2, video.frames, nearest(seconds, marks.time), marks)
+            masks["orange"] = segment_video(
+                sam2, video.frames, data.nearest(seconds, marks.time), marks
+            )
     if path.endswith(".png"):
-        return captioned(draw_strip(video.frames, seconds, {"orange": marks}, masks), caption).save(path)
+        return data.captioned(
+            data.draw_strip(video.frames, seconds, {"orange": marks}, masks), caption
+        ).save(path)
     length, pictures = film(medium["path"], fps)
-    save_film(path, draw_film(pictures, length, marks, caption, masks.get("orange"), seconds), length)
+    save_film(
+        path, draw_film(pictures, length, marks, caption, masks.get("orange"), seconds), length
+    )
 
 
 def check_save(path, kind):
     """Raises ValueError unless a medium of this kind can be saved under this name."""
     known = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
     if not path.endswith(known):
-        raise ValueError(f"--save: {path!r} with --{kind}: expected a name that ends with {' or '.join(known)}")
+        raise ValueError(
+            f"--save: {path!r} with --{kind}: expected a name that ends with {' or '.join(known)}"
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,15 +187,22 @@ def load_sam2(path, device):
     from transformers import Sam2Model, Sam2Processor, Sam2VideoModel, Sam2VideoProcessor
 
     safe = dict(use_safetensors=True)  # nothing is ever unpickled from a model folder
-    models = (kind.from_pretrained(path, **safe).to(device).eval() for kind in (Sam2Model, Sam2VideoModel))
+    models = (
+        kind.from_pretrained(path, **safe).to(device).eval() for kind in (Sam2Model, Sam2VideoModel)
+    )
     return *models, Sam2Processor.from_pretrained(path), Sam2VideoProcessor.from_pretrained(path)
 
 
 def sam2_prompt(marks, width, height):
     """Marks -> points [[x, y], ...] in pixels and labels: 1 on the object, 0 beside it, 2 and 3 the corners of its box."""
     corners = [xy for box in marks.boxes.values() for xy in (box[:2], box[2:])]
-    points = [[x * width / 1000, y * height / 1000] for x, y in [*corners, *marks.positive, *marks.negative]]
-    return points, [2, 3] * (len(corners) // 2) + [1] * len(marks.positive) + [0] * len(marks.negative)
+    points = [
+        [x * width / 1000, y * height / 1000]
+        for x, y in [*corners, *marks.positive, *marks.negative]
+    ]
+    return points, [2, 3] * (len(corners) // 2) + [1] * len(marks.positive) + [0] * len(
+        marks.negative
+    )
 
 
 @torch.no_grad()
@@ -344,7 +216,9 @@ def segment_images(sam2, items):
             prompt = dict(input_points=[[points]], input_labels=[[labels]], return_tensors="pt")
             inputs = processor(images=image.convert("RGB"), **prompt).to(model.device)
             logits = model(**inputs, multimask_output=False).pred_masks.cpu()  # (1, 1, 1, 256, 256)
-            masks[i] = processor.post_process_masks(logits, inputs["original_sizes"].cpu())[0][0, 0].numpy()
+            masks[i] = processor.post_process_masks(logits, inputs["original_sizes"].cpu())[0][
+                0, 0
+            ].numpy()
     return masks
 
 
@@ -358,13 +232,19 @@ def segment_video(sam2, frames, index, marks):
     points, labels = sam2_prompt(marks, width, height)
     if not points:
         return masks
-    session = processor.init_video_session(video=[frames], inference_device=model.device, video_storage_device="cpu")
+    session = processor.init_video_session(
+        video=[frames], inference_device=model.device, video_storage_device="cpu"
+    )
     prompt = dict(input_points=[[points]], input_labels=[[labels]])
     processor.add_inputs_to_inference_session(session, frame_idx=index, obj_ids=1, **prompt)
     model(session, frame_idx=index)
     for backwards in (False, True):
-        for output in model.propagate_in_video_iterator(session, start_frame_idx=index, reverse=backwards):
-            mask = processor.post_process_masks([output.pred_masks.cpu()], [[height, width]])[0]  # (1, 1, H, W)
+        for output in model.propagate_in_video_iterator(
+            session, start_frame_idx=index, reverse=backwards
+        ):
+            mask = processor.post_process_masks([output.pred_masks.cpu()], [[height, width]])[
+                0
+            ]  # (1, 1, H, W)
             masks[output.frame_idx] = mask[0, 0].numpy()
     return masks
 
@@ -384,7 +264,9 @@ def stream_vllm(prompt, llm, tokenizer, max_tokens):
     llm.llm_engine.add_request("question", prompt.vllm, params)
     while llm.llm_engine.has_unfinished_requests():
         for output in llm.llm_engine.step():
-            assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM reads another prompt than data.encode wrote"
+            assert list(output.prompt_token_ids) == prompt.token_ids, (
+                "vLLM reads another prompt than data.encode wrote"
+            )
             yield output.outputs[0].text, output.outputs[0].finish_reason
 
 
@@ -392,20 +274,37 @@ def stream_transformers(prompt, model, processor, max_tokens):
     """The same by transformers' generate, which runs in a thread of its own."""
     from transformers import TextIteratorStreamer
 
-    media, tokenizer, kept = prompt.vllm["multi_modal_data"], processor.tokenizer, prompt.vllm["mm_processor_kwargs"]
+    media, tokenizer, kept = (
+        prompt.vllm["multi_modal_data"],
+        processor.tokenizer,
+        prompt.vllm["mm_processor_kwargs"],
+    )
     videos = media.get("video", [])
-    told = [{key: known[key] for key in ("fps", "frames_indices", "total_num_frames")} for _, known in videos]
-    films = dict(videos=[torch.tensor(frames) for frames, _ in videos], video_metadata=told) if videos else {}
+    told = [
+        {key: known[key] for key in ("fps", "frames_indices", "total_num_frames")}
+        for _, known in videos
+    ]
+    films = (
+        dict(videos=[torch.tensor(frames) for frames, _ in videos], video_metadata=told)
+        if videos
+        else {}
+    )
     text = dict(text=[prompt.vllm["prompt"]], return_tensors="pt")
     inputs = processor(**text, images=media.get("image"), **films, **kept).to(model.device)
-    assert inputs["input_ids"][0].tolist() == prompt.token_ids, "transformers reads another prompt than data.encode"
+    assert inputs["input_ids"][0].tolist() == prompt.token_ids, (
+        "transformers reads another prompt than data.encode"
+    )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     settings = dict(
-        do_sample=False, max_new_tokens=max_tokens, suppress_tokens=tokenizer.convert_tokens_to_ids(data.BANNED)
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        suppress_tokens=tokenizer.convert_tokens_to_ids(data.BANNED),
     )
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(model.generate, **inputs, **settings, streamer=streamer)
-        future.add_done_callback(lambda _: streamer.end())  # after an error we would wait here for ever
+        future.add_done_callback(
+            lambda _: streamer.end()
+        )  # after an error we would wait here for ever
         for piece in streamer:
             yield piece.removesuffix(tokenizer.eos_token), None
     yield "", "stop" if future.result()[0, -1] == tokenizer.eos_token_id else "length"
@@ -428,15 +327,30 @@ def request_of(record, model, limits, prompts, max_tokens):
     content, told, media = [], {}, iter(record["media"])
     for part in re.split("(<image>|<video>)", data.render_problem(record, prompts)):
         if part == "<image>":
-            pixels = data.read_image(next(media)["path"], limits.image_min_pixels, limits.image_max_pixels)
-            content.append(dict(type="image_url", image_url=dict(url=data_url("image/png", pixels))))
+            pixels = data.read_image(
+                next(media)["path"], limits.image_min_pixels, limits.image_max_pixels
+            )
+            content.append(
+                dict(type="image_url", image_url=dict(url=data_url("image/png", pixels)))
+            )
         elif part == "<video>":
             if told:
-                raise ValueError("--base-url: one video per question: vLLM takes the time stamps of one only")
+                raise ValueError(
+                    "--base-url: one video per question: vLLM takes the time stamps of one only"
+                )
             bounds = limits.frame_min_pixels, limits.frame_max_pixels
-            video = data.read_video(next(media)["path"], limits.fps, limits.max_frames, *bounds, record.get("fps"))
-            content.append(dict(type="video_url", video_url=dict(url=data_url("video/jpeg", *video.frames))))
-            times = dict(num_frames=-1, fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
+            video = data.read_video(
+                next(media)["path"], limits.fps, limits.max_frames, *bounds, record.get("fps")
+            )
+            content.append(
+                dict(type="video_url", video_url=dict(url=data_url("video/jpeg", *video.frames)))
+            )
+            times = dict(
+                num_frames=-1,
+                fps=video.fps,
+                frames_indices=video.indices,
+                total_num_frames=video.total,
+            )
             kept = dict(do_resize=False, do_sample_frames=False)
             told = dict(media_io_kwargs=dict(video=times), mm_processor_kwargs=kept)
         elif part:
@@ -513,14 +427,24 @@ def record_of(question, kind, path, task, options):
     if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
         options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     folder, name = os.path.split(os.path.abspath(path))
-    raw = {"problem": question, "problem_type": task.removesuffix(f"-{kind}"), "data_type": kind, "options": options}
+    raw = {
+        "problem": question,
+        "problem_type": task.removesuffix(f"-{kind}"),
+        "data_type": kind,
+        "options": options,
+    }
     return data.normalise(raw | {f"{kind}s": name, "answer": "{}"}, "this question", 0, folder)
 
 
 def read_questions(path):
     """A JSONL file of questions -> records as data.load_records gives them; where an answer is missing, "{}" stands in."""
-    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in data.read_values(path)]
-    records = [data.normalise(raw, path, i, os.path.dirname(os.path.abspath(path))) for i, raw in enumerate(raws)]
+    raws = [
+        {"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in data.read_values(path)
+    ]
+    records = [
+        data.normalise(raw, path, i, os.path.dirname(os.path.abspath(path)))
+        for i, raw in enumerate(raws)
+    ]
     if lost := [record["index"] for record in records if not record["media"]]:
         raise ValueError(f"{path}: record {lost[0]}: no images and no videos")
     return records
@@ -537,14 +461,22 @@ def follow(record, pieces, args):
             print(thought[shown:] if shown else "thinking: " + thought, end="", flush=True)
             shown = len(thought)
     answer, task = rewards.find_answer(text), data.task_of(record)
-    good = readable(record, answer)
+    good = rewards.readable(record, answer)
     if args.json:
-        line = dict(problem_id=record["problem_id"], task=task, thinking=thought_of(text).strip(), answer=answer)
+        line = dict(
+            problem_id=record["problem_id"],
+            task=task,
+            thinking=thought_of(text).strip(),
+            answer=answer,
+        )
         print(json.dumps(line | dict(readable=good, finished=reason == "stop")), flush=True)
     else:
         print(("\n" if shown else "") + f"answer: {answer or ''}", flush=True)
     if reason != "stop":
-        print(f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)", file=sys.stderr)
+        print(
+            f"infer.py: stopped after {args.max_response_tokens} tokens (--max-response-tokens)",
+            file=sys.stderr,
+        )
     if not good:
         print(f"infer.py: this answer cannot be read for the task {task!r}", file=sys.stderr)
     return answer, good
@@ -554,7 +486,9 @@ def converse(ask, kind, path, task, save):
     """The prompt: questions and what they are about, until Ctrl-D. What cannot be used is named, and the prompt goes on."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
-    print("Ask, or: /image FILE, /video FILE, /task NAME. Ctrl-D ends. A multiple choice: Which one? | a cat | a dog")
+    print(
+        "Ask, or: /image FILE, /video FILE, /task NAME. Ctrl-D ends. A multiple choice: Which one? | a cat | a dog"
+    )
     while True:
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
@@ -579,7 +513,9 @@ def converse(ask, kind, path, task, save):
 def main():
     args = parse_args()
     if args.list_tasks:
-        return print("\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items()))
+        return print(
+            "\n".join(f"{task}\n    {instruction}" for task, instruction in data.PROMPTS.items())
+        )
     if not (args.model or args.base_url):
         data.refuse("--model or --base-url is needed")
     for flag, folder in (("--model", None if args.base_url else args.model), ("--sam2", args.sam2)):
@@ -605,7 +541,9 @@ def main():
         if args.base_url:
             url = args.base_url.rstrip("/")
             name = args.model or json.load(ask_server(f"{url}/models"))["data"][0]["id"]
-            prepare = partial(request_of, model=name, limits=limits, prompts=prompts, max_tokens=max_tokens)
+            prepare = partial(
+                request_of, model=name, limits=limits, prompts=prompts, max_tokens=max_tokens
+            )
         else:
             processor = AutoProcessor.from_pretrained(args.model)
             prepare = partial(data.encode, processor=processor, limits=limits, prompts=prompts)
@@ -623,15 +561,24 @@ def main():
         from sft import init_distributed
 
         init_distributed()  # a group of one: the engine expects torchrun's surroundings
-        length = max((len(prompt.token_ids) for prompt in prepared), default=limits.max_prompt_tokens) + max_tokens
-        kinds = [[medium["type"] for medium in record["media"]] for record in records] or [["image", "video"]]
+        length = (
+            max((len(prompt.token_ids) for prompt in prepared), default=limits.max_prompt_tokens)
+            + max_tokens
+        )
+        kinds = [[medium["type"] for medium in record["media"]] for record in records] or [
+            ["image", "video"]
+        ]
         media = {kind: max(each.count(kind) for each in kinds) for kind in ("image", "video")}
         llm = make_engine(args.model, args.dtype, length, media, seed=0)
         stream = partial(stream_vllm, llm=llm, tokenizer=processor.tokenizer, max_tokens=max_tokens)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=args.dtype, use_safetensors=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            args.model, dtype=args.dtype, use_safetensors=True
+        )
         model = model.to(device).eval()
-        stream = partial(stream_transformers, model=model, processor=processor, max_tokens=max_tokens)
+        stream = partial(
+            stream_transformers, model=model, processor=processor, max_tokens=max_tokens
+        )
 
     # 3 The answers
     def ask(record, save, prompt=None):
@@ -642,7 +589,9 @@ def main():
 
     unread = 0
     for index, (record, prompt) in enumerate(zip(records, prepared)):
-        save = os.path.join(args.save, f"{index}.png") if args.questions and args.save else args.save
+        save = (
+            os.path.join(args.save, f"{index}.png") if args.questions and args.save else args.save
+        )
         if args.questions and not args.json:
             print(f"--- {record['problem_id']}: {record['problem']}")
         try:

@@ -40,7 +40,13 @@ import numpy as np
 
 NUMBERS = {int, float}  # not bool
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "ocr", "open-ended")
-JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking", "segmentation")
+JSON_TYPES = (
+    "temporal grounding",
+    "spatial grounding",
+    "spatial-temporal grounding",
+    "tracking",
+    "segmentation",
+)
 SLOW_TYPES = ("math", "open-ended", "ocr")  # graded in worker processes
 
 
@@ -76,9 +82,13 @@ def find_answer(text):
     >>> find_answer("The answer is B."), find_answer("<think>It could be B")
     ('The answer is B.', None)
     """
-    if not isinstance(text, str) or ("<think>" in text and "</think>" not in text and "<answer>" not in text):
+    if not isinstance(text, str) or (
+        "<think>" in text and "</think>" not in text and "<answer>" not in text
+    ):
         return None  # cut off in mid-thought: a thought is no answer
-    text = text.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    text = (
+        text.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    )
     return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", text).strip() or None
 
 
@@ -95,7 +105,10 @@ def read_json(text):
     """
     try:
         value = _STRICT.decode(text)
-    except (ValueError, RecursionError):  # ValueError: no JSON, or an integer of more than 4,300 digits
+    except (
+        ValueError,
+        RecursionError,
+    ):  # ValueError: no JSON, or an integer of more than 4,300 digits
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -108,7 +121,11 @@ def truth_of(record):
     """
     truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
     truth = truth if isinstance(truth, str) else json.dumps(truth)
-    return truth.partition("<answer>")[2].partition("</answer>")[0].strip() if "<answer>" in truth else truth.strip()
+    return (
+        truth.partition("<answer>")[2].partition("</answer>")[0].strip()
+        if "<answer>" in truth
+        else truth.strip()
+    )
 
 
 def plain(text):
@@ -133,7 +150,9 @@ def read_choice(text, options=()):
     for letter, option in zip("abcdefghijklmnopqrstuvwxyz", options or ()):
         option = " ".join(str(option).split()).casefold().rstrip(".")
         whole[option] = body[re.sub(rf"^\(?{letter}[).:] ?", "", option)] = letter.upper()
-    if len(name) > 1 and name in whole:  # all of an option's text, which may itself look like a letter
+    if (
+        len(name) > 1 and name in whole
+    ):  # all of an option's text, which may itself look like a letter
         return whole[name]
     # A letter, maybe in brackets; then the end, or a mark that is not followed by a second letter.
     mark = r"(?:[)\]}.:;]| [-–—] )(?! ?[(\[]?(?:(?:and|or)\b|[a-z](?:$|[)\]}.:;,/])))|,(?= ?(?!(?:and|or)\b)[a-z]{2})"
@@ -182,8 +201,12 @@ def word_error_rate(p, y):
     p, steps = np.array([ids[word] for word in p]), np.arange(len(p) + 1)
     row = steps
     for i, word in enumerate(y):
-        change = np.minimum(row[1:] + 1, row[:-1] + (p != ids[word]))  # leave the word out, or put p's in its place
-        row = np.minimum.accumulate(np.concatenate(([i + 1], change)) - steps) + steps  # words of p too many: 1 each
+        change = np.minimum(
+            row[1:] + 1, row[:-1] + (p != ids[word])
+        )  # leave the word out, or put p's in its place
+        row = (
+            np.minimum.accumulate(np.concatenate(([i + 1], change)) - steps) + steps
+        )  # words of p too many: 1 each
     return float(row[-1]) / max(1, len(y))
 
 
@@ -219,7 +242,9 @@ def math_equal(p, y):
         text = plain(text).replace("\\$", "")
         if text.count("$") < 2 and "\\(" not in text and "\\[" not in text:
             text = "$" + text.replace("$", "") + "$"
-        parsed.append(parse(text))  # by a grammar; where that fails by sympy's eval, but digits and operators only
+        parsed.append(
+            parse(text)
+        )  # by a grammar; where that fails by sympy's eval, but digits and operators only
     return bool(verify(*parsed))
 
 
@@ -315,7 +340,12 @@ def segmentation_accuracy(p, y, video):
         return 0.5 * box + 0.25 * positive + 0.25 * negative
     if not (is_number(p.get("time")) and is_number(y.get("time"))):
         return 0.0
-    return 0.3 * box + 0.3 * math.exp(-abs(p["time"] - y["time"]) / 2) + 0.2 * positive + 0.2 * negative
+    return (
+        0.3 * box
+        + 0.3 * math.exp(-abs(p["time"] - y["time"]) / 2)
+        + 0.2 * positive
+        + 0.2 * negative
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,9 +367,15 @@ def polar_text(record, answer):
 def ask_polar(url, texts, seconds):
     """One request to vLLM's pooling endpoint: list of text -> list of raw scores; None if the server fails or lies, or
     takes longer than `seconds`. A score is the last number of an item: the last token's value."""
-    body = json.dumps({"input": texts, "use_activation": False}).encode()  # False: no sigmoid over the score
-    request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, {"Content-Type": "application/json"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy between the machines of a run
+    body = json.dumps(
+        {"input": texts, "use_activation": False}
+    ).encode()  # False: no sigmoid over the score
+    request = urllib.request.Request(
+        f"{url.rstrip('/')}/pooling", body, {"Content-Type": "application/json"}
+    )
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({})
+    )  # no proxy between the machines of a run
     try:
         with opener.open(request, timeout=seconds) as response:
             items = json.loads(response.read(2**26))["data"]
@@ -360,7 +396,9 @@ def polar_scores(url, pairs, seconds=60.0):
     for i, (record, _) in enumerate(pairs):
         groups.setdefault((record.get("problem"), truth_of(record)), []).append(i)
     texts = [[polar_text(*pairs[i]) for i in group] for group in groups.values()]
-    ask_twice = lambda texts: ask_polar(url, texts, seconds / 2) or ask_polar(url, texts, seconds / 2)
+    ask_twice = lambda texts: (
+        ask_polar(url, texts, seconds / 2) or ask_polar(url, texts, seconds / 2)
+    )
     values, failed = [None] * len(pairs), 0
     with ThreadPoolExecutor(len(texts) or 1) as pool:
         for group, scores in zip(groups.values(), pool.map(ask_twice, texts)):
@@ -379,7 +417,9 @@ def kind_of(record):
     """The problem type in lower case. A type that does not exist is an error in the data, not a wrong answer."""
     kind = str(record.get("problem_type")).lower()
     if kind not in TEXT_TYPES + JSON_TYPES:
-        raise ValueError(f"problem_type is {record.get('problem_type')!r}, expected one of {TEXT_TYPES + JSON_TYPES}")
+        raise ValueError(
+            f"problem_type is {record.get('problem_type')!r}, expected one of {TEXT_TYPES + JSON_TYPES}"
+        )
     return kind
 
 
@@ -395,14 +435,20 @@ def accuracy(record, answer):
     if kind == "multiple choice":
         options = record.get("options")
         letter = read_choice(truth, options)
-        return float(read_choice(answer, options) == letter if letter else answer.casefold() == truth.casefold())
+        return float(
+            read_choice(answer, options) == letter
+            if letter
+            else answer.casefold() == truth.casefold()
+        )
     if kind in ("numerical", "regression"):
         p, y = read_number(answer), read_number(truth)
         if p is None or y is None:
             return 0.0
         if kind == "regression":
             return mean_relative_accuracy(p, y)
-        return float(round(float(p), 2) == round(float(y), 2))  # rounds the binary float, as the release does
+        return float(
+            round(float(p), 2) == round(float(y), 2)
+        )  # rounds the binary float, as the release does
     if kind == "math":
         return float(math_equal(answer, truth))
     if kind == "ocr":
@@ -416,7 +462,9 @@ def accuracy(record, answer):
     if kind == "spatial grounding":
         return iou_box(p.get("boxes"), y.get("boxes"))
     if kind == "spatial-temporal grounding":
-        return 0.5 * iou_1d(p.get("time"), y.get("time")) + 0.5 * mean_box_iou(p.get("boxes"), y.get("boxes"))
+        return 0.5 * iou_1d(p.get("time"), y.get("time")) + 0.5 * mean_box_iou(
+            p.get("boxes"), y.get("boxes")
+        )
     if kind == "tracking":
         return mean_box_iou(p.get("boxes"), y.get("boxes"))
     return segmentation_accuracy(p, y, video=record.get("data_type") != "image")
@@ -466,6 +514,45 @@ def score(record, response):
     return Score() if answer is None else total(accuracy(record, answer), structure(record, answer))
 
 
+def readable(record, answer):
+    """Whether an answer says anything in the terms of its task, right or wrong.
+
+    >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a dozen")
+    (True, False)
+    """
+    kind = kind_of(record)
+    if not answer:
+        return False
+    if kind == "multiple choice":
+        return read_choice(answer, record.get("options")) is not None
+    if kind in ("numerical", "regression"):
+        return read_number(answer) is not None
+    return kind not in JSON_TYPES or structure(record, answer) > 0
+
+
+_STATED = re.compile(  # "the answer is (B)", "Option: B"; not "the answer is a dog", "answer A or B", "Answer: BC"
+    r"(?i:answer|option|choice)\b(?:(?!\b[A-Z]\b)[^.\n]){0,20}?[\s:*(\[{]([A-Z])(?![\w'])(?!\W{1,3}(?:(?:or|and)\b|[A-Z]\b))"
+    r"(?!(?<=[AI]) (?!because|since|as\b)[a-z])"
+)
+
+
+def answer_of(record, response):
+    """find_answer; in a multiple choice whose tags hold no choice, the last letter that is stated after the thinking.
+
+    >>> answer_of({"problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"]}, "It barks. So the answer is (B).")
+    'B'
+    """
+    answer = find_answer(response)
+    if answer is None or record["problem_type"] != "multiple choice" or readable(record, answer):
+        return answer
+    stated = []
+    for line in response.rpartition("</think>")[2].splitlines():
+        stated += _STATED.findall(line)
+        bare = line.strip("*_$ ").removesuffix(".")
+        stated += [read_choice(line)] * bool(re.fullmatch(r"(?:\\boxed)?[({\[]?[A-Z][)}\]]?", bare))
+    return stated[-1] if stated else answer
+
+
 class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
@@ -493,13 +580,21 @@ class Grader:
         """list of (record, response) -> list of Score."""
         pairs = [(record, parse_response(response)) for record, response in pairs]
         graded = zip(pairs, self.accuracies(pairs))
-        return [Score() if pair[1] is None else total(value, structure(*pair)) for pair, value in graded]
+        return [
+            Score() if pair[1] is None else total(value, structure(*pair)) for pair, value in graded
+        ]
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        values = [None if a is not None and kind_of(r) in SLOW_TYPES else accuracy(r, a) for r, a in pairs]
+        values = [
+            None if a is not None and kind_of(r) in SLOW_TYPES else accuracy(r, a) for r, a in pairs
+        ]
         if self.polar_url:
-            asked = [i for i, value in enumerate(values) if value is None and kind_of(pairs[i][0]) == "open-ended"]
+            asked = [
+                i
+                for i, value in enumerate(values)
+                if value is None and kind_of(pairs[i][0]) == "open-ended"
+            ]
             scores, failed = polar_scores(self.polar_url, [pairs[i] for i in asked])
             self.counts["polar_failed"] += failed
             for i, value in zip(asked, scores):
@@ -507,7 +602,9 @@ class Grader:
         slow = [i for i, value in enumerate(values) if value is None]
         for start in self.starting if slow else ():
             start.result()  # raises if the worker could not start: a broken grader is not a wrong answer
-        for i, (value, killed, errors) in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
+        for i, (value, killed, errors) in zip(
+            slow, self.pool.map(self._grade, [pairs[i] for i in slow])
+        ):
             values[i] = value
             self.counts["killed"] += killed
             self.counts["errors"] += errors
@@ -516,7 +613,9 @@ class Grader:
     def _grade(self, pair):
         """One slow item, in one of the pool's threads -> accuracy, kills, worker deaths."""
         record, answer = pair
-        line = json.dumps([{"problem_type": record["problem_type"], "answer": truth_of(record)}, answer])
+        line = json.dumps(
+            [{"problem_type": record["problem_type"], "answer": truth_of(record)}, answer]
+        )
         for errors in range(2):
             worker = self.idle.get(timeout=300)
             try:
@@ -524,7 +623,11 @@ class Grader:
                 value = float(self._reply(worker, self.seconds))
                 self.idle.put(worker)
                 return value, 0, errors
-            except (TimeoutError, BrokenPipeError, ValueError) as error:  # it hangs, or died before or after it read
+            except (
+                TimeoutError,
+                BrokenPipeError,
+                ValueError,
+            ) as error:  # it hangs, or died before or after it read
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
                 self._start()
@@ -534,7 +637,9 @@ class Grader:
 
     def _start(self):
         command, env = [*self.command, str(self.seconds)], os.environ | {"OMP_NUM_THREADS": "1"}
-        worker = Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=env, start_new_session=True)  # deaf to Ctrl-C
+        worker = Popen(
+            command, stdin=PIPE, stdout=PIPE, text=True, env=env, start_new_session=True
+        )  # deaf to Ctrl-C
         if self._reply(worker, 120) != "ready\n":  # its imports do not count as grading time
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
         self.idle.put(worker)
@@ -563,7 +668,9 @@ def work(seconds):
     """A worker: reads one JSON line [record, answer], writes one line with the accuracy, and so on until the pipe ends.
     Should its Grader vanish while it hangs, the kernel ends it after 2 * seconds of CPU time (SIGPROF)."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB: huge integers must not take the machine down
+    resource.setrlimit(
+        resource.RLIMIT_AS, (2**32, 2**32)
+    )  # 4 GiB: huge integers must not take the machine down
     math_equal("1", "2"), rouge("", "")  # imports
     print("ready", flush=True)
     for line in sys.stdin:

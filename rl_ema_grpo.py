@@ -40,7 +40,7 @@ from transformers import AutoProcessor
 
 # fmt: off
 from data import (
-    BANNED, Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, prefetch, refuse, take, task_of,
+    BANNED, Prompt, add_limits, data_order, encode, limits_of, load_prompts, load_records, next_items, prefetch, refuse, task_of,
 )
 from rewards import Grader
 from sft import (
@@ -74,7 +74,9 @@ class EMAStd:
         """Takes in all rewards of one task in one batch, of all ranks. Raises ValueError on none or non-finite ones."""
         rewards = np.asarray(rewards, dtype=np.float64)
         if not (len(rewards) and np.isfinite(rewards).all()):
-            raise ValueError(f"rewards of {task!r} must be finite numbers, at least one: {rewards.tolist()[:8]}")
+            raise ValueError(
+                f"rewards of {task!r} must be finite numbers, at least one: {rewards.tolist()[:8]}"
+            )
         batch = [float(rewards.mean()), float((rewards**2).mean())]
         old = self.moments.get(task, batch)
         self.moments[task] = [self.decay * m + (1 - self.decay) * b for m, b in zip(old, batch)]
@@ -155,7 +157,9 @@ def policy_loss(
     # Dual clip: a bad token that has become much more likely would have an unbounded loss; stop at dual_clip * |A|.
     surrogate = torch.where(advantages < 0, torch.max(surrogate, dual_clip * advantages), surrogate)
     losses = -surrogate
-    if tis_cap is not None:  # truncated importance sampling: vLLM sampled from a slightly different policy
+    if (
+        tis_cap is not None
+    ):  # truncated importance sampling: vLLM sampled from a slightly different policy
         losses = losses * torch.exp(old_logps - rollout_logps).clamp(max=tis_cap).detach()
     if kl_coef > 0:  # k3 estimator of KL(policy || reference): unbiased, never negative
         difference = ref_logps - logps
@@ -198,12 +202,22 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed, tensor_paral
             enable_sleep_mode=True,
             kv_cache_memory_bytes=min(24 << 30, memory // 3),
             gpu_memory_utilization=0.5,  # only compared with the memory that is free now; the line above sizes the pool
-            compilation_config={"cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 256},
+            compilation_config={
+                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "max_cudagraph_capture_size": 256,
+            },
         )
     else:
         # No chunks: after half a prompt vLLM winds a seeded generator back, which a CPU generator cannot do.
-        device = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(max_model_len, 8192))
-    random_state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()  # LLM() sets both anew
+        device = dict(
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(max_model_len, 8192),
+        )
+    random_state, precision = (
+        torch.get_rng_state(),
+        torch.get_float32_matmul_precision(),
+    )  # LLM() sets both anew
     llm = LLM(
         path,
         load_format="safetensors",  # nothing is ever unpickled from a model folder
@@ -238,9 +252,13 @@ def sync_weights(llm, weights):
 
 def check_engines(checksums, tensor_parallel):
     """Raises RuntimeError unless all engines hold the same weights. checksums: one per rank, of its part of the engine."""
-    strange = [rank for rank, sums in enumerate(checksums) if sums != checksums[rank % tensor_parallel]]
+    strange = [
+        rank for rank, sums in enumerate(checksums) if sums != checksums[rank % tensor_parallel]
+    ]
     if strange:
-        raise RuntimeError(f"after the sync the engines of ranks {strange} hold other weights than the first one")
+        raise RuntimeError(
+            f"after the sync the engines of ranks {strange} hold other weights than the first one"
+        )
 
 
 def release_kv_cache(llm):
@@ -278,7 +296,9 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
         return rollouts
     outputs = llm.generate([prompt.vllm for prompt in prompts], settings, use_tqdm=False)
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM and the trainer read different prompts"
+        assert list(output.prompt_token_ids) == prompt.token_ids, (
+            "vLLM and the trainer read different prompts"
+        )
         samples = output.outputs
         rollouts.append(
             Rollout(
@@ -357,7 +377,9 @@ def deal_minibatches(counts, rank, parts):
     >>> deal_minibatches([3, 1], rank=0, parts=2), deal_minibatches([3, 1], rank=1, parts=2)
     ([[0], [1, 2]], [[0], []])
     """
-    everyone = sorted((i, r) for r, count in enumerate(counts) for i in range(count))  # alternating ranks
+    everyone = sorted(
+        (i, r) for r, count in enumerate(counts) for i in range(count)
+    )  # alternating ranks
     parts = min(parts, len(everyone))
     edges = [part * len(everyone) // max(parts, 1) for part in range(parts + 1)]
     return [[i for i, r in everyone[a:b] if r == rank] for a, b in zip(edges, edges[1:])]
@@ -378,7 +400,9 @@ def current_logps(model, groups, tokens_per_microbatch, device):
 def per_token(rollouts, values):
     """One number per response -> one per response token, (R,). values: Rollout -> n floats."""
     pairs = [
-        (value, len(response)) for rollout in rollouts for value, response in zip(values(rollout), rollout.responses)
+        (value, len(response))
+        for rollout in rollouts
+        for value, response in zip(values(rollout), rollout.responses)
     ]
     return torch.repeat_interleave(
         torch.tensor([value for value, _ in pairs], dtype=torch.float32), torch.tensor([length for _, length in pairs], dtype=torch.int64)
@@ -392,10 +416,16 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
     that hold for all ranks together.
     """
     advantage = per_token(rollouts, lambda rollout: rollout.advantages)  # (R,)
-    sampled = torch.tensor([logp for rollout in rollouts for response in rollout.logps for logp in response])  # (R,)
+    sampled = torch.tensor(
+        [logp for rollout in rollouts for response in rollout.logps for logp in response]
+    )  # (R,)
     tokens = global_sum(len(advantage))
-    totals = dict.fromkeys(("loss", "clipped", "gap", "entropy", "flops", "microbatches", "dummies"), 0.0)
-    for members, at in microbatches([rollout.group for rollout in rollouts], args.tokens_per_microbatch):
+    totals = dict.fromkeys(
+        ("loss", "clipped", "gap", "entropy", "flops", "microbatches", "dummies"), 0.0
+    )
+    for members, at in microbatches(
+        [rollout.group for rollout in rollouts], args.tokens_per_microbatch
+    ):
         batch = pack(members or [DUMMY], device)
         logps, entropies = model.response_logps(batch, entropy=True)
         if not members:  # nothing left here while other ranks still work: keep FSDP company
@@ -408,8 +438,12 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
             logps, old, advantage[at].to(device), args.clip_low, args.clip_high, args.dual_clip,
             ref_logps[at].to(device) if ref_logps is not None else None, args.kl_coef, rollout_logps, args.tis_cap,
         )  # fmt: skip
-        loss = losses.sum() / tokens  # the mean over all response tokens of the mini-batch, whatever their rank
-        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+        loss = (
+            losses.sum() / tokens
+        )  # the mean over all response tokens of the mini-batch, whatever their rank
+        (
+            loss * dist.get_world_size()
+        ).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
         totals["loss"] += loss.item()
         totals["clipped"] += clipped.sum().item()
         totals["gap"] += (old - rollout_logps).abs().sum().item()
@@ -488,14 +522,19 @@ def check(args, world):
     """Everything that can be wrong with the input, before a model is loaded. Returns records, held-out records, processor."""
     if args.prompts_per_step % world:
         refuse(f"--prompts-per-step {args.prompts_per_step} does not divide among {world} ranks")
-    for flag, ranks in (("--rollout-tp", args.rollout_tp), ("--shard-size", args.shard_size or world)):
+    for flag, ranks in (
+        ("--rollout-tp", args.rollout_tp),
+        ("--shard-size", args.shard_size or world),
+    ):
         if ranks < 1 or world % ranks:
             refuse(f"{flag} {ranks} does not divide {world} ranks")
     for name in ("prompts_per_step", "updates_per_step", "keep"):
         if (number := getattr(args, name)) < 1:
             refuse(f"--{name.replace('_', '-')} {number} must be at least 1")
     if args.rollouts_per_prompt < 2:
-        refuse(f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from")
+        refuse(
+            f"--rollouts-per-prompt {args.rollouts_per_prompt}: a group of one has no mean to differ from"
+        )
     try:
         records, held_out = (
             [record for path in paths for record in load_records(path, args.media_root)]
@@ -507,7 +546,9 @@ def check(args, world):
         refuse(error)
     for record in records + held_out:
         if record["answer"] is None:
-            refuse(f"{record['file']}: record {record['index']}: an SFT record (messages), where answers are needed")
+            refuse(
+                f"{record['file']}: record {record['index']}: an SFT record (messages), where answers are needed"
+            )
     return records, held_out, processor
 
 
@@ -527,11 +568,23 @@ def evaluate_greedily(llm, records, encode_record, grader, tokenizer, args, rank
     mine, graded = records[rank // tp :: world // tp], []
     stream = prefetch(mine, encode_record, range(len(mine)), args.workers)
     for start in range(0, len(mine), 64):  # so that few pictures are in memory at a time
-        prompts = common_prompts(take(stream, min(64, len(mine) - start), Counter(), 1.0), rank, tp)
-        rollouts = generate(llm, prompts, [0] * len(prompts), 1, args.max_response_tokens, tokenizer, temperature=0.0)
+        prompts = common_prompts(
+            next_items(stream, min(64, len(mine) - start), Counter(), 1.0), rank, tp
+        )
+        rollouts = generate(
+            llm,
+            prompts,
+            [0] * len(prompts),
+            1,
+            args.max_response_tokens,
+            tokenizer,
+            temperature=0.0,
+        )
         rollouts = rollouts[rank % tp :: tp]
         grade(rollouts, grader, tokenizer)
-        graded += [(task_of(rollout.prompt.record), rollout.scores[0].accuracy) for rollout in rollouts]
+        graded += [
+            (task_of(rollout.prompt.record), rollout.scores[0].accuracy) for rollout in rollouts
+        ]
     right, total = Counter(), Counter(task_of(record) for record in records)
     for part in gather(graded):
         for task, accuracy in part:
@@ -552,7 +605,9 @@ def main():
     start_run(args)
     torch.manual_seed(args.seed)
     limits, tokenizer = limits_of(args), processor.tokenizer
-    encode_record = partial(encode, processor=processor, limits=limits, prompts=load_prompts(args.prompts))
+    encode_record = partial(
+        encode, processor=processor, limits=limits, prompts=load_prompts(args.prompts)
+    )
     n, parts = args.rollouts_per_prompt, args.updates_per_step
 
     # Trainer, reference, engine, in this order: the engine measures what memory is left.
@@ -562,10 +617,18 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
     reference = (
-        load_model(args.model, device, dtype, trainable=False, shard_size=args.shard_size) if args.kl_coef > 0 else None
+        load_model(args.model, device, dtype, trainable=False, shard_size=args.shard_size)
+        if args.kl_coef > 0
+        else None
     )
-    first, cursor, keep_rate = state.get("step", 0), state.get("cursor", 0), state.get("keep_rate", 1.0)
-    check_room(args.out, model, args.keep, 1 + args.export_saves * (args.steps - first) // args.save_every)
+    first, cursor, keep_rate = (
+        state.get("step", 0),
+        state.get("cursor", 0),
+        state.get("keep_rate", 1.0),
+    )
+    check_room(
+        args.out, model, args.keep, 1 + args.export_saves * (args.steps - first) // args.save_every
+    )
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
     for group in optimizer.param_groups:  # a checkpoint brings its old ones back
@@ -577,7 +640,9 @@ def main():
 
     # An engine is held by `tp` ranks, which read the same prompts and then share out the groups.
     tp, engine, engines = args.rollout_tp, rank // args.rollout_tp, world // args.rollout_tp
-    rows = max(1, min(4, args.prompts_per_step // engines // 4))  # prompts that an engine is dealt at a time
+    rows = max(
+        1, min(4, args.prompts_per_step // engines // 4)
+    )  # prompts that an engine is dealt at a time
     work = [expected_work(record) for record in records]
     order = data_order(len(records), args.seed, cursor, engine, engines, rows, work)
     stream = prefetch(records, encode_record, order, args.workers)
@@ -585,7 +650,9 @@ def main():
     media = [Counter(medium["type"] for medium in record["media"]) for record in records + held_out]
     media_per_prompt = {kind: max(counts[kind] for counts in media) for kind in ("image", "video")}
     max_model_len = limits.max_prompt_tokens + args.max_response_tokens
-    llm = make_engine(args.model, args.dtype, max_model_len, media_per_prompt, args.seed + engine, tp)
+    llm = make_engine(
+        args.model, args.dtype, max_model_len, media_per_prompt, args.seed + engine, tp
+    )
 
     if rank == 0:
         print(
@@ -612,19 +679,31 @@ def main():
                 check_engines(gather(llm.collective_rpc("compute_weight_checksums")), tp)
         if held_out and step % args.eval_every == 0:
             with phase(row, "eval"):
-                row |= evaluate_greedily(llm, held_out, encode_record, grader, tokenizer, args, rank, world)
+                row |= evaluate_greedily(
+                    llm, held_out, encode_record, grader, tokenizer, args, rank, world
+                )
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
-        kept, seen, all_kept, all_seen, rounds = [], [], 0, 0, 0  # this rank's rollouts, and how many of all ranks
+        kept, seen, all_kept, all_seen, rounds = (
+            [],
+            [],
+            0,
+            0,
+            0,
+        )  # this rank's rollouts, and how many of all ranks
         while all_kept < args.prompts_per_step and rounds < args.max_rounds:
             missing = args.prompts_per_step - all_kept
             size = round_size(missing, keep_rate, args.prompts_per_step, rows * engines) // engines
             with phase(row, "data"):
-                prompts = common_prompts(take(stream, size, tally, args.max_bad_share), rank, tp)
+                prompts = common_prompts(
+                    next_items(stream, size, tally, args.max_bad_share), rank, tp
+                )
             seeds = [args.seed + (cursor + engine + i * engines) * n for i in range(len(prompts))]
             cursor += size * engines
             with phase(row, "generate"):
-                rollouts = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)[rank % tp :: tp]
+                rollouts = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)[
+                    rank % tp :: tp
+                ]
             with phase(row, "wait"):  # for the rank that writes longest
                 dist.barrier()
             with phase(row, "grade"):
@@ -667,7 +746,9 @@ def main():
                 if k > 0:
                     old_logps[k] = current_logps(model, members, args.tokens_per_microbatch, device)
                 if reference is not None:
-                    ref_logps[k] = current_logps(reference, members, args.tokens_per_microbatch, device)
+                    ref_logps[k] = current_logps(
+                        reference, members, args.tokens_per_microbatch, device
+                    )
 
         # 6 update
         with phase(row, "update"):
@@ -681,7 +762,9 @@ def main():
                 " other weights, other pixels, or other positions?"
             )
         if not updates and rank == 0:
-            print(f"step {step + 1}: none of {all_seen} groups was kept in {rounds} rounds: nothing to learn from")
+            print(
+                f"step {step + 1}: none of {all_seen} groups was kept in {rounds} rounds: nothing to learn from"
+            )
 
         # 7 log
         tally["skipped_updates"] += sum(math.isnan(u["grad_norm"]) for u in updates) * (rank == 0)
@@ -701,12 +784,19 @@ def main():
         step, save_row, stopping = step + 1, {}, stop.now()
         if step % args.save_every == 0 or stopping or step == args.steps:
             state = dict(
-                step=step, cursor=cursor, keep_rate=keep_rate, moments=ema.state_dict(), counts=counts, args=vars(args)
+                step=step,
+                cursor=cursor,
+                keep_rate=keep_rate,
+                moments=ema.state_dict(),
+                counts=counts,
+                args=vars(args),
             )
             with phase(save_row, "save"):
                 if saving:
                     saving.join()
-                saving = save_checkpoint(args.out, model, optimizer, state, saving_group, args.keep, tally)
+                saving = save_checkpoint(
+                    args.out, model, optimizer, state, saving_group, args.keep, tally
+                )
                 if args.export_saves:
                     export_model(model, processor, os.path.join(args.out, f"step-{step:06d}"))
         if stopping:
@@ -722,7 +812,15 @@ def main():
 
 
 # bfloat16, dense; the first name that is part of the device's
-PEAK_TFLOPS = {"B200": 2250, "H100 PCIe": 756, "H100": 989, "H200": 989, "H800": 989, "A100": 312, "A800": 312}
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "H100 PCIe": 756,
+    "H100": 989,
+    "H200": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+}
 
 
 def summarise(seen, updates, ema, row):
@@ -747,11 +845,16 @@ def summarise(seen, updates, ema, row):
     )
     if updates:
         result |= {
-            key: float(np.mean([u[key] for u in updates])) for key in ("loss", "clip_share", "entropy", "grad_norm")
+            key: float(np.mean([u[key] for u in updates]))
+            for key in ("loss", "clip_share", "entropy", "grad_norm")
         }
-        result["logp_gap"] = updates[0]["logp_gap"]  # before anything moved: only vLLM against the trainer
+        result["logp_gap"] = updates[0][
+            "logp_gap"
+        ]  # before anything moved: only vLLM against the trainer
         result |= {key: sum(u[key] for u in updates) for key in ("microbatches", "dummies")}
-        result["tflops"] = sum(u["flops"] for u in updates) / dist.get_world_size() / row["seconds/update"] / 1e12
+        result["tflops"] = (
+            sum(u["flops"] for u in updates) / dist.get_world_size() / row["seconds/update"] / 1e12
+        )
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         if peak := next((peak for name, peak in PEAK_TFLOPS.items() if name in device), None):
             result["mfu"] = result["tflops"] / peak
@@ -777,7 +880,9 @@ def save_samples(out, step, rollouts, tokenizer, count=3):
     with open(os.path.join(out, "rollouts.jsonl"), "a") as file:
         for rollout in random.Random(step).sample(rollouts, min(count, len(rollouts))):
             record = rollout.prompt.record
-            entry = dict(step=step, file=record["file"], index=record["index"], task=task_of(record))
+            entry = dict(
+                step=step, file=record["file"], index=record["index"], task=task_of(record)
+            )
             entry |= dict(answer=record["answer"], response=text_of(rollout, 0, tokenizer))
             entry |= rollout.scores[0]._asdict()
             entry["rewards"] = [score.reward for score in rollout.scores]  # of the whole group

@@ -78,10 +78,16 @@ def pack(groups, device):
             ids += response
             targets += response
             positions.append((first + torch.arange(len(response))).expand(3, -1))
-    patches, grids = (torch.cat([getattr(prompt, name) for prompt, _ in groups]) for name in ("patches", "grids"))
-    batch = dict(ids=torch.tensor(ids), positions=torch.cat(positions, dim=1), patches=patches, grids=grids)
+    patches, grids = (
+        torch.cat([getattr(prompt, name) for prompt, _ in groups]) for name in ("patches", "grids")
+    )
+    batch = dict(
+        ids=torch.tensor(ids), positions=torch.cat(positions, dim=1), patches=patches, grids=grids
+    )
     batch |= dict(rows=torch.tensor(rows), targets=torch.tensor(targets))
-    return {name: tensor.to(device) for name, tensor in batch.items()} | dict(sequences=tuple(sequences))
+    return {name: tensor.to(device) for name, tensor in batch.items()} | dict(
+        sequences=tuple(sequences)
+    )
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, sequences, **_):
@@ -95,11 +101,22 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     out = []
     for spans in sequences:
         begin, end = spans[-1]
-        q, (k, v) = query[:, :, begin:end], (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (key, value))
+        q, (k, v) = (
+            query[:, :, begin:end],
+            (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (key, value)),
+        )
         # Causal from the bottom right corner: every query sees the `before` keys that stand before them all.
         before = k.shape[2] - q.shape[2]
-        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before) if before else None
-        out += [F.scaled_dot_product_attention(q, k, v, mask, is_causal=not before, scale=scaling, enable_gqa=True)]
+        mask = (
+            torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
+            if before
+            else None
+        )
+        out += [
+            F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=not before, scale=scaling, enable_gqa=True
+            )
+        ]
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -109,7 +126,9 @@ def varlen_attention(query, key, value, scaling, sequences):
     key_rows, *plan = varlen_plan(sequences, query.device)
     key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
     # The queries stand in the order of the sequences already. (-1, 0) is causal, aligned at the bottom right.
-    return varlen_attn(query, key, value, *plan, scale=scaling, window_size=(-1, 0), enable_gqa=True)[None]
+    return varlen_attn(
+        query, key, value, *plan, scale=scaling, window_size=(-1, 0), enable_gqa=True
+    )[None]
 
 
 @lru_cache(2)  # all layers of a micro-batch ask for the same
@@ -118,23 +137,33 @@ def varlen_plan(sequences, device):
     key_rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
     queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
     keys = [sum(end - begin for begin, end in spans) for spans in sequences]
-    offsets = [torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)]
+    offsets = [
+        torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)
+    ]
     return key_rows.to(device), *offsets, max(queries), max(keys)
 
 
-def frame_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_):
+def frame_attention(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_
+):
     """The vision tower's attention on CUDA: every frame attends to itself, all frames of all media in one call.
 
     query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D) and None.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     offsets, longest = cu_seq_lens_q, int(max_length_q)
-    return varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling)[None], None
+    return varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling)[
+        None
+    ], None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # the sequences say all there is to mask
-AttentionInterface.register("flash_frames", frame_attention)  # transformers passes whole films to names with "flash"
+AttentionMaskInterface.register(
+    "shared_prefix", lambda *args, **kwargs: None
+)  # the sequences say all there is to mask
+AttentionInterface.register(
+    "flash_frames", frame_attention
+)  # transformers passes whole films to names with "flash"
 
 
 class ChunkedLogps(torch.autograd.Function):
@@ -163,10 +192,17 @@ class ChunkedLogps(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, targets, normalisers = ctx.saved_tensors
         wide = weight.float()
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)  # all chunks add up in float32
-        chunks = zip(*(x.split(ctx.chunk) for x in (hidden, targets, normalisers, grad, grad_hidden)))
+        grad_hidden, grad_weight = (
+            torch.empty_like(hidden),
+            torch.zeros_like(wide),
+        )  # all chunks add up in float32
+        chunks = zip(
+            *(x.split(ctx.chunk) for x in (hidden, targets, normalisers, grad, grad_hidden))
+        )
         for rows, tokens, normaliser, scale, out in chunks:
-            slope = torch.addmm(-normaliser[:, None], rows.float(), wide.T).exp_()  # the probabilities
+            slope = torch.addmm(
+                -normaliser[:, None], rows.float(), wide.T
+            ).exp_()  # the probabilities
             slope.scatter_add_(1, tokens[:, None], slope.new_full((len(tokens), 1), -1.0))
             out.copy_((slope @ wide) * -scale[:, None])
             grad_weight.addmm_(slope.T, rows.float() * -scale[:, None])
@@ -201,21 +237,34 @@ def response_logps(model, batch, entropy=False):
     features = visual(pixels.to(embeddings.dtype), grid_thw=grids, return_dict=True)
     tokens, deepstack = features.pooler_output, features.deepstack_features  # (V, E), [(V, E)]
     if blind:
-        embeddings, seen = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack)), {}
+        embeddings, seen = (
+            embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack)),
+            {},
+        )
     else:
-        assert is_vision.sum() == len(tokens), f"{is_vision.sum()} vision tokens, {len(tokens)} vision features"
+        assert is_vision.sum() == len(tokens), (
+            f"{is_vision.sum()} vision tokens, {len(tokens)} vision features"
+        )
         embeddings = embeddings.masked_scatter(is_vision[:, None], tokens.to(embeddings.dtype))
         seen = dict(visual_pos_masks=is_vision[None], deepstack_visual_embeds=deepstack)
 
-    text = dict(inputs_embeds=embeddings[None], position_ids=batch["positions"][:, None], sequences=batch["sequences"])
+    text = dict(
+        inputs_embeds=embeddings[None],
+        position_ids=batch["positions"][:, None],
+        sequences=batch["sequences"],
+    )
     hidden = language(**text, **seen, use_cache=False).last_hidden_state[0]  # (T, E)
-    return chunked_logps(hidden[batch["rows"]], model.lm_head.weight, batch["targets"], entropy=entropy)
+    return chunked_logps(
+        hidden[batch["rows"]], model.lm_head.weight, batch["targets"], entropy=entropy
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Micro-batches
 
-PAIRS_PER_TOKEN = 20_000  # that cost as much as one token's matrices: 2 * 193e6 / (4 * 4096) in a layer of the 8B
+PAIRS_PER_TOKEN = (
+    20_000  # that cost as much as one token's matrices: 2 * 193e6 / (4 * 4096) in a layer of the 8B
+)
 
 
 def attended_pairs(queries, keys):
@@ -239,13 +288,18 @@ def microbatches(groups, tokens_per_microbatch):
     for prompt, responses in groups:
         shares, length = [[]], len(prompt.token_ids)
         for response in responses:
-            if shares[-1] and length + sum(map(len, shares[-1])) + len(response) > tokens_per_microbatch:
+            if (
+                shares[-1]
+                and length + sum(map(len, shares[-1])) + len(response) > tokens_per_microbatch
+            ):
                 shares.append([])
             shares[-1].append(response)
         for share in shares:
             lengths = [len(response) for response in share]
             tokens, at = length + sum(lengths), torch.arange(position, position + sum(lengths))
-            pairs = attended_pairs(length, length) + sum(attended_pairs(n, length + n) for n in lengths)
+            pairs = attended_pairs(length, length) + sum(
+                attended_pairs(n, length + n) for n in lengths
+            )
             parts.append((tokens + pairs / PAIRS_PER_TOKEN, tokens, Group(prompt, share), at))
             position += sum(lengths)
     parts.sort(key=lambda part: -part[0])
@@ -254,7 +308,10 @@ def microbatches(groups, tokens_per_microbatch):
         count += 1  # on all ranks
     bins.sort(key=lambda members: -sum(part[0] for part in members))  # heavy ones meet heavy ones
     none = torch.arange(0)
-    return [([group for *_, group, _ in members], torch.cat([none, *(at for *_, at in members)])) for members in bins]
+    return [
+        ([group for *_, group, _ in members], torch.cat([none, *(at for *_, at in members)]))
+        for members in bins
+    ]
 
 
 def spread(parts, count, most_tokens):
@@ -267,7 +324,11 @@ def spread(parts, count, most_tokens):
     """
     bins = [[] for _ in range(count)]
     for part in parts:
-        fitting = [members for members in bins if not members or sum(m[1] for m in members) + part[1] <= most_tokens]
+        fitting = [
+            members
+            for members in bins
+            if not members or sum(m[1] for m in members) + part[1] <= most_tokens
+        ]
         if not fitting:
             return None
         min(fitting, key=lambda members: sum(m[0] for m in members)).append(part)
@@ -275,7 +336,9 @@ def spread(parts, count, most_tokens):
 
 
 NO_MEDIA = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
-DUMMY = Group(data.Prompt({}, [0], torch.zeros(3, 1, dtype=torch.int64).numpy(), *NO_MEDIA, vllm={}), [[0]])
+DUMMY = Group(
+    data.Prompt({}, [0], torch.zeros(3, 1, dtype=torch.int64).numpy(), *NO_MEDIA, vllm={}), [[0]]
+)
 
 
 def count_parameters(module):
@@ -288,11 +351,15 @@ def training_flops(model, batch, recompute):
     """
     text, vision = model.config.text_config, model.config.vision_config
     visual, tower = model.model.visual, model.model.language_model
-    sequences = [[end - begin for begin, end in spans] for spans in batch["sequences"]]  # the queries of each come last
+    sequences = [
+        [end - begin for begin, end in spans] for spans in batch["sequences"]
+    ]  # the queries of each come last
     pairs = sum(attended_pairs(lengths[-1], sum(lengths)) for lengths in sequences)
     body = 2 * count_parameters(tower.layers) * len(batch["ids"])
     body += 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
-    frames = [height * width for time, height, width in batch["grids"].tolist() for _ in range(time)]  # patches each
+    frames = [
+        height * width for time, height, width in batch["grids"].tolist() for _ in range(time)
+    ]  # patches each
     blocks = count_parameters(visual.blocks)
     body += 2 * blocks * sum(frames) + 2 * (count_parameters(visual) - blocks) * sum(frames) // 4
     body += 4 * vision.hidden_size * vision.depth * sum(patches**2 for patches in frames)
@@ -321,12 +388,16 @@ def peak_memory_gb():
 
 def init_distributed():
     """Joins torchrun's process group (or makes a group of one). Returns rank, world size, device."""
-    for name, value in dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0").items():
+    for name, value in dict(
+        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+    ).items():
         os.environ.setdefault(name, value)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
         if local >= (count := torch.cuda.device_count()):
-            raise SystemExit(f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node")
+            raise SystemExit(
+                f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node"
+            )
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
     else:
@@ -359,34 +430,51 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
     trainable=False: frozen, weights kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer
     (default: all); with the GPUs of one node, gathers stay inside it and only gradients cross the network.
     """
-    if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values, and its gradient becomes one
+    if (
+        dtype == torch.bfloat16
+    ):  # TF32 for the head: its operands are bfloat16 values, and its gradient becomes one
         torch.set_float32_matmul_precision("high")
     master = torch.float32 if trainable else dtype
     weights, generation = {}, None
     if dist.get_rank() == 0:
-        whole = Qwen3VLForConditionalGeneration.from_pretrained(path, dtype=master, use_safetensors=True)
+        whole = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=master, use_safetensors=True
+        )
         weights, generation = whole.state_dict(), whole.generation_config
     with torch.device("meta"):
         model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(path)).to(master)
-    vision_attention = "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
-    model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision_attention})
+    vision_attention = (
+        "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+    )
+    model.set_attn_implementation(
+        {"text_config": "shared_prefix", "vision_config": vision_attention}
+    )
     model.requires_grad_(trainable)
 
     world = dist.get_world_size()
     shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     # Inputs are left as they are: patches arrive as uint8, and the rotary tables of the vision tower stay in float32.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     model.response_logps = partial(response_logps, model)
-    register_fsdp_forward_method(model, "response_logps")  # enters through the root, which gathers embeddings and head
+    register_fsdp_forward_method(
+        model, "response_logps"
+    )  # enters through the root, which gathers embeddings and head
 
     model.to_empty(device=device)
-    for module in model.modules():  # rotary tables are in no checkpoint: to_empty leaves garbage in them
+    for (
+        module
+    ) in model.modules():  # rotary tables are in no checkpoint: to_empty leaves garbage in them
         if hasattr(module, "original_inv_freq"):
             fresh = type(module)(module.config)
-            module.inv_freq, module.original_inv_freq = fresh.inv_freq.to(device), fresh.original_inv_freq.to(device)
+            module.inv_freq, module.original_inv_freq = (
+                fresh.inv_freq.to(device),
+                fresh.original_inv_freq.to(device),
+            )
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(model, weights, options=options)
     model.tie_weights()
@@ -396,8 +484,12 @@ def load_model(path, device, dtype, trainable=True, shard_size=None):
 
 def adamw(model, lr, weight_decay):
     params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True)
-    states.get_state_dict(model, optimizer)  # makes the moments, by a step without gradient that Adam must not count:
+    optimizer = torch.optim.AdamW(
+        params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True
+    )
+    states.get_state_dict(
+        model, optimizer
+    )  # makes the moments, by a step without gradient that Adam must not count:
     for state in optimizer.state.values():
         state["step"].zero_()
     return optimizer
@@ -436,7 +528,9 @@ def save_checkpoint(out, model, optimizer, state, group, keep, tally):
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
     content = dict(model=model_state, optimizer=optimizer_state)
     writing = dcp.async_save(content, checkpoint_id=folder, process_group=group)
-    thread = threading.Thread(target=publish, args=(writing, folder, state, keep, tally), daemon=True)
+    thread = threading.Thread(
+        target=publish, args=(writing, folder, state, keep, tally), daemon=True
+    )
     thread.start()
     return thread
 
@@ -464,7 +558,10 @@ def publish(writing, folder, state, keep, tally):
     except OSError as failure:
         tally["failed_saves"] += 1
         shutil.rmtree(folder, ignore_errors=True)
-        print(f"WARNING: step {state['step']} could not be saved, the run goes on: {failure}", flush=True)
+        print(
+            f"WARNING: step {state['step']} could not be saved, the run goes on: {failure}",
+            flush=True,
+        )
 
 
 def find_checkpoint(out):
@@ -477,12 +574,19 @@ def find_checkpoint(out):
     for folder in reversed(folders) if dist.get_rank() == 0 else ():
         try:
             state = json.loads((folder / "trainer_state.json").read_text())
-            if cut := [name for name, size in state["files"].items() if (folder / name).stat().st_size != size]:
+            if cut := [
+                name
+                for name, size in state["files"].items()
+                if (folder / name).stat().st_size != size
+            ]:
                 raise ValueError(f"{cut[0]} has another size than when it was saved")
             found = [folder, state]
             break
         except (OSError, ValueError, KeyError) as error:
-            print(f"WARNING: the checkpoint {folder} is damaged ({error}); trying the one before", flush=True)
+            print(
+                f"WARNING: the checkpoint {folder} is damaged ({error}); trying the one before",
+                flush=True,
+            )
     dist.broadcast_object_list(found)
     if folders and found[0] is None:
         data.refuse(f"all checkpoints under {out} are damaged: remove the folder to begin anew")
@@ -492,28 +596,42 @@ def find_checkpoint(out):
 def check_resume(state, args, may_change):
     """Refuses to go on with other settings than a run began with, `may_change` aside; --force takes the new ones."""
     new, old = vars(args), state.get("args", {})
-    changed = [name for name in new if name in old and old[name] != new[name] and name not in may_change]
+    changed = [
+        name for name in new if name in old and old[name] != new[name] and name not in may_change
+    ]
     if changed and not args.force:
-        differences = "; ".join(f"--{name.replace('_', '-')} was {old[name]}, is now {new[name]}" for name in changed)
-        data.refuse(f"{args.out} was begun with other settings: {differences}. --force goes on with the new ones")
+        differences = "; ".join(
+            f"--{name.replace('_', '-')} was {old[name]}, is now {new[name]}" for name in changed
+        )
+        data.refuse(
+            f"{args.out} was begun with other settings: {differences}. --force goes on with the new ones"
+        )
 
 
 def load_checkpoint(folder, state, model, optimizer):
     """Restores weights and optimiser state in place, on any number of ranks."""
     if state["parameters"] != (count := count_parameters(model)):
-        data.refuse(f"{folder} holds a model of {state['parameters']} parameters, --model has {count}")
+        data.refuse(
+            f"{folder} holds a model of {state['parameters']} parameters, --model has {count}"
+        )
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
     dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folder)
-    states.set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    states.set_state_dict(
+        model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
+    )
 
 
 def check_room(out, model, keep, exports=1):
     """Refuses a disk without room for the checkpoints to come (weights and two Adam moments in float32; one more than is kept,
     since the newest is written before the oldest goes) and for so many exported models (bfloat16)."""
-    needed = count_parameters(model) * (12 * max(keep + 1 - len(published(out)), 1) + 2 * exports) / 1e9
+    needed = (
+        count_parameters(model) * (12 * max(keep + 1 - len(published(out)), 1) + 2 * exports) / 1e9
+    )
     free = min(gather(shutil.disk_usage(out).free)) / 1e9  # of the node that has least
     if free < needed:
-        data.refuse(f"--out {out} has {free:.2f} GB free, checkpoints and exported models need {needed:.2f} GB more")
+        data.refuse(
+            f"--out {out} has {free:.2f} GB free, checkpoints and exported models need {needed:.2f} GB more"
+        )
 
 
 def full_weights(model, dtype):
@@ -551,7 +669,9 @@ def forget_after(step, path):
     """Drops the lines of a log that a killed run wrote for steps it did not save; they will be run, and logged, again."""
     if dist.get_rank() == 0 and os.path.exists(path):
         with open(path) as file:
-            lines = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step]
+            lines = [
+                line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step
+            ]
         Path(f"{path}.tmp").write_text("".join(lines))
         os.replace(f"{path}.tmp", path)
 
@@ -562,7 +682,9 @@ def start_run(args):
         commit = subprocess.getoutput(f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD")
         try:
             os.makedirs(args.out, exist_ok=True)
-            noted = vars(args) | dict(commit=commit, torch=torch.__version__, transformers=transformers.__version__)
+            noted = vars(args) | dict(
+                commit=commit, torch=torch.__version__, transformers=transformers.__version__
+            )
             Path(args.out, "args.json").write_text(json.dumps(noted, indent=1))
         except OSError as error:
             data.refuse(f"--out {args.out} cannot be written: {error}")
@@ -589,7 +711,9 @@ def training_pair(record, processor, limits):
     """A record -> Group of its prompt and its one response: what it demonstrates, and the end-of-turn token."""
     prompt, tokenizer = data.encode(record, processor, limits), processor.tokenizer
     prompt.vllm = None
-    response = tokenizer(data.demonstration(record), add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    response = tokenizer(data.demonstration(record), add_special_tokens=False)["input_ids"] + [
+        tokenizer.eos_token_id
+    ]
     length = len(prompt.token_ids) + len(response)
     if length > (most := limits.max_prompt_tokens):
         raise data.MediaError("too_long", f"{length} tokens with the response, the limit is {most}")
@@ -616,7 +740,9 @@ def update(model, optimizer, groups, args, device):
     for members, _ in microbatches(groups, args.tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
         loss = -logps.sum() / max(tokens, 1) * bool(members)
-        (loss * dist.get_world_size()).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+        (
+            loss * dist.get_world_size()
+        ).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
         total += loss.item()
     loss = global_sum(total)
     return loss, tokens, optimizer_step(model, optimizer, args.grad_clip, loss)
@@ -667,13 +793,17 @@ def main():
 
     # Everything that can be wrong with the input is found before a model is loaded.
     if args.sequences_per_step % world:
-        data.refuse(f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks")
+        data.refuse(
+            f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks"
+        )
     if args.shard_size is not None and (args.shard_size < 1 or world % args.shard_size):
         data.refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
     if args.keep < 1:
         data.refuse(f"--keep {args.keep} must be at least 1")
     try:
-        records = [record for path in args.data for record in data.load_records(path, args.media_root)]
+        records = [
+            record for path in args.data for record in data.load_records(path, args.media_root)
+        ]
         processor = AutoProcessor.from_pretrained(args.model)
     except (OSError, ValueError) as error:
         data.refuse(error)
@@ -691,12 +821,16 @@ def main():
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = adamw(model, args.lr, args.weight_decay)
     step, cursor = state.get("step", 0), state.get("cursor", 0)
-    check_room(args.out, model, args.keep, 1 + args.export_saves * (steps - step) // args.save_every)
+    check_room(
+        args.out, model, args.keep, 1 + args.export_saves * (steps - step) // args.save_every
+    )
     if checkpoint:
         load_checkpoint(checkpoint, state, model, optimizer)
     forget_after(step, os.path.join(args.out, "metrics.jsonl"))
     if rank == 0:
-        print(f"{len(records)} records; {steps} steps of {args.sequences_per_step} on {world} ranks, from step {step}")
+        print(
+            f"{len(records)} records; {steps} steps of {args.sequences_per_step} on {world} ranks, from step {step}"
+        )
 
     make_pair = partial(training_pair, processor=processor, limits=data.limits_of(args))
     order = data.data_order(len(records), args.seed, cursor, rank, world)
@@ -710,14 +844,23 @@ def main():
         rate = learning_rate(step, steps, args.lr, args.warmup_share)
         for group in optimizer.param_groups:
             group.update(lr=rate, weight_decay=args.weight_decay)
-        groups = data.take(stream, args.sequences_per_step // world, tally, args.max_bad_share)
+        groups = data.next_items(
+            stream, args.sequences_per_step // world, tally, args.max_bad_share
+        )
         waited = time.time() - begin
         loss, tokens, norm = update(model, optimizer, groups, args, device)
         step, cursor = step + 1, cursor + args.sequences_per_step
         tally["skipped_updates"] += math.isnan(norm) and rank == 0
         counts = sum(gather(tally), Counter())
         seconds = time.time() - begin
-        row = dict(step=step, loss=loss, tokens=tokens, lr=rate, grad_norm=norm, tokens_per_second=tokens / seconds)
+        row = dict(
+            step=step,
+            loss=loss,
+            tokens=tokens,
+            lr=rate,
+            grad_norm=norm,
+            tokens_per_second=tokens / seconds,
+        )
         log_metrics(args.out, row | {"seconds/step": seconds, "seconds/data": waited} | counts)
         bar.update()
         stopping = stop.now()
@@ -725,7 +868,9 @@ def main():
             if saving:
                 saving.join()
             state = dict(step=step, cursor=cursor, counts=counts, args=vars(args))
-            saving = save_checkpoint(args.out, model, optimizer, state, saving_group, args.keep, tally)
+            saving = save_checkpoint(
+                args.out, model, optimizer, state, saving_group, args.keep, tally
+            )
             if args.export_saves:
                 export_model(model, processor, os.path.join(args.out, f"step-{step:06d}"))
     export_model(model, processor, args.out)

@@ -17,7 +17,11 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
-METHODS = {"ema_grpo": ("EMA-GRPO", "tab:blue"), "grpo": ("GRPO", "tab:orange"), "dr_grpo": ("Dr.GRPO", "tab:green")}
+METHODS = {
+    "ema_grpo": ("EMA-GRPO", "tab:blue"),
+    "grpo": ("GRPO", "tab:orange"),
+    "dr_grpo": ("Dr.GRPO", "tab:green"),
+}
 
 
 def read(path):
@@ -39,7 +43,12 @@ def collect(folder):
     result = dict(runs={}, groups={method: [] for method in METHODS}, heldout={})
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
         rows, name = read(path), path.parent.name
-        keys = {key for row in rows for key in row if key.split("/")[0] in ("reward", "advantage", "std")}
+        keys = {
+            key
+            for row in rows
+            for key in row
+            if key.split("/")[0] in ("reward", "advantage", "std")
+        }
         result["runs"][name] = {key: [short(row.get(key)) for row in rows] for key in sorted(keys)}
         for entry in read(path.with_name("rollouts.jsonl")):
             if entry["advantages"]:
@@ -51,8 +60,12 @@ def collect(folder):
         if path.stem != "judge":
             lines = sorted(read(path), key=lambda line: line["position"])
             task = lines[0]["task"]
-            result["heldout"].setdefault(path.parent.name, {})[task] = [short(line["accuracy"]) for line in lines]
-    result["bandit"] = {method: shares[:, ::3].round(4).tolist() for method, shares in bandit.curves().items()}
+            result["heldout"].setdefault(path.parent.name, {})[task] = [
+                short(line["accuracy"]) for line in lines
+            ]
+    result["bandit"] = {
+        method: shares[:, ::3].round(4).tolist() for method, shares in bandit.curves().items()
+    }
     return result
 
 
@@ -68,7 +81,9 @@ def resampled(accuracy, draws=2000):
     seeds, _, records = accuracy.shape
     chosen_records = np.random.default_rng(0).integers(records, size=(draws, records))
     chosen_seeds = np.random.default_rng(1).integers(seeds, size=(draws, seeds))
-    return np.array([accuracy[s][:, :, r].mean((0, 2)) for s, r in zip(chosen_seeds, chosen_records)])
+    return np.array(
+        [accuracy[s][:, :, r].mean((0, 2)) for s, r in zip(chosen_seeds, chosen_records)]
+    )
 
 
 def intervals(result):
@@ -84,7 +99,8 @@ def intervals(result):
             )
     with_mean = lambda values: np.concatenate([values, values.mean(-1, keepdims=True)], axis=-1)
     return {
-        name: (with_mean(means[name]), *np.percentile(with_mean(draws[name]), [2.5, 97.5], axis=0)) for name in draws
+        name: (with_mean(means[name]), *np.percentile(with_mean(draws[name]), [2.5, 97.5], axis=0))
+        for name in draws
     }
 
 
@@ -92,12 +108,16 @@ def print_table(result, tasks, table):
     print(f"{'held-out accuracy in percent':28}      SFT" + "".join(f"{title:>10}" for title, _ in METHODS.values())
           + "      EMA-GRPO - GRPO [95%]   EMA-GRPO - Dr.GRPO [95%]")  # fmt: skip
     for i, task in enumerate([*tasks, f"mean over {len(tasks)} tasks"]):
-        cells = f"{table['sft'][0][i]:9.1f}" + "".join(f"{table[method][0][i]:10.1f}" for method in METHODS)
+        cells = f"{table['sft'][0][i]:9.1f}" + "".join(
+            f"{table[method][0][i]:10.1f}" for method in METHODS
+        )
         for other in ("grpo", "dr_grpo"):
             value, low, high = (side[i] for side in table[f"ema_grpo - {other}"])
             cells += f"   {value:+7.1f} [{low:+6.1f}, {high:+6.1f}]"
         print(f"{task:28}{cells}")
-    print("\nreward std and how hard a task pulls (root mean square advantage), means over steps and seeds")
+    print(
+        "\nreward std and how hard a task pulls (root mean square advantage), means over steps and seeds"
+    )
     print(f"{'':28}{'std':>9}" + "".join(f"{title:>10}" for title, _ in METHODS.values()))
     for task in tasks:
         cells = [step_means(result, "ema_grpo", f"std/{task}")] + [
@@ -118,7 +138,9 @@ def step_means(result, method, key):
 
 def smooth(values, width):
     """(seeds, steps): the mean over the last `width` steps that have a value; nan where none has."""
-    sums, counts = (np.cumsum(part, axis=1, dtype=float) for part in (np.nan_to_num(values), ~np.isnan(values)))
+    sums, counts = (
+        np.cumsum(part, axis=1, dtype=float) for part in (np.nan_to_num(values), ~np.isnan(values))
+    )
     for part in (sums, counts):
         part[:, width:] -= part[:, :-width].copy()
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
@@ -144,7 +166,9 @@ def draw(result, tasks, table, path):
 
     axis = figure.add_subplot(grid[0, 6:])
     for method, (title, colour) in METHODS.items():
-        groups = [(std, size) for task, std, size in result["groups"][method] if std > 0 and size > 0]
+        groups = [
+            (std, size) for task, std, size in result["groups"][method] if std > 0 and size > 0
+        ]
         axis.scatter(*zip(*groups), s=6, color=colour, alpha=0.5, label=title)
     axis.set(title="Inside a task: a group's advantages\nby the std of its rewards", xscale="log", yscale="log", xlabel="std of the group's rewards")  # fmt: skip
     axis.legend()
@@ -155,19 +179,34 @@ def draw(result, tasks, table, path):
         rows = [places[task] for task in tasks] + [len(tasks)]
         y = np.arange(len(rows)) + 0.22 * (1 - k)
         errors = [[mean[i] - low[i] for i in rows], [high[i] - mean[i] for i in rows]]
-        axis.errorbar(mean[rows], y, xerr=errors, fmt="o", color=colour, markersize=4, linewidth=1, label=title)
+        axis.errorbar(
+            mean[rows],
+            y,
+            xerr=errors,
+            fmt="o",
+            color=colour,
+            markersize=4,
+            linewidth=1,
+            label=title,
+        )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(tasks) + 1), [*tasks, "mean"])
-    axis.set(title="Held-out accuracy minus that of the SFT model,\npercent, 95% over seeds and records")
+    axis.set(
+        title="Held-out accuracy minus that of the SFT model,\npercent, 95% over seeds and records"
+    )
     axis.legend(loc="lower right")
 
     axis = figure.add_subplot(grid[1, 6:])
     for method, (title, colour) in METHODS.items():
-        for k, (kind, style) in enumerate((("QA, reward 0 or 1", "--"), ("box, reward 0.70 or 0.75", "-"))):
+        for k, (kind, style) in enumerate(
+            (("QA, reward 0 or 1", "--"), ("box, reward 0.70 or 0.75", "-"))
+        ):
             shares = 100 * np.array(result["bandit"][method])[:, :, k]
             steps = np.arange(shares.shape[1]) * 3
             axis.plot(steps, shares.mean(0), style, color=colour, label=f"{title}: {kind}")
-            axis.fill_between(steps, shares.min(0), shares.max(0), color=colour, alpha=0.1, linewidth=0)
+            axis.fill_between(
+                steps, shares.min(0), shares.max(0), color=colour, alpha=0.1, linewidth=0
+            )
     axis.set(
         title="A task of tiny reward spread (tests/bandit.py):\nright answers in percent; band: all ten seeds",
         xlabel="step",
@@ -180,7 +219,9 @@ def draw(result, tasks, table, path):
             values = smooth(curves(result, method, f"reward/{task}"), 10)
             steps = np.arange(1, values.shape[1] + 1)
             axis.plot(steps, values.mean(0), color=colour)
-            axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            axis.fill_between(
+                steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
+            )
         axis.set(title=f"{task}: reward" + ", band: all seeds" * (i == 0), xlabel="step")
     for axis in figure.axes:
         axis.grid(alpha=0.3)

@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cpu_compat  # noqa: F401
 from rl_ema_grpo import EMAStd, advantages, policy_loss
 
-METHODS, KINDS = ("ema_grpo", "grpo", "dr_grpo"), {"QA": slice(0, 8), "box": slice(8, 16)}  # the rest teaches nothing
+METHODS, KINDS = (
+    ("ema_grpo", "grpo", "dr_grpo"),
+    {"QA": slice(0, 8), "box": slice(8, 16)},
+)  # the rest teaches nothing
 COUNT, LETTERS, ROLLOUTS = 40, 4, 8
 
 
@@ -28,7 +31,10 @@ def train(method, seed, steps):
     rng = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.randn(*shape, generator=rng)
     questions, right = draw(COUNT, 8) / 2**0.5, torch.randint(LETTERS, (COUNT,), generator=rng)
-    first, second = (draw(8, 16) / 8**0.5).requires_grad_(), (draw(16, LETTERS) / 20).requires_grad_()
+    first, second = (
+        (draw(8, 16) / 8**0.5).requires_grad_(),
+        (draw(16, LETTERS) / 20).requires_grad_(),
+    )
     optimizer, ema, shares = torch.optim.Adam([first, second], lr=1e-2), EMAStd(), []
     groups = [i for i in range(COUNT) for _ in range(ROLLOUTS)]
     tasks = ["QA" if i < 8 else "box" for i in groups]
@@ -36,7 +42,9 @@ def train(method, seed, steps):
         logps = (torch.tanh(questions @ first) @ second).log_softmax(-1)  # (COUNT, LETTERS)
         letters = torch.multinomial(logps.exp().detach(), ROLLOUTS, replacement=True, generator=rng)
         hit = (letters == right[:, None]).float()  # (COUNT, ROLLOUTS)
-        rewards = torch.cat([hit[KINDS["QA"]], 0.70 + 0.05 * hit[KINDS["box"]], 0.75 + 0.002 * draw(24, ROLLOUTS)])
+        rewards = torch.cat(
+            [hit[KINDS["QA"]], 0.70 + 0.05 * hit[KINDS["box"]], 0.75 + 0.002 * draw(24, ROLLOUTS)]
+        )
         result = torch.tensor(advantages(rewards.flatten().tolist(), groups, tasks, ema, method))
         chosen = logps.gather(1, letters).flatten()
         losses, _ = policy_loss(chosen, chosen.detach(), result)
@@ -49,11 +57,17 @@ def train(method, seed, steps):
 
 def curves(seeds=10, steps=120):
     """{method: (seeds, steps, 2)}."""
-    return {method: np.stack([train(method, seed, steps) for seed in range(seeds)]) for method in METHODS}
+    return {
+        method: np.stack([train(method, seed, steps) for seed in range(seeds)])
+        for method in METHODS
+    }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for method, shares in curves().items():
         for k, kind in enumerate(KINDS):
-            print(f"{method:9} {kind:4}", " ".join(f"{100 * share:5.1f}" for share in shares[:, ::15, k].mean(0)))
+            print(
+                f"{method:9} {kind:4}",
+                " ".join(f"{100 * share:5.1f}" for share in shares[:, ::15, k].mean(0)),
+            )

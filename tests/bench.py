@@ -61,7 +61,9 @@ def write_film(path, minutes, fps=25, width=640, height=360):
             wave = 128 + 60 * np.sin(x / 40 + i / 9) + 40 * np.cos(y / 25 - i / 17)
             picture = np.stack([wave, wave[::-1], np.full_like(wave, 2 * i % 256)], 2)
             picture[:: 1 + i % 3] += rng.integers(-8, 8, (1, width, 1))
-            frame = av.VideoFrame.from_ndarray(picture.clip(0, 255).astype(np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                picture.clip(0, 255).astype(np.uint8), format="rgb24"
+            )
             frame.pts = i
             packets += stream.encode(frame)
         packets += stream.encode()
@@ -88,7 +90,10 @@ def whole_film(path, indices):
 
 def library_patches(processor, frames, limits):
     """transformers' own resizing and patching of given frames. float32 (P, 1536), and the grid."""
-    size = {"shortest_edge": limits.frame_min_pixels, "longest_edge": limits.frame_max_pixels * len(frames)}
+    size = {
+        "shortest_edge": limits.frame_min_pixels,
+        "longest_edge": limits.frame_max_pixels * len(frames),
+    }
     videos = [torch.from_numpy(frames).permute(0, 3, 1, 2)]
     made = processor(videos=videos, size=size, do_sample_frames=False, return_tensors="pt")
     return made["pixel_values_videos"], tuple(made["video_grid_thw"][0].tolist())
@@ -98,7 +103,9 @@ def video(args):
     """Rows of the table: sparse sampling of a long film, dense sampling of a clip, and the cache."""
     from transformers import Qwen3VLVideoProcessor
 
-    processor = Qwen3VLVideoProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, cap_pixels_per_frame=False)
+    processor = Qwen3VLVideoProcessor(
+        image_mean=[0.5] * 3, image_std=[0.5] * 3, cap_pixels_per_frame=False
+    )
     limits, rows = data.Limits(), []
     bounds = limits.fps, limits.max_frames, limits.frame_min_pixels, limits.frame_max_pixels
     with tempfile.TemporaryDirectory() as folder:
@@ -108,20 +115,38 @@ def video(args):
             read, film = seconds_of(data.read_video, path, *bounds)
             cut, (patches, grid) = seconds_of(data.patchify, film.frames)
             decode, frames = seconds_of(whole_film, path, film.indices)
-            process, (expected, expected_grid) = seconds_of(library_patches, processor, frames, limits)
+            process, (expected, expected_grid) = seconds_of(
+                library_patches, processor, frames, limits
+            )
             assert grid == expected_grid, (grid, expected_grid)
             levels = np.abs(patches.astype(np.float32) - (expected.numpy() * 0.5 + 0.5) * 255)
             assert levels.mean() < 2, "the two sides do not show the same frames"
             count = len(film.indices)
             what = f"{name}, {count} of {film.total} frames"
-            rows.append((what + ": film to patches, frames/CPU s", count / (read + cut), count / (decode + process)))
+            rows.append(
+                (
+                    what + ": film to patches, frames/CPU s",
+                    count / (read + cut),
+                    count / (decode + process),
+                )
+            )
             rows.append((what + ": film to pixels, frames/CPU s", count / read, count / decode))
-            print(f"{what}: mean difference {levels.mean():.2f} of 255 levels, {(levels > 16).mean():.2%} over 16")
+            print(
+                f"{what}: mean difference {levels.mean():.2f} of 255 levels, {(levels > 16).mean():.2%} over 16"
+            )
             kept = data.Limits(cache=os.path.join(folder, "cache"))
             data.cached(kept, data.read_video, path, *bounds, None)
             again, _ = seconds_of(data.cached, kept, data.read_video, path, *bounds, None)
-            rows.append((what + ": from --cache, against reading anew, frames/CPU s", count / again, count / read))
-    return ["", "ours", "usual", "ratio"], [(what, ours, usual, ours / usual) for what, ours, usual in rows]
+            rows.append(
+                (
+                    what + ": from --cache, against reading anew, frames/CPU s",
+                    count / again,
+                    count / read,
+                )
+            )
+    return ["", "ours", "usual", "ratio"], [
+        (what, ours, usual, ours / usual) for what, ours, usual in rows
+    ]
 
 
 def grade(pairs):
@@ -135,7 +160,12 @@ def parse(answers):
 def rewards_(args):
     """Rows of the table: gradings per second of each task whose answer is JSON, against the aim and bare json.loads."""
     rng = random.Random(0)
-    box = lambda: [rng.randrange(500), rng.randrange(500), 500 + rng.randrange(500), 500 + rng.randrange(500)]
+    box = lambda: [
+        rng.randrange(500),
+        rng.randrange(500),
+        500 + rng.randrange(500),
+        500 + rng.randrange(500),
+    ]
     points = lambda: [[rng.randrange(1000), rng.randrange(1000)] for _ in range(3)]
     mask = lambda: dict(boxes=box(), positive_points=points(), negative_points=points())
     tasks = {
@@ -152,13 +182,20 @@ def rewards_(args):
     for name, (medium, aim, some) in tasks.items():
         pairs, answers = [], []
         for _ in range(args.responses // 8):
-            record = dict(problem_type=name.split(",")[0], data_type=medium, answer=json.dumps(some()))
+            record = dict(
+                problem_type=name.split(",")[0], data_type=medium, answer=json.dumps(some())
+            )
             answers += (group := [json.dumps(some()) for _ in range(8)])
-            pairs += [(record, f"<think>{'It moves. ' * 40}</think><answer>{answer}</answer>") for answer in group]
+            pairs += [
+                (record, f"<think>{'It moves. ' * 40}</think><answer>{answer}</answer>")
+                for answer in group
+            ]
         graded = [seconds_of(grade, pairs) for _ in range(args.rounds)]
         taken, scores = min(seconds for seconds, _ in graded), graded[0][1]
         bare = min(seconds_of(parse, answers)[0] for _ in range(args.rounds))
-        assert all(score.structure == 0.5 for score in scores) and any(score.accuracy > 0 for score in scores)
+        assert all(score.structure == 0.5 for score in scores) and any(
+            score.accuracy > 0 for score in scores
+        )
         rows.append((name, len(pairs) / taken, aim, len(pairs) / taken / aim, len(pairs) / bare))
     return ["gradings per second, one core", "ours", "aim", "ratio", "json.loads alone"], rows
 
@@ -180,7 +217,9 @@ def in_this_process(function, args):
     memory = sft.peak_memory_gb() - before
     for _ in range(2):
         start = clock()
-        assert math.isclose(work(), result, rel_tol=1e-3)  # a number on the host: a GPU has finished
+        assert math.isclose(
+            work(), result, rel_tol=1e-3
+        )  # a number on the host: a GPU has finished
         seconds.append(clock() - start)
     return min(seconds), memory, result
 
@@ -195,8 +234,12 @@ def bench_model():
         num_key_value_heads=heads // 4, head_dim=width // heads, vocab_size=vocabulary, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20] if cuda else [12, 10, 10], "mrope_interleaved": True},
     )  # fmt: skip
-    vision = dict(depth=1, hidden_size=64, num_heads=2, out_hidden_size=width, deepstack_visual_indexes=[0])
-    config = Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=0, video_token_id=1)
+    vision = dict(
+        depth=1, hidden_size=64, num_heads=2, out_hidden_size=width, deepstack_visual_indexes=[0]
+    )
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, image_token_id=0, video_token_id=1
+    )
     device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
     model = Qwen3VLForConditionalGeneration(config).to(device, dtype).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -206,10 +249,15 @@ def bench_model():
 def bench_group(prompt, response):
     """A prompt of text and 8 responses, half to all of `response` tokens long, as sampling gives them."""
     rng = np.random.default_rng(0)
-    responses = [rng.integers(2, 2000, n).tolist() for n in np.linspace(response // 2, response, 8).astype(int)]
+    responses = [
+        rng.integers(2, 2000, n).tolist()
+        for n in np.linspace(response // 2, response, 8).astype(int)
+    ]
     empty = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
     positions = np.broadcast_to(np.arange(prompt), (3, prompt)).copy()
-    return sft.Group(data.Prompt({}, rng.integers(2, 2000, prompt).tolist(), positions, *empty, {}), responses)
+    return sft.Group(
+        data.Prompt({}, rng.integers(2, 2000, prompt).tolist(), positions, *empty, {}), responses
+    )
 
 
 def packed_update(prompt, response, share):
@@ -240,7 +288,9 @@ def padded_update(prompt, response):
 
     def work():
         model.zero_grad()
-        logits = model(rows, attention_mask=mask, logits_to_keep=response + 1, use_cache=False).logits[:, :-1]
+        logits = model(
+            rows, attention_mask=mask, logits_to_keep=response + 1, use_cache=False
+        ).logits[:, :-1]
         logps = logits.float().log_softmax(-1).gather(-1, rows[:, -response:, None])[..., 0]
         loss = (logps * mask[:, -response:]).sum() / mask[:, -response:].sum()
         loss.backward()
@@ -254,18 +304,34 @@ def forward(args):
     rows = []
     for prompt, response in ((32, 32), (256, 32), (1024, 128), (4096, 256)):
         ours = measured(packed_update, prompt, response, True)
-        apart, padded = measured(packed_update, prompt, response, False), measured(padded_update, prompt, response)
-        assert math.isclose(ours[2], apart[2], rel_tol=1e-3) and math.isclose(ours[2], padded[2], rel_tol=1e-3)
+        apart, padded = (
+            measured(packed_update, prompt, response, False),
+            measured(padded_update, prompt, response),
+        )
+        assert math.isclose(ours[2], apart[2], rel_tol=1e-3) and math.isclose(
+            ours[2], padded[2], rel_tol=1e-3
+        )
         for name, i in (("seconds", 0), ("GB", 1)):
             row = (ours[i], apart[i], padded[i], apart[i] / ours[i], padded[i] / ours[i])
             rows.append((f"{prompt}/{response}, {name}", *row))
-    return ["prompt/response of a group of 8", "ours", "not shared", "padded", "not shared/ours", "padded/ours"], rows
+    return [
+        "prompt/response of a group of 8",
+        "ours",
+        "not shared",
+        "padded",
+        "not shared/ours",
+        "padded/ours",
+    ], rows
 
 
 def logps_update(rows, vocabulary, width, chunk):
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    device, dtype = (
+        ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    )
     hidden = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
-    weight = torch.randn(vocabulary, width, device=device, dtype=dtype).div_(width**0.5).requires_grad_()
+    weight = (
+        torch.randn(vocabulary, width, device=device, dtype=dtype).div_(width**0.5).requires_grad_()
+    )
     targets = torch.randint(0, vocabulary, (rows,), device=device)
 
     def work():
@@ -289,7 +355,9 @@ def logps(args):
     rows = []
     for chunk in (size // 4, size // 8, size // 16):
         ours = measured(logps_update, size, 151_936, width, chunk)
-        rows.append((f"{size} rows, {chunk} at a time, seconds", ours[0], full[0], ours[0] / full[0]))
+        rows.append(
+            (f"{size} rows, {chunk} at a time, seconds", ours[0], full[0], ours[0] / full[0])
+        )
         gb, full_gb = ours[1] - head, full[1] - head
         rows.append((f"{size} rows, {chunk} at a time, GB", gb, full_gb, gb / full_gb))
     return ["vocabulary 151,936", "ours", "full logits", "ours/full"], rows
@@ -326,7 +394,10 @@ def step(args):
         make_toy(folder)
         if launch(folder, f"{folder}/rl", settings).wait():
             sys.exit(Path(f"{folder}/rl.log").read_text()[-3000:])
-        steps = [json.loads(line) for line in Path(f"{folder}/rl/metrics.jsonl").read_text().splitlines()[2:]]
+        steps = [
+            json.loads(line)
+            for line in Path(f"{folder}/rl/metrics.jsonl").read_text().splitlines()[2:]
+        ]
     whole = float(np.median([row["seconds/step"] for row in steps]))
     rows = []
     for name in ("sync", "data", "generate", "wait", "grade", "old_logps", "update", "save"):

@@ -20,7 +20,9 @@ from rewards import accuracy
 
 def best_blind_answer(records, candidates):
     """The highest mean accuracy that one and the same answer reaches on all records, or, in tracking, the first box."""
-    best = max(sum(accuracy(record, answer) for record in records) / len(records) for answer in candidates)
+    best = max(
+        sum(accuracy(record, answer) for record in records) / len(records) for answer in candidates
+    )
     if records[0]["problem_type"] == "tracking":
         first = [json.loads(record["answer"])["boxes"]["1"] for record in records]
         copied = [json.dumps({"boxes": {str(k): box for k in range(1, 9)}}) for box in first]
@@ -34,10 +36,26 @@ def main():
     sources, shuffled = [folder / "toy" / "eval" / f"{name}.json" for name in seen], []
     for source in sources:
         shuffled.append(source.with_name(f"blind_{source.name}"))
-        subprocess.run([sys.executable, "tests/toy.py", "--shuffle-media", source, shuffled[-1]], cwd=ROOT, check=True)
-    settings = "--max-response-tokens 128 --dtype float32 --workers 1 --max-prompt-tokens 400".split()
+        subprocess.run(
+            [sys.executable, "tests/toy.py", "--shuffle-media", source, shuffled[-1]],
+            cwd=ROOT,
+            check=True,
+        )
+    settings = (
+        "--max-response-tokens 128 --dtype float32 --workers 1 --max-prompt-tokens 400".split()
+    )
     out = folder / "eval" / "blind"
-    command = [sys.executable, "evaluate.py", "--model", folder / "rl", "--data", *shuffled, "--out", out, *settings]
+    command = [
+        sys.executable,
+        "evaluate.py",
+        "--model",
+        folder / "rl",
+        "--data",
+        *shuffled,
+        "--out",
+        out,
+        *settings,
+    ]
     subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     blind = json.loads((out / "results.json").read_text())
 
@@ -54,8 +72,12 @@ def main():
         print(
             f"{source.stem:28}  {100 * right['value']:11.1f}  {100 * wrong['value']:7.1f} {span}  {100 * constant:17.1f}"
         )
-        total = [a + b / len(sources) for a, b in zip(total, (right["value"], wrong["value"], constant))]
-    print(f"{'mean':28}  {100 * total[0]:11.1f}  {100 * total[1]:7.1f} {'':14}  {100 * total[2]:17.1f}")
+        total = [
+            a + b / len(sources) for a, b in zip(total, (right["value"], wrong["value"], constant))
+        ]
+    print(
+        f"{'mean':28}  {100 * total[0]:11.1f}  {100 * total[1]:7.1f} {'':14}  {100 * total[2]:17.1f}"
+    )
 
 
 if __name__ == "__main__":

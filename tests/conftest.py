@@ -24,10 +24,17 @@ def run(*command, ranks=0, restarts=0, timeout=300, check=True):
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         launcher += ["--max-restarts", str(restarts)]
     result = subprocess.run(
-        [*launcher, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        [*launcher, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
     if check and result.returncode:
-        pytest.fail(f"{command[0]} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
+        pytest.fail(
+            f"{command[0]} ended with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+        )
     return result
 
 
@@ -62,8 +69,12 @@ def tiny_sam2(folder):
         num_attention_heads_per_stage=[1] * 4, window_size_per_stage=[4] * 4, global_attention_blocks=[3],
         window_positional_embedding_background_size=[2, 2],
     )  # fmt: skip
-    vision = dict(backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=128)
-    decoder = Sam2VideoMaskDecoderConfig(hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32)
+    vision = dict(
+        backbone_config=backbone, backbone_channel_list=[64, 32, 16, 8], fpn_hidden_size=128
+    )
+    decoder = Sam2VideoMaskDecoderConfig(
+        hidden_size=128, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32
+    )
     config = hf.Sam2VideoConfig(
         vision_config=vision | dict(backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]]), mask_decoder_config=decoder,
         prompt_encoder_config=dict(hidden_size=128, image_size=64, patch_size=16), image_size=64,
@@ -74,7 +85,9 @@ def tiny_sam2(folder):
     model = hf.Sam2VideoModel(config)
     for param in model.parameters():
         param.data *= 4 if param.ndim > 1 else 1
-    model.mask_decoder.pred_obj_score_head.proj_out.bias.data += 100  # the object is in sight in every frame
+    model.mask_decoder.pred_obj_score_head.proj_out.bias.data += (
+        100  # the object is in sight in every frame
+    )
     model.save_pretrained(folder)
     size = dict(height=64, width=64)
     pictures = hf.Sam2ImageProcessor(size=size, mask_size=dict(height=16, width=16))

@@ -16,7 +16,11 @@ def pieces():
     section = (ROOT / "README.md").read_text().split("## Copying pieces")[1].split("\n## ")[0]
     rows = re.findall(r"^\| ([^|]+) \| (`[^|]+) \|$", section, re.MULTILINE)
     return {
-        title: {names[0]: names[1:] for part in cell.split(";") if (names := re.findall(r"`([^`]+)`", part))}
+        title: {
+            names[0]: names[1:]
+            for part in cell.split(";")
+            if (names := re.findall(r"`([^`]+)`", part))
+        }
         for title, cell in rows
     }
 
@@ -28,7 +32,12 @@ def bound_names(node):
     if isinstance(node, (ast.Import, ast.ImportFrom)):
         return {(alias.asname or alias.name).split(".")[0] for alias in node.names}
     if isinstance(node, ast.Assign):
-        return {name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        return {
+            name.id
+            for target in node.targets
+            for name in ast.walk(target)
+            if isinstance(name, ast.Name)
+        }
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         return {name.id for name in ast.walk(node.value.func) if isinstance(name, ast.Name)}
     return set()
@@ -47,20 +56,30 @@ def cut(script, names):
     imports = [node for node in imports if getattr(node, "module", None) not in OWN]
     known = names.union(*map(bound_names, imports))
     chosen = [node for node in nodes if node not in imports and bound_names(node) & names]
-    chosen = [node for node in chosen if not isinstance(node, ast.Expr) or used_names(node) <= known]
+    chosen = [
+        node for node in chosen if not isinstance(node, ast.Expr) or used_names(node) <= known
+    ]
     missing = names.difference(*map(bound_names, chosen))
     assert not missing, f"{script} has no {sorted(missing)}"
     used = set().union(*map(used_names, chosen))
     lines = text.splitlines(keepends=True)
-    first = lambda node: min([node.lineno, *(line.lineno for line in getattr(node, "decorator_list", []))])
+    first = lambda node: min(
+        [node.lineno, *(line.lineno for line in getattr(node, "decorator_list", []))]
+    )
     kept = [node for node in imports if bound_names(node) & used] + chosen
     return "\n".join("".join(lines[first(node) - 1 : node.end_lineno]) for node in kept)
 
 
 def globals_of(code):
     """Every global name that a code object reads, functions inside it included."""
-    found = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    return found.union(*(globals_of(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
+    found = {
+        step.argval
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    }
+    return found.union(
+        *(globals_of(inner) for inner in code.co_consts if isinstance(inner, types.CodeType))
+    )
 
 
 def paste(title):
@@ -69,6 +88,8 @@ def paste(title):
     module = types.ModuleType("pasted")
     code = compile(source, f"<{title}>", "exec")
     exec(code, module.__dict__)
-    strange = globals_of(code) - set(vars(module)) - set(dir(builtins)) - {"__name__", "__annotations__"}
+    strange = (
+        globals_of(code) - set(vars(module)) - set(dir(builtins)) - {"__name__", "__annotations__"}
+    )
     assert not strange, f"{title}: {sorted(strange)} must be copied too"
     return module

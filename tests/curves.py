@@ -23,13 +23,17 @@ def read(path):
 def main():
     folder = Path(sys.argv[1])
     sft, rl = read(folder / "sft" / "metrics.jsonl"), read(folder / "rl" / "metrics.jsonl")
-    tasks = sorted({key.removeprefix("accuracy/") for row in rl for key in row if key.startswith("accuracy/")})
+    tasks = sorted(
+        {key.removeprefix("accuracy/") for row in rl for key in row if key.startswith("accuracy/")}
+    )
     figure, axes = plt.subplots(4, 4, figsize=(15, 11), constrained_layout=True)
     axes = axes.ravel()
     width = max(1, len(rl) // 8)
 
     axes[0].plot(
-        [row["step"] for row in sft], smooth([row["loss"] for row in sft], max(1, len(sft) // 50)), color="tab:grey"
+        [row["step"] for row in sft],
+        smooth([row["loss"] for row in sft], max(1, len(sft) // 50)),
+        color="tab:grey",
     )
     axes[0].set(title="SFT: loss per response token", yscale="log")
     steps = [row["step"] for row in rl]
@@ -43,7 +47,9 @@ def main():
         axis.set(title=title)
     for task in tasks:
         rows = [row for row in rl if f"std/{task}" in row]
-        axes[3].plot([row["step"] for row in rows], [row[f"std/{task}"] for row in rows], linewidth=1)
+        axes[3].plot(
+            [row["step"] for row in rows], [row[f"std/{task}"] for row in rows], linewidth=1
+        )
     axes[3].set(title="RL: moving reward std of each task", ylim=(0, None))
     for axis, task in zip(axes[4:], tasks):
         rows = [row for row in rl if f"accuracy/{task}" in row]

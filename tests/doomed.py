@@ -51,7 +51,9 @@ if script.__name__ == "rl_ema_grpo":
         grade(rollouts, grader, tokenizer)
         script.text_of = text_of
         for rollout in rollouts:
-            rollout.scores = [total(0.05 + 0.9 * (sum(tokens) % 89) / 89, 0.0) for tokens in rollout.responses]
+            rollout.scores = [
+                total(0.05 + 0.9 * (sum(tokens) % 89) / 89, 0.0) for tokens in rollout.responses
+            ]
 
     def hanging_text(rollout, i, tokenizer):
         is_math = rollout.prompt.record["problem_type"] == "math"

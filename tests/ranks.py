@@ -23,10 +23,17 @@ torch.set_num_threads(1)
 toy, out, shard_size = sys.argv[1:]
 rank, world, device = sft.init_distributed()
 processor = AutoProcessor.from_pretrained(f"{toy}/model")
-records = data.load_records(f"{toy}/sft_image.json")[:4] + data.load_records(f"{toy}/sft_video.json")[:3]
+records = (
+    data.load_records(f"{toy}/sft_image.json")[:4] + data.load_records(f"{toy}/sft_video.json")[:3]
+)
 groups = [sft.training_pair(record, processor, data.Limits()) for record in records]
-groups = [sft.Group(group.prompt, [group.responses[0], groups[i - 1].responses[0]]) for i, group in enumerate(groups)]
-mine = groups if world == 1 else (groups[:5], groups[5:])[rank]  # 5 and 2: unequal token and micro-batch counts
+groups = [
+    sft.Group(group.prompt, [group.responses[0], groups[i - 1].responses[0]])
+    for i, group in enumerate(groups)
+]
+mine = (
+    groups if world == 1 else (groups[:5], groups[5:])[rank]
+)  # 5 and 2: unequal token and micro-batch counts
 settings = argparse.Namespace(
     recompute=True, tokens_per_microbatch=300, grad_clip=1e9, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.1, tis_cap=2.0
 )  # fmt: skip
@@ -42,7 +49,9 @@ def weights():
 
 def set_weights(values):
     for name, param in model.named_parameters():
-        whole = torch.distributed.tensor.distribute_tensor(values[name], param.device_mesh, param.placements)
+        whole = torch.distributed.tensor.distribute_tensor(
+            values[name], param.device_mesh, param.placements
+        )
         with torch.no_grad():
             param.copy_(whole)
 
@@ -50,7 +59,10 @@ def set_weights(values):
 start = weights()
 logps = rl_ema_grpo.current_logps(model, mine, 10**6, device)
 total, count = sft.global_sum(logps.sum().item(), len(logps))
-result = {"mean": -total / count, "numbers": list(sft.update(model, optimizer, mine, settings, device))}
+result = {
+    "mean": -total / count,
+    "numbers": list(sft.update(model, optimizer, mine, settings, device)),
+}
 result["sft"] = {name: value - start[name] for name, value in weights().items()}
 set_weights(start)
 
@@ -78,7 +90,9 @@ torch.distributed.barrier()
 folder, state = sft.find_checkpoint(out)
 sft.load_checkpoint(folder, state, model, optimizer)
 restored = weights()
-same = all(torch.equal(after[name], restored[name]) for name in after) and state["note"] == "as it was"
+same = (
+    all(torch.equal(after[name], restored[name]) for name in after) and state["note"] == "as it was"
+)
 step = next(iter(optimizer.state.values()))["step"].item()
 result["resumed"] = same and step == 1
 if rank == 0:

@@ -25,7 +25,9 @@ SETTINGS += " --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400
 
 def make_toy(folder):
     command = [sys.executable, "tests/toy.py", folder, *"--sft 12 --rl 400 --eval 1".split()]
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.run(
+        command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def launch(folder, out, settings, deaths=""):
@@ -33,7 +35,15 @@ def launch(folder, out, settings, deaths=""):
     above. Returns the process of torchrun; what it prints goes to OUT.log."""
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2 tests/doomed.py".split()
     files = ["--model", f"{folder}/model", "--data", f"{folder}/rl_train.json", "--out", out]
-    command = [sys.executable, *launcher, deaths, "rl_ema_grpo", *files, *SETTINGS.split(), *settings.split()]
+    command = [
+        sys.executable,
+        *launcher,
+        deaths,
+        "rl_ema_grpo",
+        *files,
+        *SETTINGS.split(),
+        *settings.split(),
+    ]
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
@@ -47,11 +57,17 @@ def rows(out):
 def ranks_of(launcher):
     """Process ids of the ranks under a torchrun process."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-    return [int(child) for child in children if "doomed" in Path(f"/proc/{child}/cmdline").read_text()]
+    return [
+        int(child) for child in children if "doomed" in Path(f"/proc/{child}/cmdline").read_text()
+    ]
 
 
 def unmeasured(row):
-    return {k: v for k, v in row.items() if not k.startswith(("seconds", "gb", "tokens_per_second", "tflops"))}
+    return {
+        k: v
+        for k, v in row.items()
+        if not k.startswith(("seconds", "gb", "tokens_per_second", "tflops"))
+    }
 
 
 def kills(folder, args):
@@ -62,7 +78,9 @@ def kills(folder, args):
     run, start, done = launch(folder, killed, settings), time.time(), 0
     for i in range(args.times):
         while i % 4 < 3 and not (rows(killed) and rows(killed)[-1]["step"] > done):
-            time.sleep(0.05)  # three kills of four come within 10 s after a new step, one while the run starts
+            time.sleep(
+                0.05
+            )  # three kills of four come within 10 s after a new step, one while the run starts
         if i % 4 < 3:
             back.append(time.time() - start)
         time.sleep(rng.uniform(0, 10))
@@ -73,18 +91,26 @@ def kills(folder, args):
         for rank in ranks:
             os.kill(rank, signal.SIGKILL)
         run.wait()
-        saved = max((int(path.name[5:]) for path in Path(killed, "checkpoints").glob("step-*[0-9]")), default=0)
+        saved = max(
+            (int(path.name[5:]) for path in Path(killed, "checkpoints").glob("step-*[0-9]")),
+            default=0,
+        )
         reached = rows(killed)[-1]["step"] if rows(killed) else 0
         done = max(done, reached)
         lost.append(reached - saved)
         run, start = launch(folder, killed, settings), time.time()
     assert run.wait() == 0
     same = list(map(unmeasured, rows(whole))) == list(map(unmeasured, rows(killed)))
-    weights = Path(whole, "model.safetensors").read_bytes() == Path(killed, "model.safetensors").read_bytes()
+    weights = (
+        Path(whole, "model.safetensors").read_bytes()
+        == Path(killed, "model.safetensors").read_bytes()
+    )
     print(
         f"{len(lost)} kills, a save every 4 steps: at most {max(lost)} finished steps lost, mean {statistics.mean(lost):.1f}"
     )
-    print(f"past where it was after {statistics.median(back):.0f} s (median of {len(back)}), start included")
+    print(
+        f"past where it was after {statistics.median(back):.0f} s (median of {len(back)}), start included"
+    )
     print(f"metrics equal: {same}; weights equal: {weights}")
     return same and weights
 
@@ -101,18 +127,35 @@ def steps(folder, args):
     print("step   " + "   ".join(f"rank {i}: MB files children" for i in range(2)))
     for done, ranks in sorted(seen.items()):
         if done % 50 == 0 or done == 60:
-            print(f"{done:5d}   " + "   ".join(f"{mb:12.0f} {files:5d} {children:8d}" for mb, files, children in ranks))
+            print(
+                f"{done:5d}   "
+                + "   ".join(
+                    f"{mb:12.0f} {files:5d} {children:8d}" for mb, files, children in ranks
+                )
+            )
     late = [seen[done] for done in sorted(seen) if done >= 50]
-    growth = max(max(measures[rank][0] for measures in late) / late[0][rank][0] - 1 for rank in range(2))
-    files, children = (max(last[i] - first[i] for first, last in zip(late[0], late[-1])) for i in (1, 2))
-    print(f"after step 50: memory grew by {growth:.1%}, open files by {files}, child processes by {children}")
+    growth = max(
+        max(measures[rank][0] for measures in late) / late[0][rank][0] - 1 for rank in range(2)
+    )
+    files, children = (
+        max(last[i] - first[i] for first, last in zip(late[0], late[-1])) for i in (1, 2)
+    )
+    print(
+        f"after step 50: memory grew by {growth:.1%}, open files by {files}, child processes by {children}"
+    )
     return run.returncode == 0 and growth < 0.05 and files <= 2 and children <= 0
 
 
 def measure(pid):
     status = Path(f"/proc/{pid}/status").read_text()
-    memory = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")) / 1000
-    children = sum(len(Path(task, "children").read_text().split()) for task in Path(f"/proc/{pid}/task").iterdir())
+    memory = (
+        next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        / 1000
+    )
+    children = sum(
+        len(Path(task, "children").read_text().split())
+        for task in Path(f"/proc/{pid}/task").iterdir()
+    )
     return memory, len(os.listdir(f"/proc/{pid}/fd")), children
 
 
@@ -122,12 +165,16 @@ def grader(folder, args):
     code = launch(folder, out, "--steps 40 --save-every 50", "towers").wait()
     last, towers = rows(out)[-1], Path(f"{out}.log").read_text().count("tower on purpose")
     killed = last.get("grader/killed", 0)
-    print(f"{towers} hanging gradings in {last['step']} steps, {killed} counted as killed, loss {last['loss']:.3f}")
+    print(
+        f"{towers} hanging gradings in {last['step']} steps, {killed} counted as killed, loss {last['loss']:.3f}"
+    )
     return code == 0 and towers == killed > 0
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["kills", "steps", "grader"])
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--steps", type=int, default=300)

@@ -28,7 +28,8 @@ images = [record for record in records if record["data_type"] == "image"]
 videos = [record for record in records if record["data_type"] == "video"]
 text = {**images[0], "media": [], "data_type": "text", "problem": "How many squares are there?"}
 strange = [
-    dict(videos[0], media=[{"type": "video", "path": path}]) for path in (f"{out}/variable.mp4", f"{out}/wide.mp4")
+    dict(videos[0], media=[{"type": "video", "path": path}])
+    for path in (f"{out}/variable.mp4", f"{out}/wide.mp4")
 ]
 chosen = [*images[rank::2][:4], *videos[rank::2][:4], text, *strange]
 prompts = [data.encode(record, processor) for record in chosen]
@@ -50,14 +51,20 @@ def checksums():
     return llm.collective_rpc("compute_weight_checksums")
 
 
-result = {"prompts": len(prompts), "gap_at_start": gap(rollouts()), "checksums_at_start": checksums()}
+result = {
+    "prompts": len(prompts),
+    "gap_at_start": gap(rollouts()),
+    "checksums_at_start": checksums(),
+}
 first = rollouts()
 result["same_seed_same_tokens"] = [r.responses for r in first] == [r.responses for r in rollouts()]
 groups = [sft.Group(rollout.prompt, rollout.responses) for rollout in first]
 settings = type("Settings", (), dict(tokens_per_microbatch=4096, grad_clip=1.0))
 sft.update(model, optimizer, groups, settings, device)
 result["gap_without_sync"] = gap(rollouts())
-pasted = paste("weight sync from FSDP2 to vLLM")  # as a reader copies it; the loop uses the same lines
+pasted = paste(
+    "weight sync from FSDP2 to vLLM"
+)  # as a reader copies it; the loop uses the same lines
 pasted.sync_weights(llm, pasted.full_weights(model, torch.float32))
 result["gap_after_sync"] = gap(rollouts())
 result["checksums_after_sync"] = checksums()

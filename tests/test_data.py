@@ -34,11 +34,15 @@ def write_clock(path, count, gap_ms=lambda i: 100, key_every=10):
     """A video whose frame i shows its number as a grey level of 4 i, with gaps in milliseconds. Returns the times."""
     times = list(itertools.accumulate((gap_ms(i) for i in range(count - 1)), initial=0))
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=1000, options={"g": str(key_every), "crf": "4", "bf": "2"})
+        stream = container.add_stream(
+            "libx264", rate=1000, options={"g": str(key_every), "crf": "4", "bf": "2"}
+        )
         stream.width = stream.height = 64
         stream.pix_fmt = "yuv420p"
         for i, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), 4 * i, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((64, 64, 3), 4 * i, np.uint8), format="rgb24"
+            )
             frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -68,7 +72,9 @@ def test_variable_frame_rate_keeps_true_times(tmp_path):
     assert video.fps == 1000
     assert video.indices == [times[i] for i in shown(video)]
     wanted = np.linspace(0, times[-1], len(video.indices))
-    assert np.abs(np.array(video.indices) - wanted).max() <= 200  # the nearest frame, half a gap away at most
+    assert (
+        np.abs(np.array(video.indices) - wanted).max() <= 200
+    )  # the nearest frame, half a gap away at most
 
 
 def test_folder_of_frames_and_rotated_pictures(tmp_path):
@@ -99,12 +105,14 @@ def test_broken_media_are_skipped_with_their_reason(tmp_path, processor, name, c
     if content is not None:
         (tmp_path / name).write_bytes(content)
     kind = "image" if name.endswith(("png", "jpg")) else "video"
-    record = dict(problem_type="OCR", problem="?", data_type=kind, answer="x", **{kind + "s": [name]})
+    record = dict(
+        problem_type="OCR", problem="?", data_type=kind, answer="x", **{kind + "s": [name]}
+    )
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     records = data.load_records(tmp_path / "a.jsonl")
     stream = data.prefetch(records, lambda record: data.encode(record, processor), [0], workers=0)
     tally = Counter()
-    assert data.take(stream, 1, tally, max_bad_share=0.05) == []
+    assert data.next_items(stream, 1, tally, max_bad_share=0.05) == []
     assert tally == {"records": 1, f"skipped/{reason}": 1}
 
 
@@ -112,7 +120,7 @@ def test_too_many_unusable_records_stop_the_run():
     """A wrong media folder that trains on nothing."""
     stream = iter([data.Skipped("missing_media", "no file")] * 300)
     with pytest.raises(RuntimeError, match="max-bad-share"):
-        data.take(stream, 300, Counter(), 0.05)
+        data.next_items(stream, 300, Counter(), 0.05)
 
 
 def test_prompts_are_never_cut(toy, processor):
@@ -123,13 +131,22 @@ def test_prompts_are_never_cut(toy, processor):
         data.encode(record, processor, data.Limits(max_prompt_tokens=length - 1))
 
 
-GOOD = dict(problem_type="OCR", problem="<image>?", data_type="image", images=["a.png"], answer="<answer>x</answer>")
+GOOD = dict(
+    problem_type="OCR",
+    problem="<image>?",
+    data_type="image",
+    images=["a.png"],
+    answer="<answer>x</answer>",
+)
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(problem_type="poetry"), "record 1: problem_type is 'poetry', expected one of multiple choice"),
+        (
+            dict(problem_type="poetry"),
+            "record 1: problem_type is 'poetry', expected one of multiple choice",
+        ),
         (dict(answer=None), "record 1: answer is 'None', expected the true answer"),
         (dict(problem_type="tracking", answer="left"), "record 1: answer is 'left', expected JSON"),
         (dict(problem="<image><image>?"), "expected 1 <image> placeholders"),
@@ -147,23 +164,33 @@ def test_malformed_records_are_named(tmp_path, change, message):
 
 def test_three_forms_become_one(tmp_path):
     """Ids as numbers, `solution` and `path` of the evaluation form, a missing placeholder, two media."""
-    evaluation = dict(problem_id=7, problem="Where?", data_type="video-image", problem_type="OCR", solution="x")
+    evaluation = dict(
+        problem_id=7, problem="Where?", data_type="video-image", problem_type="OCR", solution="x"
+    )
     evaluation |= dict(path="a.mp4", additional_path="b.png", fps=4)
     turns = [
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "<think>.</think><answer>x</answer>"},
     ]
-    (tmp_path / "a.json").write_text(json.dumps([GOOD, evaluation, dict(messages=turns, images="c.png")]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([GOOD, evaluation, dict(messages=turns, images="c.png")])
+    )
     rl, both, sft = data.load_records(tmp_path / "a.json")
-    assert rl["answer"] == "x" and rl["media"] == [{"type": "image", "path": str(tmp_path / "a.png")}]
-    assert both["problem"] == "<image><video>Where?" and both["problem_id"] == "7" and both["fps"] == 4
+    assert rl["answer"] == "x" and rl["media"] == [
+        {"type": "image", "path": str(tmp_path / "a.png")}
+    ]
+    assert (
+        both["problem"] == "<image><video>Where?" and both["problem_id"] == "7" and both["fps"] == 4
+    )
     assert [medium["type"] for medium in both["media"]] == ["image", "video"]  # as in the text
     assert sft["messages"][0]["content"] == "<image>What?" and sft["answer"] is None
 
 
 def test_order_depends_on_the_seed_alone():
     """Another number of ranks, or a restart, that repeats or leaves out records."""
-    take = lambda cursor, rank, world, n: list(itertools.islice(data.data_order(10, 3, cursor, rank, world), n))
+    take = lambda cursor, rank, world, n: list(
+        itertools.islice(data.data_order(10, 3, cursor, rank, world), n)
+    )
     whole = take(0, 0, 1, 30)
     assert [sorted(whole[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
     assert whole[:10] != whole[10:20]
@@ -173,7 +200,9 @@ def test_order_depends_on_the_seed_alone():
 
 def test_every_rank_is_dealt_as_much_work():
     """One rank that writes the long answers while the others wait; a dealing that takes other records than the order says."""
-    work = np.random.default_rng(0).lognormal(6, 0.8, 1000).tolist()  # long answers are few and long
+    work = (
+        np.random.default_rng(0).lognormal(6, 0.8, 1000).tolist()
+    )  # long answers are few and long
     excess, whole = {}, {}
     for name, options in dict(cards={}, dealt=dict(work=work)).items():
         ranks = [data.data_order(1000, 0, 0, rank, 8, rows=4, **options) for rank in range(8)]
@@ -206,7 +235,15 @@ def read_clock(frame):
 
 
 def write_film(
-    path, count=40, codec="libx264", options=X264, form=None, rate=10, start=0, pixels="yuv420p", **settings
+    path,
+    count=40,
+    codec="libx264",
+    options=X264,
+    form=None,
+    rate=10,
+    start=0,
+    pixels="yuv420p",
+    **settings,
 ):
     """A film of `count` clocks, one every 1 / rate seconds; the first one has the time stamp start / rate."""
     with av.open(str(path), "w", format=form, options=settings.pop("container", {})) as container:
@@ -223,15 +260,22 @@ def write_film(
 
 FILMS = {
     "plain.mp4": {},
-    "fragments.mp4": dict(container={"movflags": "frag_keyframe+empty_moov"}),  # no length in its header
+    "fragments.mp4": dict(
+        container={"movflags": "frag_keyframe+empty_moov"}
+    ),  # no length in its header
     "late.mp4": dict(start=50),  # the first frame is not at 0
-    "open.mp4": dict(options={"x264-params": "open-gop=1:keyint=10:bframes=3:b-adapt=0:scenecut=0:crf=4"}),
+    "open.mp4": dict(
+        options={"x264-params": "open-gop=1:keyint=10:bframes=3:b-adapt=0:scenecut=0:crf=4"}
+    ),
     "open265.mp4": dict(
-        codec="libx265", options={"x265-params": "open-gop=1:keyint=10:bframes=3:crf=4:log-level=none"}
+        codec="libx265",
+        options={"x265-params": "open-gop=1:keyint=10:bframes=3:crf=4:log-level=none"},
     ),
     "short.mp4": dict(options={"g": "2", "bf": "1", "crf": "4"}),
     "plain.mkv": {},
-    "plain.webm": dict(codec="libvpx-vp9", options={"g": "10", "deadline": "realtime", "cpu-used": "8"}),
+    "plain.webm": dict(
+        codec="libvpx-vp9", options={"g": "10", "deadline": "realtime", "cpu-used": "8"}
+    ),
     "plain.ts": dict(form="mpegts"),  # its seek goes by decoding order
     "plain.avi": dict(codec="mpeg4", options={"g": "10", "bf": "2"}),  # likewise
     "pictures.avi": dict(codec="mjpeg", options={}, pixels="yuvj420p"),
@@ -258,7 +302,9 @@ def write_sound(path, cover):
             picture.width, picture.height, picture.pix_fmt = 128, 64, "yuvj420p"
             picture.disposition = av.stream.Disposition.attached_pic
             container.mux(picture.encode(av.VideoFrame.from_ndarray(clock(1), format="rgb24")))
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 8000
         container.mux(sound.encode(frame))
         container.mux(sound.encode())
@@ -296,7 +342,12 @@ def write_broken(path, kind):
         ("a.mp4", "cover", "unreadable_video", "no video stream"),
         ("a.mp4", "no frames", "unreadable_video", "a.mp4"),
         ("a.h264", "raw", "unreadable_video", "no frames with a time stamp"),
-        ("a.avi", "disorder", "unreadable_video", "time stamps are not in order|no frame can be decoded"),
+        (
+            "a.avi",
+            "disorder",
+            "unreadable_video",
+            "time stamps are not in order|no frame can be decoded",
+        ),
         ("a.mp4", "no tail", "truncated_video", r"ends after \d\.\d s of 4\.0 s"),
         ("a.mp4", "no index", "unreadable_video", "a.mp4"),
     ],
@@ -316,25 +367,35 @@ def test_no_frame_stands_in_for_another(tmp_path):
         with av.open(str(tmp_path / "a.mp4")) as container:
             stream = container.streams.video[0]
             pts, keys = data.list_frames(container, stream)
-            with pytest.raises(data.MediaError, match=f"no frame can be decoded at {missing / 10:.2f} s"):
-                data.decode_at(container, stream, np.array([pts[0], pts[missing] + 1]), keys, 4096, 65536)
+            with pytest.raises(
+                data.MediaError, match=f"no frame can be decoded at {missing / 10:.2f} s"
+            ):
+                data.decode_at(
+                    container, stream, np.array([pts[0], pts[missing] + 1]), keys, 4096, 65536
+                )
 
 
 def test_one_frame(tmp_path):
     """A division by the number of gaps between frames, of which one frame has none."""
     write_film(tmp_path / "a.mp4", count=1)
     video = data.read_video(str(tmp_path / "a.mp4"))
-    assert video.indices == [0, 0, 0, 0] and video.frames.shape == (4, 64, 128, 3) and video.total == 1
+    assert (
+        video.indices == [0, 0, 0, 0] and video.frames.shape == (4, 64, 128, 3) and video.total == 1
+    )
 
 
 def test_hidden_frames_are_not_shown(tmp_path):
     """An edit list that cuts a film's beginning off: frames that a player never shows were looked for, or shown."""
     write_film(tmp_path / "a.mp4")
     content = bytearray((tmp_path / "a.mp4").read_bytes())
-    entry = content.index(b"elst") + 12  # version and flags, number of entries; then duration, media time
+    entry = (
+        content.index(b"elst") + 12
+    )  # version and flags, number of entries; then duration, media time
     length, begin = (int.from_bytes(content[entry + i : entry + i + 4], "big") for i in (0, 4))
     content[entry : entry + 4] = (length * 25 // 40).to_bytes(4, "big")
-    content[entry + 4 : entry + 8] = (begin + 15 * 1024).to_bytes(4, "big")  # 15 frames in, in the middle of a group
+    content[entry + 4 : entry + 8] = (begin + 15 * 1024).to_bytes(
+        4, "big"
+    )  # 15 frames in, in the middle of a group
     (tmp_path / "a.mp4").write_bytes(content)
     video = data.read_video(str(tmp_path / "a.mp4"), fps=25)
     assert [read_clock(frame) for frame in video.frames] == [15 + i for i in video.indices]
@@ -347,7 +408,9 @@ def test_films_stand_upright(tmp_path, rotation):
     write_film(tmp_path / "a.mp4", rotation=rotation)
     video = data.read_video(str(tmp_path / "a.mp4"), fps=1)
     assert video.frames.shape[1:] == ((64, 128, 3) if rotation == 180 else (128, 64, 3))
-    stored = [np.rot90(frame, -rotation // 90) for frame in video.frames]  # degrees are counted counterclockwise
+    stored = [
+        np.rot90(frame, -rotation // 90) for frame in video.frames
+    ]  # degrees are counted counterclockwise
     assert [read_clock(frame) for frame in stored] == video.indices
 
 
@@ -369,13 +432,20 @@ def test_odd_sizes(tmp_path):
 
 def test_two_hours_are_not_decoded(tmp_path, monkeypatch):
     """Reading a film from end to end for 128 of its frames, or keeping all of them."""
-    write_film(tmp_path / "a.mp4", count=7200, rate=1, options={"preset": "ultrafast", "g": "10", "crf": "20"})
+    write_film(
+        tmp_path / "a.mp4",
+        count=7200,
+        rate=1,
+        options={"preset": "ultrafast", "g": "10", "crf": "20"},
+    )
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     decoded, memory, next_frame = [], [resident()], data.next_frame
 
     def count(decoder, target, reached):
         memory.append(resident())
-        return next_frame((decoded.append(frame.pts) or frame for frame in decoder), target, reached)
+        return next_frame(
+            (decoded.append(frame.pts) or frame for frame in decoder), target, reached
+        )
 
     monkeypatch.setattr(data, "next_frame", count)
     video = data.read_video(str(tmp_path / "a.mp4"))
@@ -418,7 +488,9 @@ def test_folders_of_frames_that_do_not_fit(tmp_path):
 
 # --- pictures of every kind -------------------------------------------------------------------------------------------
 
-HALF_RED = Image.fromarray(np.array([[[255, 0, 0, 255], [0, 0, 255, 0]]], np.uint8).repeat(64, 0).repeat(32, 1), "RGBA")
+HALF_RED = Image.fromarray(
+    np.array([[[255, 0, 0, 255], [0, 0, 255, 0]]], np.uint8).repeat(64, 0).repeat(32, 1), "RGBA"
+)
 
 
 def palette(image):
@@ -443,7 +515,9 @@ def test_pictures_of_any_mode(tmp_path, name, image, left, right):
     image.save(tmp_path / name)
     pixels = data.read_image(str(tmp_path / name)).astype(int)
     assert pixels.shape == (64, 64, 3)
-    assert np.abs(pixels[32, 8] - left).max() <= 3 and np.abs(pixels[32, 56] - right).max() <= 3, pixels[32, ::8]
+    assert np.abs(pixels[32, 8] - left).max() <= 3 and np.abs(pixels[32, 56] - right).max() <= 3, (
+        pixels[32, ::8]
+    )
 
 
 def test_transparent_palette_entry(tmp_path):
@@ -457,9 +531,20 @@ def test_transparent_palette_entry(tmp_path):
 def test_all_eight_exif_orientations(tmp_path):
     """A photograph turned the wrong way, or mirrored."""
     upright = np.zeros((64, 128, 3), np.uint8)
-    upright[:32, :64, 0], upright[:32, 64:, 1], upright[32:, :64, 2] = 255, 255, 255  # red, green, blue, black
+    upright[:32, :64, 0], upright[:32, 64:, 1], upright[32:, :64, 2] = (
+        255,
+        255,
+        255,
+    )  # red, green, blue, black
     turn = Image.Transpose  # how each orientation's file is stored
-    ways = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM, turn.TRANSPOSE, turn.ROTATE_90]
+    ways = [
+        None,
+        turn.FLIP_LEFT_RIGHT,
+        turn.ROTATE_180,
+        turn.FLIP_TOP_BOTTOM,
+        turn.TRANSPOSE,
+        turn.ROTATE_90,
+    ]
     for orientation, way in enumerate([*ways, turn.TRANSVERSE, turn.ROTATE_270], 1):
         stored = Image.fromarray(upright)
         stored = stored if way is None else stored.transpose(way)
@@ -478,7 +563,9 @@ def test_bombs_are_refused_unopened(tmp_path):
 
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0))
     rows = zlib.compress(bytes(30_000 * (1 + 30_000 // 8)), 9)
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    (tmp_path / "bomb.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(data.MediaError, match="bomb") as error:
         data.read_image(str(tmp_path / "bomb.png"))
@@ -500,7 +587,9 @@ def test_damaged_pictures_never_end_the_run(tmp_path, form):
     for _ in range(150):
         content = bytearray(whole[: rng.choice([len(whole), rng.randrange(len(whole))])])
         for _ in range(rng.randint(0, 8) if content else 0):
-            content[rng.randrange(min(len(content), rng.choice([60, 300, 10**6])))] = rng.randrange(256)
+            content[rng.randrange(min(len(content), rng.choice([60, 300, 10**6])))] = rng.randrange(
+                256
+            )
         (tmp_path / f"b.{form}").write_bytes(content)
         try:
             data.read_image(str(tmp_path / f"b.{form}"))
@@ -510,7 +599,9 @@ def test_damaged_pictures_never_end_the_run(tmp_path, form):
     assert read["unreadable_image"] > 20
 
 
-@pytest.mark.parametrize("error", [struct.error("not an integer"), KeyError(282), ZeroDivisionError(), EOFError()])
+@pytest.mark.parametrize(
+    "error", [struct.error("not an integer"), KeyError(282), ZeroDivisionError(), EOFError()]
+)
 def test_rare_damage_never_ends_the_run(tmp_path, monkeypatch, error):
     """Errors that random bytes seldom bring about (a damaged EXIF of a JPEG: struct.error) went through."""
 
@@ -526,7 +617,9 @@ def test_rare_damage_never_ends_the_run(tmp_path, monkeypatch, error):
 def test_aspect_ratio(tmp_path):
     """A line of a picture: the model family refuses an aspect ratio over 200."""
     Image.new("RGB", (6500, 32)).save(tmp_path / "a.png")
-    with pytest.raises(data.MediaError, match="a.png: 6500 x 32 pixels: an aspect ratio over 200") as error:
+    with pytest.raises(
+        data.MediaError, match="a.png: 6500 x 32 pixels: an aspect ratio over 200"
+    ) as error:
         data.read_image(str(tmp_path / "a.png"))
     assert error.value.reason == "aspect_ratio"
     Image.new("RGB", (6400, 32)).save(tmp_path / "a.png")
@@ -542,7 +635,9 @@ def test_cache_gives_back_what_was_read(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     limits = data.Limits(cache=str(tmp_path / "cache"))
     settings = (2.0, 128, 4096, 65536, None)
-    film = lambda *settings: data.cached(limits, data.read_video, str(tmp_path / "a.mp4"), *settings)
+    film = lambda *settings: data.cached(
+        limits, data.read_video, str(tmp_path / "a.mp4"), *settings
+    )
     picture = lambda: data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536)
     fresh, red = film(*settings), picture()
     with monkeypatch.context() as patch:
@@ -550,7 +645,9 @@ def test_cache_gives_back_what_was_read(tmp_path, monkeypatch):
         patch.setattr(Image, "open", None)
         kept = film(*settings)
         assert (kept.frames == fresh.frames).all() and kept.frames.dtype == np.uint8
-        assert kept[1:] == fresh[1:] and [type(part) for part in kept] == [type(part) for part in fresh]
+        assert kept[1:] == fresh[1:] and [type(part) for part in kept] == [
+            type(part) for part in fresh
+        ]
         assert (picture() == red).all()
     assert film(1.0, 128, 4096, 65536, None).indices != fresh.indices
     Image.new("RGB", (64, 64), "blue").save(tmp_path / "a.png")
@@ -587,14 +684,20 @@ for round in range(3):
 def test_cache_is_bounded_and_shared(tmp_path):
     """A cache that fills the disk; processes that delete or read each other's entries at the wrong moment."""
     for i in range(60):
-        Image.new("RGB", (64, 128), (i, i, i)).save(tmp_path / f"{i}.png")  # 24 kB each once decoded
+        Image.new("RGB", (64, 128), (i, i, i)).save(
+            tmp_path / f"{i}.png"
+        )  # 24 kB each once decoded
     command = [sys.executable, "-c", FILL_CACHE, str(tmp_path / "cache"), str(tmp_path)]
     workers = [subprocess.Popen(command, cwd=os.path.dirname(data.__file__)) for _ in range(3)]
     assert [worker.wait() for worker in workers] == [0, 0, 0]
     sizes = Counter()
     for file in (tmp_path / "cache").rglob("*.*"):
         sizes[file.parent.name] += file.stat().st_size
-    assert sizes and max(sizes.values()) <= 110_000 and len(list((tmp_path / "cache").rglob("*.npz"))) > 16
+    assert (
+        sizes
+        and max(sizes.values()) <= 110_000
+        and len(list((tmp_path / "cache").rglob("*.npz"))) > 16
+    )
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
 
@@ -604,7 +707,11 @@ def test_cache_that_cannot_be_written(tmp_path):
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     limits = data.Limits(cache=str(tmp_path / "cache"))
     with pytest.warns(UserWarning, match="--cache .*cache"):
-        assert data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536).shape == (64, 64, 3)
+        assert data.cached(limits, data.read_image, str(tmp_path / "a.png"), 3136, 65536).shape == (
+            64,
+            64,
+            3,
+        )
 
 
 # --- records of every kind --------------------------------------------------------------------------------------------
@@ -618,7 +725,11 @@ def test_lines_of_text_files(tmp_path):
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + ("\r\n\r\n".join(lines) + "\r\n").encode())
     records = data.load_records(tmp_path / "a.jsonl")
-    assert [record["problem"] for record in records] == ["<image>one", "<image>two\u2028lines\x85", "<image>Grüße 你好"]
+    assert [record["problem"] for record in records] == [
+        "<image>one",
+        "<image>two\u2028lines\x85",
+        "<image>Grüße 你好",
+    ]
     assert [record["index"] for record in records] == [0, 1, 2]
 
 
@@ -687,17 +798,25 @@ def test_paths(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{**GOOD, "images": path} for path in paths]))
     for root in (tmp_path / "media", f"{tmp_path}/media/"):
         records = data.load_records(tmp_path / "a.json", root)
-        assert {record["media"][0]["path"] for record in records} == {str(tmp_path / "media" / "link" / "图 1.png")}
+        assert {record["media"][0]["path"] for record in records} == {
+            str(tmp_path / "media" / "link" / "图 1.png")
+        }
     assert data.read_image(records[0]["media"][0]["path"]).shape == (64, 64, 3)
     (tmp_path / "b.json").write_text(json.dumps([{**GOOD, "images": str(tmp_path / "a.png")}]))
-    assert data.load_records(tmp_path / "b.json", "/")[0]["media"][0]["path"] == str(tmp_path / "a.png")
+    assert data.load_records(tmp_path / "b.json", "/")[0]["media"][0]["path"] == str(
+        tmp_path / "a.png"
+    )
 
 
 def test_thinking_makes_a_demonstration(tmp_path):
     """A record with `process` was no SFT data, or lost its use for RL when it was made SFT data."""
-    (tmp_path / "a.json").write_text(json.dumps([{**GOOD, "process": "<think>\nhm\n</think>"}, GOOD]))
+    (tmp_path / "a.json").write_text(
+        json.dumps([{**GOOD, "process": "<think>\nhm\n</think>"}, GOOD])
+    )
     both, bare = data.load_records(tmp_path / "a.json")
-    assert data.demonstration(both) == "<think>hm</think><answer>x</answer>" and "messages" not in both
+    assert (
+        data.demonstration(both) == "<think>hm</think><answer>x</answer>" and "messages" not in both
+    )
     assert data.demonstration(bare) is None
 
 
@@ -722,13 +841,22 @@ def test_media_in_several_turns(tmp_path, processor):
     prompt = encoded(tmp_path, processor, messages=talk, images=["a.png", "b.png"])
     text = processor.tokenizer.decode(prompt.token_ids)
     assert text.count("<|vision_start|>") == 2 and "An <image> tag." in text
-    one = encoded(tmp_path, processor, messages=turns("What?", "y", "And now?", "x"), images=["a.png"])
-    assert processor.tokenizer.decode(one.token_ids).startswith("<|im_start|>user\n<|vision_start|>")
+    one = encoded(
+        tmp_path, processor, messages=turns("What?", "y", "And now?", "x"), images=["a.png"]
+    )
+    assert processor.tokenizer.decode(one.token_ids).startswith(
+        "<|im_start|>user\n<|vision_start|>"
+    )
 
 
 def test_placeholders_in_options_are_text(tmp_path, processor):
     """An option that reads "<image>" took the picture's place, or made the record unusable."""
-    record = {**GOOD, "problem_type": "multiple choice", "answer": "A", "options": ["A. <image>", "B. <video>"]}
+    record = {
+        **GOOD,
+        "problem_type": "multiple choice",
+        "answer": "A",
+        "options": ["A. <image>", "B. <video>"],
+    }
     text = processor.tokenizer.decode(encoded(tmp_path, processor, **record).token_ids)
     assert text.count("<|vision_start|>") == 1 and "A. <image>\nB. <video>" in text
 
@@ -765,7 +893,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_200_000_records_fit_in_a_gigabyte(tmp_path):
     """Text, raw and final records all held at once."""
     boxes = json.dumps({"boxes": {str(k): [10, 20, 300, 400] for k in range(1, 33)}})
-    record = dict(problem_id=0, problem="<video>" + "Where is it? " * 12, data_type="video", problem_type="tracking")
+    record = dict(
+        problem_id=0,
+        problem="<video>" + "Where is it? " * 12,
+        data_type="video",
+        problem_type="tracking",
+    )
     plain = dict(
         problem_type="OCR",
         problem="<image>" + "What is this? " * 12,
@@ -773,10 +906,17 @@ def test_200_000_records_fit_in_a_gigabyte(tmp_path):
         answer="x",
         options=["A", "B"],
     )
-    lines = [json.dumps({**record, "videos": ["a/b/c.mp4"], "answer": f"<answer>{boxes}</answer>"}), json.dumps(plain)]
-    (tmp_path / "a.json").write_text("[" + ",".join([lines[0], lines[1], lines[1]] * 66_666 + lines) + "]")
+    lines = [
+        json.dumps({**record, "videos": ["a/b/c.mp4"], "answer": f"<answer>{boxes}</answer>"}),
+        json.dumps(plain),
+    ]
+    (tmp_path / "a.json").write_text(
+        "[" + ",".join([lines[0], lines[1], lines[1]] * 66_666 + lines) + "]"
+    )
     command = [sys.executable, "-c", LOAD, str(tmp_path / "a.json")]
-    result = subprocess.run(command, cwd=os.path.dirname(data.__file__), capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        command, cwd=os.path.dirname(data.__file__), capture_output=True, text=True, check=True
+    )
     assert int(result.stdout) < 1e6  # kB
 
 
@@ -807,4 +947,8 @@ def test_peek_shows_what_is_learned(toy, tmp_path):
     assert Image.open(tmp_path / "a.png").size == (1280, 2 * 188)
     (tmp_path / "a.json").write_text(json.dumps(records[1:2]))
     result = run(*command, check=False)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "none of the first 3" in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "none of the first 3" in result.stderr
+    )

@@ -30,11 +30,23 @@ import evaluate
 def line_of(task, truth, answer, position=0, **more):
     """A stored line, its accuracy by rewards, its parts by evaluate."""
     kind = "segmentation" if task.startswith("segmentation") else task
-    record = dict(problem_type=kind, data_type="image", answer=truth if isinstance(truth, str) else json.dumps(truth))
+    record = dict(
+        problem_type=kind,
+        data_type="image",
+        answer=truth if isinstance(truth, str) else json.dumps(truth),
+    )
     answer = answer if isinstance(answer, str) or answer is None else json.dumps(answer)
     parts = evaluate.parts_of(task, record, answer)
     accuracy = evaluate.rewards.accuracy(record, answer)
-    return dict(problem_id="p", position=position, task=task, accuracy=accuracy, parts=parts, trouble=[], **more)
+    return dict(
+        problem_id="p",
+        position=position,
+        task=task,
+        accuracy=accuracy,
+        parts=parts,
+        trouble=[],
+        **more,
+    )
 
 
 def values(name, lines):
@@ -57,9 +69,18 @@ def test_recall_counts_a_tie_and_miou_counts_everything():
 def test_box_iou_of_spatial_grounding():
     """The release's evaluation crashes on box IoU; a malformed box must be a 0, not an end."""
     truth = {"boxes": [0, 0, 100, 100]}
-    answers = [{"boxes": [0, 0, 100, 100]}, {"boxes": [0, 50, 100, 150]}, {"boxes": [1, 2]}, {"boxes": "x"}, [1], "{}"]
+    answers = [
+        {"boxes": [0, 0, 100, 100]},
+        {"boxes": [0, 50, 100, 150]},
+        {"boxes": [1, 2]},
+        {"boxes": "x"},
+        [1],
+        "{}",
+    ]
     found = values("refcoco", [line_of("spatial grounding", truth, answer) for answer in answers])
-    assert found["R@0.5"] == pytest.approx(1 / 6) and found["mIoU"] == pytest.approx((1 + 1 / 3) / 6)
+    assert found["R@0.5"] == pytest.approx(1 / 6) and found["mIoU"] == pytest.approx(
+        (1 + 1 / 3) / 6
+    )
     assert "AO" not in found and "R@0.3" not in found
 
 
@@ -67,7 +88,10 @@ def test_spatial_temporal_boxes_over_true_and_over_shared_seconds():
     """One right box of five scores as five in the release (m_sIoU); m_vIoU must not, and the two must not be swapped."""
     box = [0, 0, 10, 10]
     truth = {"time": [0, 4], "boxes": {str(second): box for second in range(5)}}
-    found = values("stvg", [line_of("spatial-temporal grounding", truth, {"time": [0, 2], "boxes": {"0": box}})])
+    found = values(
+        "stvg",
+        [line_of("spatial-temporal grounding", truth, {"time": [0, 2], "boxes": {"0": box}})],
+    )
     assert found["m_sIoU"] == found["sIoU@0.5"] == 1.0 and found["m_vIoU"] == 0.2
     assert found["m_tIoU"] == 0.5 and found["tIoU@0.5"] == 1.0 and found["accuracy"] == 0.35
 
@@ -76,7 +100,9 @@ def test_tracking_recall_is_per_sequence():
     """R@t over frames instead of sequences: here 3 of 4 frames are right, but only one sequence of two passes 0.7."""
     box, off = [0, 0, 10, 10], [50, 50, 60, 60]
     truth = {"boxes": {"1": box, "2": box}}
-    lines = [line_of("tracking", truth, {"boxes": {"1": box, "2": second}}) for second in (box, off)]
+    lines = [
+        line_of("tracking", truth, {"boxes": {"1": box, "2": second}}) for second in (box, off)
+    ]
     found = values("got10k", lines)
     assert (found["AO"], found["R@0.3"], found["R@0.5"], found["R@0.7"]) == (0.75, 1.0, 1.0, 0.5)
     missing = values("got10k", [line_of("tracking", truth, {"boxes": {"1": box}})])
@@ -94,18 +120,26 @@ def test_success_rate_is_per_frame_and_the_given_box_can_be_left_out():
     ]
     found = evaluate.metrics_of("got10k", lines)
     value = {metric: cell["value"] for metric, cell in found.items()}
-    assert value["SR@0.5"] == pytest.approx(4 / 6) and value["SR@0.5, given box left out"] == pytest.approx(2 / 4)
+    assert value["SR@0.5"] == pytest.approx(4 / 6) and value[
+        "SR@0.5, given box left out"
+    ] == pytest.approx(2 / 4)
     assert value["AO"] == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert value["AO, given box left out"] == pytest.approx((2 / 3 + 0) / 2)
     assert value["R@0.5"] == 1.0 and value["R@0.5, given box left out"] == 0.5
-    alone = evaluate.metrics_of("got10k", [*lines, line_of("tracking", {"boxes": {"1": box}}, {"boxes": {"1": box}})])
-    assert alone["AO, given box left out"]["n"] == 2  # a sequence of nothing but the given box has no say there
+    alone = evaluate.metrics_of(
+        "got10k", [*lines, line_of("tracking", {"boxes": {"1": box}}, {"boxes": {"1": box}})]
+    )
+    assert (
+        alone["AO, given box left out"]["n"] == 2
+    )  # a sequence of nothing but the given box has no say there
     assert alone["AO, given box left out"]["value"] == value["AO, given box left out"]
 
 
 def test_segmentation_accuracy_is_not_its_box():
     """The box alone reported as accuracy: an answer with a right box but without points has accuracy 0."""
-    found = values("seg", [line_of("segmentation-image", {"boxes": [0, 0, 9, 9]}, {"boxes": [0, 0, 9, 9]})])
+    found = values(
+        "seg", [line_of("segmentation-image", {"boxes": [0, 0, 9, 9]}, {"boxes": [0, 0, 9, 9]})]
+    )
     assert found["box_mIoU"] == 1.0 and found["accuracy"] == 0.0
 
 
@@ -117,7 +151,10 @@ def test_a_file_with_two_tasks_keeps_their_metrics_apart():
         line_of("multiple choice", "B", "B"),
     ]
     results = evaluate.metrics_of("mixed", lines)
-    assert results["mIoU (temporal grounding)"]["value"] == 0.5 and results["mIoU (spatial grounding)"]["value"] == 1.0
+    assert (
+        results["mIoU (temporal grounding)"]["value"] == 0.5
+        and results["mIoU (spatial grounding)"]["value"] == 1.0
+    )
     assert "mIoU" not in results and results["mIoU (spatial grounding)"]["n"] == 1
     assert results["accuracy"]["value"] == pytest.approx(2.5 / 3) and results["accuracy"]["n"] == 3
 
@@ -151,11 +188,23 @@ def test_the_table_is_the_papers():
         for i in range(2):
             numbers = [row.paper[own_of(stem)][i] for stem, row in files.items()]
             mean = None if None in numbers else np.average(numbers, weights=weights)
-            assert mean == expected[i] or abs(mean - expected[i]) < 0.101, (tasks, mean, expected[i])
+            assert mean == expected[i] or abs(mean - expected[i]) < 0.101, (
+                tasks,
+                mean,
+                expected[i],
+            )
     assert len({(row.name) for row in evaluate.BENCHMARKS.values()}) == 31
-    for stem, row in evaluate.BENCHMARKS.items():  # every number of the paper has a metric of exactly that name
+    for (
+        stem,
+        row,
+    ) in evaluate.BENCHMARKS.items():  # every number of the paper has a metric of exactly that name
         known = {"accuracy", "circular accuracy"}
-        known |= evaluate.parts_of(row.task, dict(answer="{}"), None).keys() | {"cIoU", "J", "F", "J&F"}
+        known |= evaluate.parts_of(row.task, dict(answer="{}"), None).keys() | {
+            "cIoU",
+            "J",
+            "F",
+            "J&F",
+        }
         assert row.paper.keys() <= known and row.task in evaluate.CONVENTIONS, stem
 
 
@@ -187,7 +236,9 @@ def test_circular_accuracy_wants_every_order_of_the_options():
     """MMBench's rows counted one by one, where the paper's number needs all orders of a question right."""
     rows = [("7", 1.0), ("1000007", 0.0), ("8", 1.0), ("2000008", 1.0), ("1000008", 1.0)]
     lines = [line_of("multiple choice", "B", "B", i) for i in range(len(rows))]
-    lines = [line | dict(problem_id=index, accuracy=right) for line, (index, right) in zip(lines, rows)]
+    lines = [
+        line | dict(problem_id=index, accuracy=right) for line, (index, right) in zip(lines, rows)
+    ]
     found = evaluate.metrics_of("MMBench_DEV_EN", lines)
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (0.8, 5)
     assert (found["circular accuracy"]["value"], found["circular accuracy"]["n"]) == (0.5, 2)
@@ -202,7 +253,8 @@ def davis_f(p, y):
     contours = []
     for mask in (p, y):
         right, below, both = (
-            ndimage.shift(mask.astype(int), by, order=0, mode="nearest") for by in ((0, -1), (-1, 0), (-1, -1))
+            ndimage.shift(mask.astype(int), by, order=0, mode="nearest")
+            for by in ((0, -1), (-1, 0), (-1, -1))
         )
         contours.append((mask != right) | (mask != below) | (mask != both))
     return f_measure(
@@ -213,7 +265,9 @@ def davis_f(p, y):
 
 
 def paper_f(p, y):
-    contours = [mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=0) for mask in (p, y)]
+    contours = [
+        mask & ~ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=0) for mask in (p, y)
+    ]
     grow = lambda contour, r: ndimage.binary_dilation(contour, np.ones((2 * r + 1, 2 * r + 1)))
     return f_measure(*contours, grow, max(1, round(0.0075 * np.linalg.norm(p.shape))))
 
@@ -235,7 +289,9 @@ def test_j_and_f_are_those_of_scipy():
         if rng.random() < 0.3:
             y = np.roll(p, rng.integers(0, 9, 2), (0, 1))
         assert evaluate.boundary_f(p, y, davis=True) == pytest.approx(davis_f(p, y), abs=1e-6), size
-        assert evaluate.boundary_f(p, y, davis=False) == pytest.approx(paper_f(p, y), abs=1e-6), size
+        assert evaluate.boundary_f(p, y, davis=False) == pytest.approx(paper_f(p, y), abs=1e-6), (
+            size
+        )
         union = ndimage.binary_dilation(p, np.zeros((3, 3))) | p | y
         j = (p & y).sum() / union.sum() if union.any() else 1.0
         assert evaluate.jaccard(p, y, empty=1.0) == pytest.approx(j, abs=1e-6)
@@ -247,8 +303,13 @@ def test_empty_masks_are_where_the_two_conventions_part():
     some[5:9, 5:9] = True
     assert [evaluate.jaccard(none, none, empty) for empty in (1.0, 0.0)] == [1.0, 0.0]
     for davis in (True, False):
-        assert evaluate.boundary_f(none, none, davis) == 1.0 and evaluate.boundary_f(some, some, davis) == 1.0
-        assert evaluate.boundary_f(none, some, davis) == evaluate.boundary_f(some, none, davis) == 0.0
+        assert (
+            evaluate.boundary_f(none, none, davis) == 1.0
+            and evaluate.boundary_f(some, some, davis) == 1.0
+        )
+        assert (
+            evaluate.boundary_f(none, some, davis) == evaluate.boundary_f(some, none, davis) == 0.0
+        )
 
 
 def test_ciou_is_cumulative_and_giou_is_not():
@@ -258,7 +319,9 @@ def test_ciou_is_cumulative_and_giou_is_not():
     parts = [{"box_mIoU": 0.0, "cIoU": [i, u], "gIoU": i / u} for i, u in pairs]
     lines = [common | dict(position=k, parts=part) for k, part in enumerate(parts)]
     found = evaluate.metrics_of("eval_seg_refcoco", lines)
-    assert found["cIoU"]["value"] == pytest.approx(900 / 1090) and found["gIoU"]["value"] == pytest.approx(0.09)
+    assert found["cIoU"]["value"] == pytest.approx(900 / 1090) and found["gIoU"][
+        "value"
+    ] == pytest.approx(0.09)
     assert found["cIoU"]["low"] == 0.0 and found["cIoU"]["high"] == pytest.approx(
         2700 / 3070
     )  # three draws of the large one
@@ -267,15 +330,22 @@ def test_ciou_is_cumulative_and_giou_is_not():
 
 
 def segmentation_records(toy, name, count=2):
-    records = list(evaluate.load_benchmark(str(toy / "eval" / f"{name}.json"), None, "nowhere").values())[:count]
-    lines = [dict(problem_id="p", position=r["index"], response=r["answer"], trouble=[]) for r in records]
+    records = list(
+        evaluate.load_benchmark(str(toy / "eval" / f"{name}.json"), None, "nowhere").values()
+    )[:count]
+    lines = [
+        dict(problem_id="p", position=r["index"], response=r["answer"], trouble=[]) for r in records
+    ]
     return list(zip(records, lines))
 
 
 def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeypatch):
     """Masks of the picture's size compared with a truth of another; frames of a video counted from 1, or a prompt on
     the wrong one; an answer without a prompt that vanishes instead of scoring 0."""
-    images, videos = segmentation_records(toy, "segmentation_image"), segmentation_records(toy, "segmentation_video")
+    images, videos = (
+        segmentation_records(toy, "segmentation_image"),
+        segmentation_records(toy, "segmentation_video"),
+    )
     for record, _ in images:
         twice = np.kron(evaluate.true_masks(record)[0], np.ones((2, 2)))
         record["segmentation_output"]["segmentation_rle"] = evaluate.encode_mask(twice)
@@ -283,8 +353,14 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
     prompts = []
 
     def segment_images(sam2, items):  # a perfect SAM2, at the size of what it is given
-        masks = [truth[k][0] if marks.boxes else np.zeros_like(truth[k][0]) for k, (_, marks) in enumerate(items)]
-        return [np.asarray(Image.fromarray(mask).resize(image.size)) for mask, (image, _) in zip(masks, items)]
+        masks = [
+            truth[k][0] if marks.boxes else np.zeros_like(truth[k][0])
+            for k, (_, marks) in enumerate(items)
+        ]
+        return [
+            np.asarray(Image.fromarray(mask).resize(image.size))
+            for mask, (image, _) in zip(masks, items)
+        ]
 
     def segment_video(sam2, frames, index, marks):
         prompts.append(index)
@@ -300,12 +376,16 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
         evaluate.add_video_masks(record, line, None, lambda record, line: done.append(line))
     assert done[0]["masks"]["parts"]["cIoU"] == [truth[0][0].sum()] * 2
     assert done[1]["masks"]["parts"]["cIoU"] == [0, truth[1][0].sum()]
-    assert prompts == [4 * json.loads(record["answer"])["time"] for record, _ in videos]  # 4 frames a second
+    assert prompts == [
+        4 * json.loads(record["answer"])["time"] for record, _ in videos
+    ]  # 4 frames a second
     for line, masks in zip(done[2:], truth[2:]):
         absent = np.mean([not mask.any() for mask in masks.values()])
         parts, frames = line["masks"]["parts"], line["masks"]["frames"]
         assert parts["J (DAVIS)"] == parts["F (DAVIS)"] == parts["F"] == 1.0
-        assert 0 < absent < 1 and parts["J"] == pytest.approx(1 - absent)  # absent objects are 0 in the paper
+        assert 0 < absent < 1 and parts["J"] == pytest.approx(
+            1 - absent
+        )  # absent objects are 0 in the paper
         assert all((evaluate.decode_mask(rle) == masks[int(k)]).all() for k, rle in frames.items())
 
 
@@ -313,13 +393,18 @@ def test_frames_of_a_segmentation_are_those_of_its_seconds(toy):
     """Frame k taken from the list of decoded frames, which is right only if the film has the truth's frame rate."""
     record = segmentation_records(toy, "segmentation_video", 1)[0][0]
     all_frames = evaluate.frames_at(record, 40, (64, 64))
-    slow = evaluate.frames_at(record | dict(fps=1), 8, (64, 64))  # the film itself has 4 a second, 8 seconds
+    slow = evaluate.frames_at(
+        record | dict(fps=1), 8, (64, 64)
+    )  # the film itself has 4 a second, 8 seconds
     assert (slow == all_frames[0:32:4]).all() and (all_frames[31:] == all_frames[31]).all()
     truth = evaluate.true_masks(record)
-    colour = dict(red=(230, 40, 40), green=(40, 200, 70), blue=(60, 90, 255), yellow=(240, 220, 50))[
-        record["problem"].split()[2]
-    ]
-    for k, mask in truth.items():  # the truth's mask lies on the object in the very frame that goes to SAM2
+    colour = dict(
+        red=(230, 40, 40), green=(40, 200, 70), blue=(60, 90, 255), yellow=(240, 220, 50)
+    )[record["problem"].split()[2]]
+    for (
+        k,
+        mask,
+    ) in truth.items():  # the truth's mask lies on the object in the very frame that goes to SAM2
         if mask.any():
             assert np.abs(all_frames[k][mask].mean(0) - colour).max() < 40, k
 
@@ -340,22 +425,42 @@ def make_forms(toy, out, count=2):
 
     def write_tsv(stem, rows):
         with open(out / f"{stem}.tsv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t")
+            writer = csv.DictWriter(
+                file, list(dict.fromkeys(key for row in rows for key in row)), delimiter="\t"
+            )
             writer.writeheader()
             writer.writerows(rows)
 
-    copied = dict(eval_refcoco_val="spatial_grounding", eval_charades="temporal_grounding", eval_got10k="tracking")
-    copied |= dict(eval_stvg="spatial_temporal_grounding", eval_mmvu="multiple_choice", mine="open_ended")
+    copied = dict(
+        eval_refcoco_val="spatial_grounding",
+        eval_charades="temporal_grounding",
+        eval_got10k="tracking",
+    )
+    copied |= dict(
+        eval_stvg="spatial_temporal_grounding", eval_mmvu="multiple_choice", mine="open_ended"
+    )
     for stem, name in (
         copied | dict(eval_seg_refcoco="segmentation_image", eval_seg_mevis="segmentation_video")
     ).items():
         (out / f"{stem}.json").write_text(json.dumps(read(name)))
-    lost = dict(read("open_ended")[0], path="late/lost.png")  # one record whose picture is not there yet
+    lost = dict(
+        read("open_ended")[0], path="late/lost.png"
+    )  # one record whose picture is not there yet
     (out / "mine.json").write_text(json.dumps([*read("open_ended"), lost]))
-    film, choice, number = read("temporal_grounding")[0], read("multiple_choice"), read("numerical")[0]
-    both = dict(choice[0], data_type="video-image", path=film["path"], additional_path=choice[0]["path"])
+    film, choice, number = (
+        read("temporal_grounding")[0],
+        read("multiple_choice"),
+        read("numerical")[0],
+    )
+    both = dict(
+        choice[0], data_type="video-image", path=film["path"], additional_path=choice[0]["path"]
+    )
     (out / "eval_videomathqa.json").write_text(json.dumps([both, both]))  # one id twice
-    two = dict(question="Is <image 2> beside <image 1>?", image=str([code(choice[0]), code(choice[1])]), hint="Look.")
+    two = dict(
+        question="Is <image 2> beside <image 1>?",
+        image=str([code(choice[0]), code(choice[1])]),
+        hint="Look.",
+    )
     val = dict(split="validation", question="Who?", image=code(number))
     write_tsv("MMMU_DEV_VAL", [
         dict(index="dev_1", split="dev", question="?", image=code(number), answer="A", **letters(choice[0])),
@@ -392,10 +497,17 @@ def make_forms(toy, out, count=2):
     }
     (out / "Video_Holmes.json").write_text(json.dumps([holmes]))
     (out / "LongVideoBench.json").write_text(
-        json.dumps([dict(video_path="abc.mp4", question="?", candidates=["he", "she"], correct_choice=0)])
+        json.dumps(
+            [dict(video_path="abc.mp4", question="?", candidates=["he", "she"], correct_choice=0)]
+        )
     )
-    pairs = [dict(question="Who comes?", answer="A triangle."), dict(question="When?", answer="Late.")]
-    write_tsv("Video_MMLU_CAP", [dict(index="0", video="abc.mp4", question=str(pairs), discipline="Math")])
+    pairs = [
+        dict(question="Who comes?", answer="A triangle."),
+        dict(question="When?", answer="Late."),
+    ]
+    write_tsv(
+        "Video_MMLU_CAP", [dict(index="0", video="abc.mp4", question=str(pairs), discipline="Math")]
+    )
     return out
 
 
@@ -406,25 +518,42 @@ def forms(toy, tmp_path_factory):
 
 def test_tsv_rows_become_records(forms, tmp_path, capsys):
     """A row of another split graded as a question, pictures in the wrong order or lost, an answer of the wrong kind."""
-    load = lambda name: list(evaluate.load_benchmark(str(forms / name), None, str(tmp_path)).values())
+    load = lambda name: list(
+        evaluate.load_benchmark(str(forms / name), None, str(tmp_path)).values()
+    )
     two, number, text = load("MMMU_DEV_VAL.tsv")
     assert "1 rows of other splits than 'validation' are no records" in capsys.readouterr().out
     assert [r["index"] for r in (two, number, text)] == [1, 2, 3] and two["problem_id"] == "val_1"
-    assert two["problem"] == "Hint: Look.\nImage 1: <image>\nImage 2: <image>\nIs image 2 beside image 1?" and two[
+    assert two[
+        "problem"
+    ] == "Hint: Look.\nImage 1: <image>\nImage 2: <image>\nIs image 2 beside image 1?" and two[
         "options"
     ][0].startswith("A. ")
     pictures = [medium["path"] for medium in two["media"]]
     originals = json.loads((forms / "eval_mmvu.json").read_text())
-    assert [Path(p).read_bytes() for p in pictures] == [(forms / r["path"]).read_bytes() for r in originals]
-    assert (number["problem_type"], number["answer"]) == ("numerical", "1,200") and "\nare there?" in number["problem"]
+    assert [Path(p).read_bytes() for p in pictures] == [
+        (forms / r["path"]).read_bytes() for r in originals
+    ]
+    assert (number["problem_type"], number["answer"]) == (
+        "numerical",
+        "1,200",
+    ) and "\nare there?" in number["problem"]
     assert text["problem_type"] == "open-ended"
 
     turned, straight = load("MMBench_DEV_EN.tsv")
     assert turned["media"] == straight["media"] and turned["problem_id"] == "1000007"
     letter, root = load("MathVerse_MINI.tsv")
-    assert (letter["problem_type"], letter["answer"], root["problem_type"]) == ("multiple choice", "B", "math")
+    assert (letter["problem_type"], letter["answer"], root["problem_type"]) == (
+        "multiple choice",
+        "B",
+        "math",
+    )
     listed, measure = load("MathVista_MINI.tsv")
-    assert (listed["problem"], listed["options"], listed["answer"]) == ("<image>Which?", ["A. 3", "B. 8"], "B")
+    assert (listed["problem"], listed["options"], listed["answer"]) == (
+        "<image>Which?",
+        ["A. 3", "B. 8"],
+        "B",
+    )
     assert (measure["problem_type"], measure["answer"]) == ("numerical", "0.6")
     assert load("MMSci_DEV_Captioning_image_only.tsv")[0]["problem_type"] == "open-ended"
 
@@ -438,14 +567,23 @@ def test_pictures_of_a_tsv_go_below_a_relative_out(forms, tmp_path, monkeypatch)
 
 def test_video_tsv_and_json_become_records(forms, tmp_path):
     """The three video sets that VLMEvalKit reads in forms of their own."""
-    (holmes,) = evaluate.load_benchmark(str(forms / "Video_Holmes.json"), None, str(tmp_path)).values()
-    (long,) = evaluate.load_benchmark(str(forms / "LongVideoBench.json"), None, str(tmp_path)).values()
-    (caption,) = evaluate.load_benchmark(str(forms / "Video_MMLU_CAP.tsv"), None, str(tmp_path)).values()
+    (holmes,) = evaluate.load_benchmark(
+        str(forms / "Video_Holmes.json"), None, str(tmp_path)
+    ).values()
+    (long,) = evaluate.load_benchmark(
+        str(forms / "LongVideoBench.json"), None, str(tmp_path)
+    ).values()
+    (caption,) = evaluate.load_benchmark(
+        str(forms / "Video_MMLU_CAP.tsv"), None, str(tmp_path)
+    ).values()
     for record, folder in ((holmes, "video"), (long, "videos"), (caption, "youtube_videos")):
         assert record["media"] == [dict(type="video", path=str(forms / folder / "abc.mp4"))]
     assert (holmes["options"], holmes["answer"]) == (["A. he", "B. she"], "B")
     assert (long["options"], long["answer"]) == (["A. he", "B. she"], "A")
-    assert caption["answer"] == "Who comes? A triangle.\nWhen? Late." and caption["problem_type"] == "open-ended"
+    assert (
+        caption["answer"] == "Who comes? A triangle.\nWhen? Late."
+        and caption["problem_type"] == "open-ended"
+    )
 
 
 def test_benchmarks_by_name(forms, capsys):
@@ -453,7 +591,10 @@ def test_benchmarks_by_name(forms, capsys):
     assert evaluate.files_of("refcoco", str(forms)) == [str(forms / "eval_refcoco_val.json")]
     assert evaluate.files_of("MMMU", str(forms)) == [str(forms / "MMMU_DEV_VAL.tsv")]
     assert evaluate.files_of(str(forms / "mine.json"), "nowhere") == [str(forms / "mine.json")]
-    for name, said in (("GOT-10k", "none of nowhere/eval_got10k.json"), ("nothing", "no benchmark of --list")):
+    for name, said in (
+        ("GOT-10k", "none of nowhere/eval_got10k.json"),
+        ("nothing", "no benchmark of --list"),
+    ):
         with pytest.raises(SystemExit):
             evaluate.files_of(name, "nowhere")
         assert said in capsys.readouterr().err
@@ -524,7 +665,11 @@ def serve():
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.replies, server.url = [], [], f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.asked, server.replies, server.url = (
+        [],
+        [],
+        f"http://127.0.0.1:{server.server_address[1]}/v1",
+    )
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -542,7 +687,11 @@ def server():
 
 
 CAPTION = dict(
-    problem="<image>Describe it.", options=[], answer="a red fox", problem_type="open-ended", data_type="image"
+    problem="<image>Describe it.",
+    options=[],
+    answer="a red fox",
+    problem_type="open-ended",
+    data_type="image",
 )
 
 
@@ -555,7 +704,14 @@ CAPTION = dict(
         ([(500, "busy"), (200, "no JSON"), "0"], 0.0),
         (["too late", "too late", "4"], 0.4),
         (["11", "NaN", "great: 9"], None),
-        ([(200, "[]"), (200, '{"choices": []}'), (200, '{"choices": [{"message": {"content": null}}]}')], None),
+        (
+            [
+                (200, "[]"),
+                (200, '{"choices": []}'),
+                (200, '{"choices": [{"message": {"content": null}}]}'),
+            ],
+            None,
+        ),
     ],
 )
 def test_judge_answers_fails_and_lies(server, replies, score):
@@ -572,7 +728,10 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
     name, out = "MMSci_DEV_Captioning_image_only", str(tmp_path)
     records = {i: CAPTION | dict(index=i, problem_id=str(i), benchmark=name) for i in range(5)}
     answers = ["a fox", "a fox", "a cow", "a hen", None]
-    lines = {i: dict(problem_id="p", position=i, response=text, trouble=[]) for i, text in enumerate(answers)}
+    lines = {
+        i: dict(problem_id="p", position=i, response=text, trouble=[])
+        for i, text in enumerate(answers)
+    }
     evaluate.write_lines(f"{out}/{name}.jsonl", lines)
 
     def accuracies():
@@ -647,14 +806,21 @@ def test_parts_merge_in_position_order_with_what_was_there(tmp_path):
     for position in range(0, 24):
         rank = position % 3
         evaluate.append(
-            f"{out}/a.parts/{rank}.jsonl", dict(position=position, problem_id=str(position), response="first")
+            f"{out}/a.parts/{rank}.jsonl",
+            dict(position=position, problem_id=str(position), response="first"),
         )
     assert list(evaluate.merge_parts(out, "a")) == list(range(24))
     assert not (tmp_path / "a.parts").exists()
     evaluate.append(f"{out}/a.parts/0.jsonl", dict(position=24, problem_id="24", response="second"))
-    evaluate.append(f"{out}/a.parts/1.jsonl", dict(position=5, problem_id="5", response="tried again"))
+    evaluate.append(
+        f"{out}/a.parts/1.jsonl", dict(position=5, problem_id="5", response="tried again")
+    )
     lines = evaluate.merge_parts(out, "a")
-    assert list(lines) == list(range(25)) and lines[5]["response"] == "tried again" and lines[6]["response"] == "first"
+    assert (
+        list(lines) == list(range(25))
+        and lines[5]["response"] == "tried again"
+        and lines[6]["response"] == "first"
+    )
     stored = [json.loads(text) for text in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["position"] for line in stored] == list(range(25))
 
@@ -671,7 +837,14 @@ def test_parts_of_a_benchmark_whose_name_begins_another(tmp_path):
 def test_duplicate_problem_ids_stay_apart(tmp_path):
     """The release keys its outputs by problem id: records that share one overwrite each other."""
     for position, accuracy in enumerate([1.0, 0.0, 1.0]):
-        line = dict(problem_id="same", position=position, task="math", accuracy=accuracy, parts={}, trouble=[])
+        line = dict(
+            problem_id="same",
+            position=position,
+            task="math",
+            accuracy=accuracy,
+            parts={},
+            trouble=[],
+        )
         evaluate.append(f"{tmp_path}/a.parts/0.jsonl", line)
     lines = evaluate.merge_parts(str(tmp_path), "a")
     assert len(lines) == 3 and values("a", list(lines.values()))["accuracy"] == pytest.approx(2 / 3)
@@ -696,11 +869,17 @@ def store(out, name, accuracies, ids=None):
     """A finished evaluation of one benchmark, as evaluate() leaves it."""
     Path(out).mkdir(exist_ok=True)
     for i, accuracy in enumerate(accuracies):
-        line = dict(problem_id=str(i) if ids is None else ids[i], position=i, accuracy=float(accuracy))
-        evaluate.append(f"{out}/{name}.parts/0.jsonl", line | dict(task="math", parts={}, trouble=[]))
+        line = dict(
+            problem_id=str(i) if ids is None else ids[i], position=i, accuracy=float(accuracy)
+        )
+        evaluate.append(
+            f"{out}/{name}.parts/0.jsonl", line | dict(task="math", parts={}, trouble=[])
+        )
     lines = list(evaluate.merge_parts(str(out), name).values())
     results = evaluate.read_json_file(f"{out}/results.json")
-    evaluate.write_whole(f"{out}/results.json", json.dumps(results | {name: evaluate.metrics_of(name, lines)}))
+    evaluate.write_whole(
+        f"{out}/results.json", json.dumps(results | {name: evaluate.metrics_of(name, lines)})
+    )
 
 
 def own(values, ids=None):
@@ -720,8 +899,12 @@ def test_difference_is_paired_over_the_records():
     report = evaluate.compare_models(models)
     for row in (report["mean"], *report["benchmarks"].values()):
         difference = row["differences"]["better"]
-        assert [difference[key] for key in ("value", "low", "high", "p")] == pytest.approx([0.02, 0.02, 0.02, 0.0])
-    assert list(report["benchmarks"]) == ["a", "b"] and list(report["mean"]["differences"]) == ["better"]
+        assert [difference[key] for key in ("value", "low", "high", "p")] == pytest.approx(
+            [0.02, 0.02, 0.02, 0.0]
+        )
+    assert list(report["benchmarks"]) == ["a", "b"] and list(report["mean"]["differences"]) == [
+        "better"
+    ]
     alone = report["mean"]["models"]["base"]
     assert alone["high"] - alone["low"] > 0.1  # while each model alone is uncertain
 
@@ -731,7 +914,9 @@ def test_difference_of_equal_models_with_different_luck_includes_zero():
     rng = np.random.default_rng(3)
     hits, surprises = 0, 0
     for i in range(60):
-        models = {model: {(f"{i}", "accuracy"): own((rng.random(80) < 0.5) * 1.0)} for model in ("a", "b")}
+        models = {
+            model: {(f"{i}", "accuracy"): own((rng.random(80) < 0.5) * 1.0)} for model in ("a", "b")
+        }
         difference = evaluate.compare_models(models)["mean"]["differences"]["b"]
         hits += difference["low"] <= 0 <= difference["high"]
         surprises += difference["p"] < 0.05
@@ -742,7 +927,9 @@ def test_mean_weighs_benchmarks_not_records():
     """A large benchmark drowns the small ones in one pot; the three files of RefCOCO count three times."""
     models = {"m": {("large", "accuracy"): own([0.0] * 90), ("small", "accuracy"): own([1.0] * 10)}}
     assert evaluate.compare_models(models)["mean"]["models"]["m"]["value"] == 0.5
-    files = {(f"eval_refcoco_{split}", "R@0.5"): own([1.0] * 5) for split in ("val", "testA", "testB")}
+    files = {
+        (f"eval_refcoco_{split}", "R@0.5"): own([1.0] * 5) for split in ("val", "testA", "testB")
+    }
     models = {"m": files | {("eval_charades", "mIoU"): own([0.0] * 5)}}
     assert evaluate.compare_models(models)["mean"]["models"]["m"]["value"] == 0.5
 
@@ -771,13 +958,22 @@ def test_compare_command_prints_and_writes(tmp_path):
         store(tmp_path / out, "math", [1.0] * right + [0.0] * (10 - right))
         store(tmp_path / out, "ocr", [right / 10] * 10)
     code = "import sys, runpy; runpy.run_path('evaluate.py', run_name='__main__'); assert not {'vllm', 'sft'} & {*sys.modules}"
-    command = [sys.executable, "-c", code, "--compare", *(str(tmp_path / out) for out in ("base", "sft", "rl"))]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--compare",
+        *(str(tmp_path / out) for out in ("base", "sft", "rl")),
+    ]
     command += ["--names", "base", "SFT", "RL", "--out", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (
         "mean over 2 benchmarks" in done.stdout
-        and re.search(r"SFT - base: \+50.0 \[.*\] points, p < 0.001, paired over the records: above", done.stdout)
+        and re.search(
+            r"SFT - base: \+50.0 \[.*\] points, p < 0.001, paired over the records: above",
+            done.stdout,
+        )
         and "RL - SFT: +20.0 [" in done.stdout
     )
     ocr = next(row for row in done.stdout.splitlines() if row.startswith("ocr"))
@@ -798,14 +994,20 @@ def test_chunks_are_bounded_by_count_and_by_tokens():
     items = [({}, SimpleNamespace(token_ids=[0] * length)) for length in (5, 5, 90, 5, 5, 5, 5)]
     sizes = [len(chunk) for chunk in evaluate.chunked(iter(items), most=3, most_tokens=50)]
     assert sizes == [3, 3, 1] and sum(sizes) == len(items)
-    assert [len(chunk) for chunk in evaluate.chunked(iter(items[2:]), most=3, most_tokens=50)] == [1, 3, 1]
+    assert [len(chunk) for chunk in evaluate.chunked(iter(items[2:]), most=3, most_tokens=50)] == [
+        1,
+        3,
+        1,
+    ]
 
 
 def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypatch, tmp_path):
     """The release writes a failed batch as answers and never retries it, and drops what it cannot read from the mean."""
     import rl_ema_grpo
 
-    common = dict(problem_type="numerical", data_type="image", answer="3", problem_id="p", benchmark="a")
+    common = dict(
+        problem_type="numerical", data_type="image", answer="3", problem_id="p", benchmark="a"
+    )
     records = [dict(common, index=i) for i in range(6)]
     prompts = [data.Prompt(record, [0], None, None, None, {}) for record in records]
     prompts[3] = data.Skipped("missing_media", "no file x.png")
@@ -823,10 +1025,16 @@ def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypa
         return [SimpleNamespace(responses=[list(text)], finished=[ended]) for text, ended in made]
 
     monkeypatch.setattr(rl_ema_grpo, "generate", generate)
-    monkeypatch.setattr(rl_ema_grpo, "text_of", lambda rollout, i, tokenizer: "".join(rollout.responses[i]))
+    monkeypatch.setattr(
+        rl_ema_grpo, "text_of", lambda rollout, i, tokenizer: "".join(rollout.responses[i])
+    )
     lines = {}
-    for record, response, trouble in evaluate.answer(list(zip(records, prompts)), None, None, max_tokens=12):
-        lines[record["index"]] = dict(problem_id="p", position=record["index"], response=response, trouble=trouble)
+    for record, response, trouble in evaluate.answer(
+        list(zip(records, prompts)), None, None, max_tokens=12
+    ):
+        lines[record["index"]] = dict(
+            problem_id="p", position=record["index"], response=response, trouble=trouble
+        )
     assert sorted(lines) == [0, 2, 3, 4, 5]  # 1 has neither ended nor used its tokens up: it failed
     assert not any(responses.values())  # tried three times, and no more
 
@@ -835,7 +1043,10 @@ def test_failed_generations_are_tried_again_and_missing_media_are_zeros(monkeypa
     by_position = evaluate.read_lines(tmp_path / "a.jsonl")
     assert [by_position[i]["accuracy"] for i in (0, 3, 4, 5)] == [1.0, 0.0, 0.0, 1.0]
     assert by_position[2]["trouble"][0] == "cut off" and by_position[4]["trouble"] == ["unreadable"]
-    assert by_position[3]["trouble"] == ["skipped", "missing_media"] and by_position[3]["response"] is None
+    assert (
+        by_position[3]["trouble"] == ["skipped", "missing_media"]
+        and by_position[3]["response"] is None
+    )
 
     metrics = evaluate.metrics_of("a", list(by_position.values()), failed=1)
     assert metrics["accuracy"]["n"] == 5 and metrics["failed"]["value"] == pytest.approx(1 / 6)
@@ -864,11 +1075,19 @@ def request_of(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "media.png").write_bytes(b"")
-    record = dict(problem_type="math", problem="1 + 1?", solution="2", data_type="image", path="media.png")
+    record = dict(
+        problem_type="math", problem="1 + 1?", solution="2", data_type="image", path="media.png"
+    )
     (tmp_path / "math.json").write_text(json.dumps([record]))
 
     def make(**changes):
-        sys_argv = ["evaluate.py", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "math.json")]
+        sys_argv = [
+            "evaluate.py",
+            "--model",
+            str(tmp_path / "model"),
+            "--data",
+            str(tmp_path / "math.json"),
+        ]
         monkeypatch.setattr(sys, "argv", sys_argv + ["--out", str(tmp_path / "out")])
         args = evaluate.parse_args()
         for name, value in changes.items():
@@ -897,15 +1116,23 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     twice = [str(tmp_path / "math.json"), str(tmp_path / "more" / "math.json")]
     assert "a second file of the benchmark 'math'" in refused(request_of(data=twice), capsys)
     (tmp_path / "sft.jsonl").write_text(
-        json.dumps(dict(messages=[dict(role="user", content="?"), dict(role="assistant", content="!")]))
+        json.dumps(
+            dict(messages=[dict(role="user", content="?"), dict(role="assistant", content="!")])
+        )
     )
     assert "an SFT record" in refused(request_of(data=[str(tmp_path / "sft.jsonl")]), capsys)
-    assert "1 media do not exist, such as" in refused(request_of(media_root=str(tmp_path / "elsewhere")), capsys)
+    assert "1 media do not exist, such as" in refused(
+        request_of(media_root=str(tmp_path / "elsewhere")), capsys
+    )
     assert "go together" in refused(request_of(judge_url="http://x/v1"), capsys)
     assert "--sam2 nowhere: no such folder" in refused(request_of(sam2="nowhere"), capsys)
-    record = dict(problem_type="segmentation", problem="?", solution="{}", data_type="image", path="media.png")
+    record = dict(
+        problem_type="segmentation", problem="?", solution="{}", data_type="image", path="media.png"
+    )
     (tmp_path / "seg.json").write_text(json.dumps([record]))
-    assert "no segmentation_rle" in refused(request_of(data=[str(tmp_path / "seg.json")], sam2=str(tmp_path)), capsys)
+    assert "no segmentation_rle" in refused(
+        request_of(data=[str(tmp_path / "seg.json")], sam2=str(tmp_path)), capsys
+    )
     for row, sentence in (
         ("1\t?\tB\t7", "image is '7', expected the index of a row with a picture"),
         ("1\t?\tB\t" + 100 * "!", "base64"),
@@ -921,17 +1148,27 @@ def test_a_folder_never_mixes_two_models_or_settings(request_of, tmp_path, capsy
     settings = evaluate.check(request_of())[-1]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "settings.json").write_text(json.dumps(settings))
-    evaluate.check(request_of(workers=9, prompts_per_chunk=1))  # what does not change answers may change
+    evaluate.check(
+        request_of(workers=9, prompts_per_chunk=1)
+    )  # what does not change answers may change
     evaluate.check(request_of(cache=str(tmp_path), cache_gb=1.0))  # if data.py has a cache
-    assert "other max_response_tokens, limits:" in refused(request_of(max_response_tokens=5, max_frames=2), capsys)
-    judged = evaluate.check(request_of(judge_url="http://x/v1", judge_model="a"))[-1]  # a judge may come later,
+    assert "other max_response_tokens, limits:" in refused(
+        request_of(max_response_tokens=5, max_frames=2), capsys
+    )
+    judged = evaluate.check(request_of(judge_url="http://x/v1", judge_model="a"))[
+        -1
+    ]  # a judge may come later,
     (tmp_path / "out" / "settings.json").write_text(json.dumps(judged))
     evaluate.check(request_of())  # and go,
-    assert "other judge:" in refused(request_of(judge_url="http://x/v1", judge_model="b"), capsys)  # but not be another
+    assert "other judge:" in refused(
+        request_of(judge_url="http://x/v1", judge_model="b"), capsys
+    )  # but not be another
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weightz")
     assert "other model:" in refused(request_of(), capsys)
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "math.json").write_text((tmp_path / "math.json").read_text().replace("1 + 1", "1 + 2"))
+    (tmp_path / "math.json").write_text(
+        (tmp_path / "math.json").read_text().replace("1 + 1", "1 + 2")
+    )
     assert "other math data:" in refused(request_of(), capsys)
 
 
@@ -992,11 +1229,22 @@ for out, die in runs:
 def run_oracle(toy, forms, folder, outs, ranks=0):
     """The oracle over all forms, once for each (folder of outputs, where to die); under torchrun if ranks > 0."""
     (folder / "oracle.py").write_text(ORACLE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks else []
+    )
     paths = sorted(path for path in forms.iterdir() if path.suffix in (".json", ".tsv"))
     outs = json.dumps([(str(folder / out), die) for out, die in outs])
     with serve() as server:
-        command = ["--model", toy / "model", "--data", *paths, "--sam2", folder / "sam2", "--judge-url", server.url]
+        command = [
+            "--model",
+            toy / "model",
+            "--data",
+            *paths,
+            "--sam2",
+            folder / "sam2",
+            "--judge-url",
+            server.url,
+        ]
         command += "--judge-model m --workers 0 --prompts-per-chunk 4 --dtype float32 --max-bad-share 1".split()
         done = subprocess.run(
             list(map(str, [sys.executable, *launcher, folder / "oracle.py", outs, *command])),
@@ -1011,13 +1259,20 @@ def runs(toy, forms, tmp_path_factory):
     its end by two ranks."""
     folder = tmp_path_factory.mktemp("runs")
     tiny_sam2(folder / "sam2")
-    run_oracle(toy, forms, folder, [("whole", ""), ("cut", "answer:7"), ("cut", "mask:2"), ("cut", "judge:2")])
+    run_oracle(
+        toy,
+        forms,
+        folder,
+        [("whole", ""), ("cut", "answer:7"), ("cut", "mask:2"), ("cut", "judge:2")],
+    )
     run_oracle(toy, forms, folder, [("cut", "")], ranks=2)
     return folder
 
 
 def stored(out):
-    paths = [path for path in sorted(out.glob("*.jsonl")) if path.name != "judge.jsonl"]  # whose lines have no order
+    paths = [
+        path for path in sorted(out.glob("*.jsonl")) if path.name != "judge.jsonl"
+    ]  # whose lines have no order
     return {path.name: path.read_bytes() for path in [*paths, out / "results.json"]}
 
 
@@ -1026,12 +1281,16 @@ def test_interrupted_three_times_the_result_is_the_same(runs):
     whole, resumed = ((runs / f"{out}.txt").read_text() for out in ("whole", "cut"))
     assert stored(runs / "whole") == stored(runs / "cut")
     assert ", 1 to answer" in resumed  # the one whose picture is not there
-    assert resumed[resumed.index("\nbenchmark") :] == whole[whole.index("\nbenchmark") :].replace("/whole", "/cut")
+    assert resumed[resumed.index("\nbenchmark") :] == whole[whole.index("\nbenchmark") :].replace(
+        "/whole", "/cut"
+    )
     verdicts = [evaluate.read_lines(runs / out / "judge.jsonl", "key") for out in ("whole", "cut")]
     assert verdicts[0] == verdicts[1] and verdicts[0]
 
     results = json.loads((runs / "whole" / "results.json").read_text())
-    assert len(results) == 17 and all(metrics["failed"]["value"] == 0 for metrics in results.values())
+    assert len(results) == 17 and all(
+        metrics["failed"]["value"] == 0 for metrics in results.values()
+    )
     assert results["eval_got10k"]["AO"]["n"] == 2 and "J&F (DAVIS)" in results["eval_seg_mevis"]
     assert results["MMSci_DEV_Captioning_image_only"]["accuracy"]["value"] == pytest.approx(0.7)
     assert "mean over 17 benchmarks" in whole and "not in the mean" not in whole
@@ -1040,13 +1299,20 @@ def test_interrupted_three_times_the_result_is_the_same(runs):
 def test_a_record_without_its_medium_counts_0_and_is_tried_again(toy, forms, runs):
     """A picture that was not there: dropped from the mean, or a 0 for good although it has been put there since."""
     before = (runs / "whole" / "mine.jsonl").read_text().splitlines()
-    assert json.loads(before[2])["trouble"] == ["skipped", "missing_media"] and json.loads(before[2])["accuracy"] == 0
+    assert (
+        json.loads(before[2])["trouble"] == ["skipped", "missing_media"]
+        and json.loads(before[2])["accuracy"] == 0
+    )
     shutil.copytree(runs / "whole", runs / "later")
     (forms / "late").mkdir()
     shutil.copy(next((forms / "media").glob("*.png")), forms / "late" / "lost.png")
     run_oracle(toy, forms, runs, [("later", "")])
     after = (runs / "later" / "mine.jsonl").read_text().splitlines()
-    assert after[:2] == before[:2] and json.loads(after[2])["accuracy"] > 0 and json.loads(after[2])["trouble"] == []
+    assert (
+        after[:2] == before[:2]
+        and json.loads(after[2])["accuracy"] > 0
+        and json.loads(after[2])["trouble"] == []
+    )
 
 
 def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path):
@@ -1054,7 +1320,10 @@ def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path):
     out = str(shutil.copytree(runs / "whole", tmp_path / "whole"))
     for name in ("eval_charades", "MathVerse_MINI", "eval_seg_mevis"):
         path = f"{out}/{name}.jsonl"
-        lost = {p: line | dict(accuracy=0.25, trouble=["unreadable"]) for p, line in evaluate.read_lines(path).items()}
+        lost = {
+            p: line | dict(accuracy=0.25, trouble=["unreadable"])
+            for p, line in evaluate.read_lines(path).items()
+        }
         evaluate.write_lines(path, lost)
     paths = json.loads(Path(f"{out}/args.json").read_text())["data"]
     done = run("evaluate.py", "--regrade", "--data", *paths, "--out", out)
@@ -1064,10 +1333,20 @@ def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path):
 def test_nothing_in_the_report_is_code_but_its_own(runs):
     """A model that writes a script into its answer, and the reader's browser runs it; a page that needs a network."""
     page = (runs / "whole" / "report.html").read_text()
-    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page and page.count("<script") == 1
+    assert (
+        "<script>alert" not in page
+        and "&lt;script&gt;alert(1)" in page
+        and page.count("<script") == 1
+    )
     bare = re.sub('base64,[^"]+', "", page)
-    assert all(link.startswith("data:") for link in re.findall('(?:src|href)="?([^">]*)', bare)) and "http" not in bare
-    assert page.count("<article") == page.count("<details>") > 25 and page.count("skipped; missing_media") == 1
+    assert (
+        all(link.startswith("data:") for link in re.findall('(?:src|href)="?([^">]*)', bare))
+        and "http" not in bare
+    )
+    assert (
+        page.count("<article") == page.count("<details>") > 25
+        and page.count("skipped; missing_media") == 1
+    )
 
 
 def test_the_report_in_a_browser(runs):
@@ -1091,14 +1370,19 @@ def test_the_report_in_a_browser(runs):
     def dom(part):
         command_here = [*command, "--dump-dom", f"file://{probe}{part}"]
         return re.sub(
-            'base64,[^"]+', "", subprocess.run(command_here, capture_output=True, text=True, timeout=60).stdout
+            'base64,[^"]+',
+            "",
+            subprocess.run(command_here, capture_output=True, text=True, timeout=60).stdout,
         )
 
     seen = dom("#task=tracking&max=0.95&sort=-1")
     cards = re.findall("<article[^>]*>", seen)
     left = [card for card in cards if "hidden" not in card]
     assert 0 < len(left) < len(cards) and f"{len(left)} of {len(cards)} shown" in seen
-    assert all('task="tracking"' in card and float(re.search('score="([^"]+)', card)[1]) <= 0.95 for card in left)
+    assert all(
+        'task="tracking"' in card and float(re.search('score="([^"]+)', card)[1]) <= 0.95
+        for card in left
+    )
     width, needed, broken = map(int, re.search("<title>(.*)</title>", seen)[1].split(","))
     assert needed <= width and broken == 0
     for section in dom("").split("<section>")[1:]:
@@ -1108,10 +1392,30 @@ def test_the_report_in_a_browser(runs):
 
 def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
     """Forms that load but that the engine does not take: several pictures, a film beside a picture, 32 frames."""
-    names = ["MMMU", "Video-Holmes", "VideoMathQA", "GOT-10k", "STVG", "RefCOCO", "RefCOCO (masks)", "VideoMMLU"]
-    settings = "--dtype float32 --workers 1 --max-prompt-tokens 900 --max-response-tokens 16".split()
+    names = [
+        "MMMU",
+        "Video-Holmes",
+        "VideoMathQA",
+        "GOT-10k",
+        "STVG",
+        "RefCOCO",
+        "RefCOCO (masks)",
+        "VideoMMLU",
+    ]
+    settings = (
+        "--dtype float32 --workers 1 --max-prompt-tokens 900 --max-response-tokens 16".split()
+    )
     result = run(
-        "evaluate.py", "--model", toy / "model", "--data", *names, "--data-root", forms, "--out", tmp_path, *settings
+        "evaluate.py",
+        "--model",
+        toy / "model",
+        "--data",
+        *names,
+        "--data-root",
+        forms,
+        "--out",
+        tmp_path,
+        *settings,
     )
     results = json.loads((tmp_path / "results.json").read_text())
     counts = {name: metrics["unreadable"]["n"] for name, metrics in results.items()}
@@ -1119,7 +1423,10 @@ def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
         "MMMU_DEV_VAL": 3, "Video_Holmes": 1, "eval_videomathqa": 2, "eval_got10k": 2, "eval_stvg": 2,
         "eval_refcoco_val": 2, "eval_seg_refcoco": 2, "Video_MMLU_CAP": 1,
     }  # fmt: skip
-    assert all(not metrics["skipped"]["value"] and not metrics["failed"]["value"] for metrics in results.values())
+    assert all(
+        not metrics["skipped"]["value"] and not metrics["failed"]["value"]
+        for metrics in results.values()
+    )
     assert "not in the mean: eval_seg_refcoco: no cIoU without --sam2" in result.stdout
     assert (tmp_path / "report.html").exists()
 

@@ -18,7 +18,10 @@ import sft
 @pytest.fixture(scope="module")
 def groups(toy, processor):
     """Two images, two videos and a text, each with three responses; the first is the record's own."""
-    records = data.load_records(toy / "sft_image.json")[:2] + data.load_records(toy / "sft_video.json")[:2]
+    records = (
+        data.load_records(toy / "sft_image.json")[:2]
+        + data.load_records(toy / "sft_video.json")[:2]
+    )
     text = {**records[0], "media": [], "messages": [dict(turn) for turn in records[0]["messages"]]}
     text["messages"][0]["content"] = text["messages"][0]["content"].replace("<image>", "")
     pairs = [sft.training_pair(record, processor, data.Limits()) for record in [*records, text]]
@@ -28,7 +31,9 @@ def groups(toy, processor):
 
 
 def load(toy, packed):
-    model = Qwen3VLForConditionalGeneration.from_pretrained(toy / "model", dtype=torch.float32).train()
+    model = Qwen3VLForConditionalGeneration.from_pretrained(
+        toy / "model", dtype=torch.float32
+    ).train()
     if packed:
         model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
     return model
@@ -45,7 +50,9 @@ def plain_logps(model, prompt, response):
         media = dict(pixel_values=pixels, image_grid_thw=prompt.grids)
     if (kinds == 2).any():
         media = dict(pixel_values_videos=pixels, video_grid_thw=prompt.grids)
-    logits = model(input_ids=ids, mm_token_type_ids=kinds, **media).logits[0, -len(response) - 1 : -1]
+    logits = model(input_ids=ids, mm_token_type_ids=kinds, **media).logits[
+        0, -len(response) - 1 : -1
+    ]
     return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
 
 
@@ -54,7 +61,11 @@ def test_packed_forward_equals_one_at_a_time(toy, groups, seeded):
     ours, plain = load(toy, packed=True), load(toy, packed=False)
     logps = sft.response_logps(ours, sft.pack(groups, "cpu"))
     expected = torch.cat(
-        [plain_logps(plain, prompt, response) for prompt, responses in groups for response in responses]
+        [
+            plain_logps(plain, prompt, response)
+            for prompt, responses in groups
+            for response in responses
+        ]
     )
     assert (logps - expected).abs().max() < 5e-6
     weights = torch.randn(len(logps))
@@ -68,13 +79,21 @@ def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
     """Rows, offsets or alignment of the call on a GPU: its kernel is replaced by SDPA, sequence by sequence."""
 
     def kernel(q, k, v, q_offsets, k_offsets, q_longest, k_longest, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa and q_offsets.dtype == k_offsets.dtype == torch.int32
+        assert (
+            window_size == (-1, 0)
+            and enable_gqa
+            and q_offsets.dtype == k_offsets.dtype == torch.int32
+        )
         assert q_longest == q_offsets.diff().max() and k_longest == k_offsets.diff().max()
         out = []
         for a, b, c, d in zip(q_offsets, q_offsets[1:], k_offsets, k_offsets[1:]):
-            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned at the bottom right
+            mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(
+                d - c - (b - a)
+            )  # aligned at the bottom right
             heads = (x[None].transpose(1, 2) for x in (q[a:b], k[c:d], v[c:d]))
-            part = torch.nn.functional.scaled_dot_product_attention(*heads, mask, scale=scale, enable_gqa=True)
+            part = torch.nn.functional.scaled_dot_product_attention(
+                *heads, mask, scale=scale, enable_gqa=True
+            )
             out.append(part[0].transpose(0, 1))
         return torch.cat(out)
 
@@ -82,9 +101,13 @@ def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
     batch = sft.pack(groups, "cpu")
     length, sequences = len(batch["ids"]), batch["sequences"]
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2))
+    query, key, value = (
+        torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2)
+    )
     expected, _ = sft.shared_prefix_attention(None, query, key, value, None, 0.3, sequences)
-    assert torch.allclose(sft.varlen_attention(query, key, value, 0.3, sequences), expected, atol=1e-6)
+    assert torch.allclose(
+        sft.varlen_attention(query, key, value, 0.3, sequences), expected, atol=1e-6
+    )
 
 
 def test_text_alone_runs_the_vision_tower_without_effect(toy, groups):
@@ -109,7 +132,10 @@ def test_prompts_keep_their_own_pictures(toy, groups):
     assert (alone - together).abs().max() < 5e-6
     first, second = groups[0], groups[1]
     swapped = [
-        sft.Group(data.Prompt(**{**vars(a.prompt), "patches": b.prompt.patches, "grids": b.prompt.grids}), a.responses)
+        sft.Group(
+            data.Prompt(**{**vars(a.prompt), "patches": b.prompt.patches, "grids": b.prompt.grids}),
+            a.responses,
+        )
         for a, b in ((first, second), (second, first))
     ]
     wrong = sft.response_logps(model, sft.pack(swapped, "cpu"))
@@ -122,8 +148,12 @@ def test_end_of_turn_is_trained_and_nothing_else_is_added(toy, processor, groups
     batch = sft.pack(groups, "cpu")
     responses = [response for group in groups for response in group.responses]
     assert batch["targets"].tolist() == sum(responses, [])
-    assert all(group.responses[0][-1] == eos and eos not in group.responses[0][:-1] for group in groups)
-    assert len(batch["ids"]) == sum(len(group.prompt.token_ids) for group in groups) + sum(map(len, responses))
+    assert all(
+        group.responses[0][-1] == eos and eos not in group.responses[0][:-1] for group in groups
+    )
+    assert len(batch["ids"]) == sum(len(group.prompt.token_ids) for group in groups) + sum(
+        map(len, responses)
+    )
     end = len(groups[0].responses[0]) - 1  # where the first response's EOS is predicted
     assert batch["targets"][end] == eos
     model = load(toy, packed=True)
@@ -134,7 +164,10 @@ def test_end_of_turn_is_trained_and_nothing_else_is_added(toy, processor, groups
 def test_positions_and_patches_match_transformers(toy, processor):
     """Our own mRoPE positions, patch order and token expansion against the library's processor and get_rope_index."""
     model = load(toy, packed=False)
-    for record in (data.load_records(toy / "sft_image.json")[0], data.load_records(toy / "sft_video.json")[0]):
+    for record in (
+        data.load_records(toy / "sft_image.json")[0],
+        data.load_records(toy / "sft_video.json")[0],
+    ):
         prompt = data.encode(record, processor)
         kinds = [medium["type"] for medium in record["media"]]
         media = prompt.vllm["multi_modal_data"]
@@ -142,13 +175,21 @@ def test_positions_and_patches_match_transformers(toy, processor):
         if "video" in media:
             frames, metadata = media["video"][0]
             metadata = {key: metadata[key] for key in ("fps", "frames_indices", "total_num_frames")}
-            extra = dict(videos=[torch.from_numpy(frames.copy())], video_metadata=[metadata], do_sample_frames=False)
+            extra = dict(
+                videos=[torch.from_numpy(frames.copy())],
+                video_metadata=[metadata],
+                do_sample_frames=False,
+            )
         else:
             extra = dict(images=media["image"])
-        theirs = processor(text=[prompt.vllm["prompt"]], do_resize=False, return_tensors="pt", **extra)
+        theirs = processor(
+            text=[prompt.vllm["prompt"]], do_resize=False, return_tensors="pt", **extra
+        )
         assert theirs["input_ids"][0].tolist() == prompt.token_ids
         suffix = "_videos" if "video" in kinds else ""
-        assert torch.allclose(theirs["pixel_values" + suffix], prompt.patches.float() / 127.5 - 1, atol=1e-6)
+        assert torch.allclose(
+            theirs["pixel_values" + suffix], prompt.patches.float() / 127.5 - 1, atol=1e-6
+        )
         grids = {("video" if suffix else "image") + "_grid_thw": prompt.grids}
         positions, _ = model.model.get_rope_index(
             theirs["input_ids"], mm_token_type_ids=theirs["mm_token_type_ids"], **grids
@@ -159,7 +200,10 @@ def test_positions_and_patches_match_transformers(toy, processor):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_chunked_logps_in_value_and_gradient(seeded, entropy):
     """A chunk boundary that drops or repeats a row, our own derivative of the softmax, an entropy that pulls on the model."""
-    hidden, weight = torch.randn(70, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    hidden, weight = (
+        torch.randn(70, 16, requires_grad=True),
+        torch.randn(50, 16, requires_grad=True),
+    )
     targets = torch.randint(0, 50, (70,))
     got = sft.chunked_logps(hidden, weight, targets, chunk=32, entropy=entropy)
     distribution = (hidden @ weight.T).log_softmax(-1)
@@ -188,9 +232,14 @@ def test_chunked_logps_never_hold_all_logits(seeded):
                     largest = max(largest, tensor.numel())
             return out
 
-    hidden, weight = torch.randn(rows, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
+    hidden, weight = (
+        torch.randn(rows, 8, requires_grad=True),
+        torch.randn(vocabulary, 8, requires_grad=True),
+    )
     with Watch():
-        sft.chunked_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64), chunk)[:].sum().backward()
+        sft.chunked_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64), chunk)[
+            :
+        ].sum().backward()
     assert chunk * vocabulary <= largest < rows * vocabulary / 4
 
 
@@ -215,11 +264,18 @@ def test_microbatches_lose_nothing(alone, groups):
         positions = torch.cat([at for _, at in bins])
         assert sorted(positions.tolist()) == list(range(len(flat)))
         for members, at in bins:
-            assert [token for part in members for r in part.responses for token in r] == [flat[i] for i in at]
+            assert [token for part in members for r in part.responses for token in r] == [
+                flat[i] for i in at
+            ]
             assert all(any(part.prompt is group.prompt for group in groups) for part in members)
-            size = sum(len(part.prompt.token_ids) + sum(map(len, part.responses)) for part in members)
+            size = sum(
+                len(part.prompt.token_ids) + sum(map(len, part.responses)) for part in members
+            )
             assert size <= budget or (len(members) == 1 and len(members[0].responses) == 1)
-        least = sum(len(group.prompt.token_ids) + sum(map(len, group.responses)) for group in groups) / budget
+        least = (
+            sum(len(group.prompt.token_ids) + sum(map(len, group.responses)) for group in groups)
+            / budget
+        )
         assert budget < 250 or len(bins) <= 2 * least + 1  # no micro-batch for every little group
     assert [members for members, _ in sft.microbatches([], 100)] == [[]]
 
@@ -245,12 +301,20 @@ def test_flops_are_those_that_torch_counts(toy, groups):
         sft.response_logps(model, batch).sum().backward()
     # By hand: one causal sequence of 110 has 110 * 111 / 2 pairs, two of 55 have 2 * 55 * 56 / 2, 3,025 fewer.
     text, cases = model.config.text_config, ((((0, 110),),), (((0, 55),), ((55, 110),)))
-    fake = dict(ids=torch.zeros(110), rows=torch.zeros(10), grids=torch.zeros(0, 3, dtype=torch.int64))
-    one, two = (sft.training_flops(model, fake | dict(sequences=case), recompute=False) for case in cases)
+    fake = dict(
+        ids=torch.zeros(110), rows=torch.zeros(10), grids=torch.zeros(0, 3, dtype=torch.int64)
+    )
+    one, two = (
+        sft.training_flops(model, fake | dict(sequences=case), recompute=False) for case in cases
+    )
     width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    assert one - two == 3 * 2 * 2 * width * 3025  # forward and two backward, two products, a multiply and an add
+    assert (
+        one - two == 3 * 2 * 2 * width * 3025
+    )  # forward and two backward, two products, a multiply and an add
     # Torch counts a masked product in full, we count the half that a causal kernel executes; the toy's attention is small.
-    assert sft.training_flops(model, batch, recompute=False) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert sft.training_flops(model, batch, recompute=False) == pytest.approx(
+        counter.get_total_flops(), rel=0.1
+    )
 
 
 def test_first_on_policy_step(alone, toy, groups, seeded):
@@ -261,20 +325,28 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
         recompute=False, tokens_per_microbatch=300, grad_clip=1.0,
         clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0, tis_cap=None,
     )  # fmt: skip
-    responses = [[[7, 8, 9, 10], [11, 12, 13, 14]] for _ in groups]  # equal lengths: advantages cancel in the mean
+    responses = [
+        [[7, 8, 9, 10], [11, 12, 13, 14]] for _ in groups
+    ]  # equal lengths: advantages cancel in the mean
     rollouts = []
     for group, pair in zip(groups, responses):
         logps = model.response_logps(sft.pack([sft.Group(group.prompt, pair)], "cpu")).detach()
         sampled = [logps[:4].tolist(), logps[4:].tolist()]
-        rollouts.append(rl_ema_grpo.Rollout(group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0]))
-    result = rl_ema_grpo.update(model, optimizer, rollouts, None, None, settings, torch.device("cpu"))
+        rollouts.append(
+            rl_ema_grpo.Rollout(group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0])
+        )
+    result = rl_ema_grpo.update(
+        model, optimizer, rollouts, None, None, settings, torch.device("cpu")
+    )
     assert result["tokens"] == 8 * len(groups)
     assert abs(result["loss"]) < 1e-6
     assert result["clip_share"] == 0
     assert result["logp_gap"] < 1e-5
     assert result["grad_norm"] > 0.01
     # The same rollouts once more through stored log-probabilities: the same ratio, the same gradient.
-    old = rl_ema_grpo.current_logps(model, [rollout.group for rollout in rollouts], 300, torch.device("cpu"))
+    old = rl_ema_grpo.current_logps(
+        model, [rollout.group for rollout in rollouts], 300, torch.device("cpu")
+    )
     again = rl_ema_grpo.update(model, optimizer, rollouts, old, None, settings, torch.device("cpu"))
     assert again == pytest.approx(result, abs=1e-5)
 
@@ -287,7 +359,9 @@ def test_bfloat16_stays_near_float32(alone, toy, groups):
         logps[dtype], entropies = model.response_logps(sft.pack(groups, "cpu"), entropy=True)
         assert logps[dtype].dtype == entropies.dtype == torch.float32 and (entropies > 0).all()
         logps[dtype].mean().backward()
-        gradients[dtype] = torch.cat([param.grad.full_tensor().flatten() for param in model.parameters()])
+        gradients[dtype] = torch.cat(
+            [param.grad.full_tensor().flatten() for param in model.parameters()]
+        )
         assert all(param.dtype == torch.float32 for param in model.parameters())
     assert 0 < (logps[torch.float32] - logps[torch.bfloat16]).abs().mean() < 0.05
     a, b = gradients.values()
@@ -302,13 +376,19 @@ def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):
         run("tests/ranks.py", toy, out, shard_size, ranks=ranks)
         worlds[ranks, shard_size] = torch.load(out / "steps.pt", weights_only=True)
     one = worlds.pop((1, 1))
-    assert one["numbers"][0] == pytest.approx(one["mean"], rel=1e-5)  # over all tokens, not a mean of means
+    assert one["numbers"][0] == pytest.approx(
+        one["mean"], rel=1e-5
+    )  # over all tokens, not a mean of means
     assert one["resumed"] and one["dummies"] == 0
     for two in worlds.values():
-        assert one["numbers"] == pytest.approx(two["numbers"], rel=1e-5)  # losses, norms, token counts
+        assert one["numbers"] == pytest.approx(
+            two["numbers"], rel=1e-5
+        )  # losses, norms, token counts
         for key in ("sft", "rl"):
             for name, gradient in one[key].items():
-                assert (gradient - two[key][name]).norm() <= 1e-5 * gradient.norm() + 1e-7, f"{key} {name}"
+                assert (gradient - two[key][name]).norm() <= 1e-5 * gradient.norm() + 1e-7, (
+                    f"{key} {name}"
+                )
         assert two["resumed"] and two["dummies"] > 0
 
 

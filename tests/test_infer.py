@@ -24,12 +24,10 @@ from test_vllm import write_video
 
 import data
 import infer
-from infer import Marks
+from data import Marks
 
 ORANGE, WHITE = (255, 165, 0), (255, 255, 255)
-POINTS = (
-    '"positive_points": [[200, 300], [300, 400], [400, 600]], "negative_points": [[90, 240], [500, 260], [300, 750]]'
-)
+POINTS = '"positive_points": [[200, 300], [300, 400], [400, 600]], "negative_points": [[90, 240], [500, 260], [300, 750]]'
 BOX = [120, 250, 480, 700]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,12 +64,14 @@ BOX = [120, 250, 480, 700]
 )  # fmt: skip
 def test_answers_of_all_tasks_are_read(task, kind, said, good, marks, capsys):
     """An answer that cannot be read passes as one that can; a key is taken for the wrong second; a malformed part is drawn."""
-    record = dict(problem_id="0", problem_type=task, data_type=kind, options=["A. a dog", "B. a man"])
+    record = dict(
+        problem_id="0", problem_type=task, data_type=kind, options=["A. a dog", "B. a man"]
+    )
     text = f"<think>I look at it.</think>\n<answer>{said}</answer>"
     pieces = [(text[i : i + 5], None) for i in range(0, len(text), 5)] + [("", "stop")]
     answer, readable = infer.follow(record, pieces, SimpleNamespace(json=False))
     assert readable is good
-    assert infer.marks_of(data.task_of(record), answer) == marks
+    assert data.marks_of(data.task_of(record), answer) == marks
     printed = capsys.readouterr()
     assert printed.out == f"thinking: I look at it.\nanswer: {answer}\n"
     assert ("cannot be read" in printed.err) is not good
@@ -102,7 +102,14 @@ def test_thinking_is_printed_as_it_comes_and_once(text, thinking, answer, capsys
     if "<think>" in text:
         assert sum(bool(part) for part in printed) > 10
     infer.follow(record, pieces(), SimpleNamespace(json=True, max_response_tokens=99))
-    line = dict(problem_id="7", task="OCR", thinking=thinking, answer=answer, readable=bool(answer), finished=False)
+    line = dict(
+        problem_id="7",
+        task="OCR",
+        thinking=thinking,
+        answer=answer,
+        readable=bool(answer),
+        finished=False,
+    )
     assert json.loads(capsys.readouterr().out or printed[-1]) == line
 
 
@@ -119,39 +126,61 @@ def outline(pixels, colour=ORANGE, tolerance=0):
 def test_a_box_covers_its_pixels():
     """Width and height exchanged, x2 one pixel too far, a reversed box that ends the script, one drawn off the picture."""
     white = Image.new("RGB", (400, 300), "white")
-    pixels = np.asarray(infer.draw(white, Marks(boxes={None: [100, 200, 500, 800]})))
+    pixels = np.asarray(data.draw(white, Marks(boxes={None: [100, 200, 500, 800]})))
     assert outline(pixels) == (40, 60, 200, 240)
     assert (pixels[60:62, 40:200] == ORANGE).all() and (pixels[60:240, 198:200] == ORANGE).all()
     assert (pixels[62:238, 42:198] == WHITE).all()
-    assert outline(infer.draw(white, Marks(boxes={None: [500, 800, 100, 200]}))) == (40, 60, 200, 240)
-    assert outline(infer.draw(white, Marks(boxes={None: [-5, 500, 2000, 1e9]}))) == (0, 150, 400, 300)
+    assert outline(data.draw(white, Marks(boxes={None: [500, 800, 100, 200]}))) == (
+        40,
+        60,
+        200,
+        240,
+    )
+    assert outline(data.draw(white, Marks(boxes={None: [-5, 500, 2000, 1e9]}))) == (
+        0,
+        150,
+        400,
+        300,
+    )
     assert np.asarray(white).min() == 255, "the picture itself was drawn on"
 
 
 def test_points_and_masks():
     """Points at (y, x), negative ones that look like positive ones, a mask stretched over a picture in the wrong shape."""
     white = Image.new("RGB", (400, 300), "white")
-    disc = np.asarray(infer.draw(white, Marks(positive=[[250, 500]])))
-    cross = np.asarray(infer.draw(white, Marks(negative=[[250, 500]])))
+    disc = np.asarray(data.draw(white, Marks(positive=[[250, 500]])))
+    cross = np.asarray(data.draw(white, Marks(negative=[[250, 500]])))
     assert (disc[150, 100] == ORANGE).all() and (cross[150, 100] == ORANGE).all()
     assert (disc[152, 100] == ORANGE).all() and (cross[152, 100] != ORANGE).any()
     mask = np.zeros((30, 40), bool)
     mask[:10, 20:] = True  # at a tenth of the size
-    assert outline(infer.draw(white, Marks(), mask=mask), (255, 210, 127), 1) == (200, 0, 400, 100)
+    assert outline(data.draw(white, Marks(), mask=mask), (255, 210, 127), 1) == (200, 0, 400, 100)
 
 
 def test_boxes_between_seconds():
     """Boxes that jump from second to second, that stay for ever, or that appear before they are named."""
     marks = Marks(boxes={2.0: [0, 0, 500, 500], 3.0: [500, 0, 1000, 500]})
     grey = Image.new("RGB", (400, 300), "grey")
-    places = {second: outline(infer.draw(grey, marks, second)) for second in (1.9, 2.0, 2.5, 3.9, 4.0)}
-    assert places == {1.9: None, 2.0: (0, 0, 200, 150), 2.5: (100, 0, 300, 150), 3.9: (200, 0, 400, 150), 4.0: None}
+    places = {
+        second: outline(data.draw(grey, marks, second)) for second in (1.9, 2.0, 2.5, 3.9, 4.0)
+    }
+    assert places == {
+        1.9: None,
+        2.0: (0, 0, 200, 150),
+        2.5: (100, 0, 300, 150),
+        3.9: (200, 0, 400, 150),
+        4.0: None,
+    }
     prompt = Marks(boxes={2.0: [0, 0, 500, 500]}, positive=[[900, 900]], time=2.0)
-    assert [outline(infer.draw(grey, prompt, second)) is not None for second in (1.9, 2.0, 2.9, 3.0)] == [0, 1, 1, 0]
+    assert [
+        outline(data.draw(grey, prompt, second)) is not None for second in (1.9, 2.0, 2.9, 3.0)
+    ] == [0, 1, 1, 0]
 
 
 def save(path, medium, kind, task, answer, sam2=None, **more):
-    record = dict(problem_type=task, data_type=kind, media=[dict(type=kind, path=str(medium))], **more)
+    record = dict(
+        problem_type=task, data_type=kind, media=[dict(type=kind, path=str(medium))], **more
+    )
     infer.save_drawing(str(path), record, answer, data.Limits(), sam2)
 
 
@@ -162,11 +191,22 @@ def test_a_rotated_photograph_is_drawn_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "phone.png", exif=exif)
-    save(tmp_path / "out.png", tmp_path / "phone.png", "image", "spatial grounding", '{"boxes": [100, 499, 500, 1000]}')
+    save(
+        tmp_path / "out.png",
+        tmp_path / "phone.png",
+        "image",
+        "spatial grounding",
+        '{"boxes": [100, 499, 500, 1000]}',
+    )
     with Image.open(tmp_path / "out.png") as drawn:
         assert drawn.size == (300, 402)  # one row more, for an even height
         assert outline(drawn) == (30, 200, 150, 401)
-        assert outline(drawn, (0, 0, 255)) == (32, 202, 148, 399)  # the object, less the frame around it
+        assert outline(drawn, (0, 0, 255)) == (
+            32,
+            202,
+            148,
+            399,
+        )  # the object, less the frame around it
 
 
 def test_text_answers_stand_under_a_tiny_picture(tmp_path):
@@ -193,7 +233,10 @@ def turned(path, out):
 def frames_of(path):
     with av.open(str(path)) as container:
         tick = container.streams.video[0].time_base
-        return [(float(frame.pts * tick), frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        return [
+            (float(frame.pts * tick), frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(video=0)
+        ]
 
 
 TIMES = [0, 40, 500, 1000, 1040, 2500, 3000, 3960]  # ms
@@ -215,9 +258,17 @@ def test_a_film_is_drawn_on_every_frame_at_its_own_time(tmp_path, rotated):
     for (second, pixels), level in zip(frames, range(0, 64, 8)):
         assert pixels.shape[0] >= height + 18 and pixels.shape[1] == width
         picture = pixels[:height]
-        corners = {1.0: (0, 0), 1.04: (0.02, 0), 2.5: (0.5, 0.25), 3.0: (0.5, 0.5), 3.96: (0.5, 0.5)}
+        corners = {
+            1.0: (0, 0),
+            1.04: (0.02, 0),
+            2.5: (0.5, 0.25),
+            3.0: (0.5, 0.5),
+            3.96: (0.5, 0.5),
+        }
         corner = corners.get(round(second, 2))
-        colour = ORANGE if 1 <= second < 3 else tuple((np.full(3, 0.299 * 255 + 0.587 * 165) + 128) / 2)  # faded
+        colour = (
+            ORANGE if 1 <= second < 3 else tuple((np.full(3, 0.299 * 255 + 0.587 * 165) + 128) / 2)
+        )  # faded
         found = outline(picture, colour, 70 if corner and 1 <= second < 3 else 25)
         if corner is None:
             assert found is None and picture.std() < 4
@@ -250,14 +301,31 @@ def test_a_film_is_turned_the_way_the_model_sees_it(tmp_path):
 def test_a_gif_keeps_time(tmp_path):
     """A GIF that plays all frames at one speed, or loses the ones that look alike."""
     write_video(tmp_path / "film.mp4", 300, 200, TIMES)
-    save(tmp_path / "out.gif", tmp_path / "film.mp4", "video", "tracking", '{"boxes": {"1": [0, 0, 500, 500]}}')
+    save(
+        tmp_path / "out.gif",
+        tmp_path / "film.mp4",
+        "video",
+        "tracking",
+        '{"boxes": {"1": [0, 0, 500, 500]}}',
+    )
     with Image.open(tmp_path / "out.gif") as gif:
         durations = []
         for i in range(gif.n_frames):
             gif.seek(i)
             durations.append(gif.info["duration"])
-            assert (outline(gif.convert("RGB").crop((0, 0, 300, 200)), ORANGE, 8) is not None) == (TIMES[i] < 1000)
-    assert durations == [40, 460, 500, 40, 1460, 500, 960, pytest.approx(566, abs=6)]  # the last: a mean frame
+            assert (outline(gif.convert("RGB").crop((0, 0, 300, 200)), ORANGE, 8) is not None) == (
+                TIMES[i] < 1000
+            )
+    assert durations == [
+        40,
+        460,
+        500,
+        40,
+        1460,
+        500,
+        960,
+        pytest.approx(566, abs=6),
+    ]  # the last: a mean frame
 
 
 def test_the_film_strip(tmp_path):
@@ -266,10 +334,13 @@ def test_the_film_strip(tmp_path):
     seconds = [i / 2 for i in range(21)]  # 0 to 10
     truth = Marks(span=(5.0, 10.5))
     answer = Marks(boxes={4.5: [0, 0, 1000, 1000]}, time=4.5)
-    strip = infer.draw_strip(frames, seconds, {"orange": answer, "lime": truth})
+    strip = data.draw_strip(frames, seconds, {"orange": answer, "lime": truth})
     cells = [np.asarray(strip)[60, 80 + 162 * i, 0] // 5 / 2 for i in range(8)]
     assert cells == [0, 1, 3, 4.5, 5, 6, 8, 10]
-    boxed = [outline(strip.crop((162 * i, 0, 162 * i + 160, 120)), ORANGE, 0) is not None for i in range(8)]
+    boxed = [
+        outline(strip.crop((162 * i, 0, 162 * i + 160, 120)), ORANGE, 0) is not None
+        for i in range(8)
+    ]
     assert boxed == [0, 0, 0, 1, 1, 0, 0, 0]
     end = 7 * 162 + 162 * 0.5 / (10 / 7)  # the last frame stands 10/7 s
     assert outline(strip, (0, 255, 0))[::2] == (4 * 162, round(end))
@@ -280,10 +351,19 @@ def test_folders_of_frames(tmp_path):
     (tmp_path / "frames").mkdir()
     for i in range(12):
         Image.new("RGB", (300, 200), (10 * i,) * 3).save(tmp_path / "frames" / f"{i}.png")
-    save(tmp_path / "out.mp4", tmp_path / "frames", "video", "tracking", '{"boxes": {"1": [0, 0, 1, 1]}}', fps=4)
+    save(
+        tmp_path / "out.mp4",
+        tmp_path / "frames",
+        "video",
+        "tracking",
+        '{"boxes": {"1": [0, 0, 1, 1]}}',
+        fps=4,
+    )
     frames = frames_of(tmp_path / "out.mp4")
     assert [second for second, _ in frames] == pytest.approx([i / 4 for i in range(12)], abs=1e-4)
-    assert [np.median(pixels[50:150]) for _, pixels in frames] == pytest.approx([10 * i for i in range(12)], abs=2)
+    assert [np.median(pixels[50:150]) for _, pixels in frames] == pytest.approx(
+        [10 * i for i in range(12)], abs=2
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,7 +378,10 @@ def sam2(tmp_path_factory):
 
 
 PROMPT = Marks(
-    None, {None: [100, 100, 600, 700]}, [[300, 300], [400, 300], [300, 400]], [[900, 900], [50, 900], [900, 50]]
+    None,
+    {None: [100, 100, 600, 700]},
+    [[300, 300], [400, 300], [300, 400]],
+    [[900, 900], [50, 900], [900, 50]],
 )
 
 
@@ -320,7 +403,9 @@ def test_sam2_is_prompted_with_box_and_points(sam2):
     only_box = PROMPT._replace(positive=[], negative=[])
     items = [(picture, PROMPT), (other, PROMPT), (picture, Marks()), (picture, only_box)]
     masks = infer.segment_images(sam2[1], items)
-    assert [mask.shape for mask in masks] == [(50, 70), (90, 40), (50, 70), (50, 70)] and masks[0].dtype == bool
+    assert [mask.shape for mask in masks] == [(50, 70), (90, 40), (50, 70), (50, 70)] and masks[
+        0
+    ].dtype == bool
     assert (masks[0] == expected).all() and 0.05 < expected.mean() < 0.95
     assert not masks[2].any() and (masks[3] != masks[0]).mean() > 0.01
     for item, mask in zip(items, masks):
@@ -343,18 +428,31 @@ def test_masks_are_drawn(sam2, tmp_path):
     Image.fromarray(noise(300, 400, 3)).save(tmp_path / "picture.png")
     write_video(tmp_path / "film.mp4", 300, 200, range(0, 4000, 250))
     answer = '{"time": 1.0, "boxes": [120, 250, 480, 700], %s}' % POINTS
-    for name, medium, kind in (("image.png", "picture.png", "image"), ("film.mp4", "film.mp4", "video")):
+    for name, medium, kind in (
+        ("image.png", "picture.png", "image"),
+        ("film.mp4", "film.mp4", "video"),
+    ):
         save(tmp_path / f"plain_{name}", tmp_path / medium, kind, "segmentation", answer)
         save(tmp_path / f"masked_{name}", tmp_path / medium, kind, "segmentation", answer, sam2[1])
-    plain, masked = (np.asarray(Image.open(tmp_path / f"{name}_image.png")) for name in ("plain", "masked"))
-    marks = infer.marks_of("segmentation-image", answer)
+    plain, masked = (
+        np.asarray(Image.open(tmp_path / f"{name}_image.png")) for name in ("plain", "masked")
+    )
+    marks = data.marks_of("segmentation-image", answer)
     with Image.open(tmp_path / "picture.png") as picture:
         mask = infer.segment_images(sam2[1], [(picture, marks)])[0]
-    assert ((plain != masked).any(-1) <= mask).all() and (plain != masked).any(-1).sum() > 0.8 * mask.sum() > 0
+    assert ((plain != masked).any(-1) <= mask).all() and (plain != masked).any(
+        -1
+    ).sum() > 0.8 * mask.sum() > 0
     video = data.read_video(tmp_path / "film.mp4")
-    masks = infer.segment_video(sam2[1], video.frames, 2, infer.marks_of("segmentation-video", answer))
-    shares = [masks[infer.nearest([i / video.fps for i in video.indices], i / 4)].mean() for i in range(16)]
-    both = zip(frames_of(tmp_path / "plain_film.mp4"), frames_of(tmp_path / "masked_film.mp4"), strict=True)
+    masks = infer.segment_video(
+        sam2[1], video.frames, 2, data.marks_of("segmentation-video", answer)
+    )
+    shares = [
+        masks[data.nearest([i / video.fps for i in video.indices], i / 4)].mean() for i in range(16)
+    ]
+    both = zip(
+        frames_of(tmp_path / "plain_film.mp4"), frames_of(tmp_path / "masked_film.mp4"), strict=True
+    )
     tinted = [(np.abs(a.astype(int) - b)[:200].max(-1) > 40).mean() for (_, a), (_, b) in both]
     assert tinted == pytest.approx(shares, abs=0.05)
 
@@ -387,7 +485,9 @@ def test_wrong_requests_are_refused_at_once(toy, tmp_path, monkeypatch, capsys, 
     (tmp_path / "torn.png").write_text("no picture")
     (tmp_path / "torn.jsonl").write_text('{"problem": ')
     good = '{"problem": "?", "problem_type": "OCR", "images": "a.png"}\n'
-    (tmp_path / "bad.jsonl").write_text(good + '{"problem": "?", "problem_type": "sums", "images": "a.png"}\n')
+    (tmp_path / "bad.jsonl").write_text(
+        good + '{"problem": "?", "problem_type": "sums", "images": "a.png"}\n'
+    )
     (tmp_path / "bare.jsonl").write_text('{"problem": "?", "problem_type": "OCR"}\n')
     monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(toy / "model"), *words.split()])
     with pytest.raises(SystemExit) as end:
@@ -404,8 +504,12 @@ def questions(toy):
         raw = json.loads(path.read_text())[0]
         kept = ("problem_id", "problem", "problem_type", "options", "data_type", "path")
         lines.append({key: raw[key] for key in kept})
-    write_video(toy / "eval" / "media" / "variable.mp4", 130, 50, [0, 40, 80, 1000, 1040, 3000, 3100, 7000])
-    lines.append(dict(problem="Before <video> and after?", problem_type="OCR", videos=["media/variable.mp4"]))
+    write_video(
+        toy / "eval" / "media" / "variable.mp4", 130, 50, [0, 40, 80, 1000, 1040, 3000, 3100, 7000]
+    )
+    lines.append(
+        dict(problem="Before <video> and after?", problem_type="OCR", videos=["media/variable.mp4"])
+    )
     path = toy / "eval" / "questions.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path, infer.read_questions(path)
@@ -428,9 +532,13 @@ def by_vllm(toy, questions, tmp_path_factory):
 def test_questions_in_json_lines(by_vllm, questions):
     """A word on stdout that is not JSON, an exit code of 0 for answers that say nothing, drawings of the wrong question."""
     result, lines, out = by_vllm
-    assert [line["problem_id"] for line in lines] == [record["problem_id"] for record in questions[1]]
+    assert [line["problem_id"] for line in lines] == [
+        record["problem_id"] for record in questions[1]
+    ]
     assert [line["task"] for line in lines] == [data.task_of(record) for record in questions[1]]
-    assert not lines[1]["readable"] and result.returncode == 1, result.stderr[-2000:]  # random weights say nothing
+    assert not lines[1]["readable"] and result.returncode == 1, result.stderr[
+        -2000:
+    ]  # random weights say nothing
     assert sorted(os.listdir(out)) == sorted(f"{i}.png" for i in range(len(lines)))
     for i, record in enumerate(questions[1]):
         with Image.open(out / f"{i}.png") as drawn:
@@ -451,7 +559,9 @@ def test_transformers_answers_as_vllm_does(toy, processor, questions, by_vllm):
         prompt = data.encode(record, processor, LIMITS)
         pieces = list(infer.stream_transformers(prompt, model, processor, 24))
         assert whole("".join(piece for piece, _ in pieces)) == whole(line["answer"])
-        assert (pieces[-1][1] == "stop") == line["finished"] and not any(reason for _, reason in pieces[:-1])
+        assert (pieces[-1][1] == "stop") == line["finished"] and not any(
+            reason for _, reason in pieces[:-1]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +595,9 @@ def test_a_server_reads_the_same_prompt(server, processor, questions, by_vllm):
         request = infer.request_of(record, "toy", LIMITS, data.PROMPTS, 24)
         at_once = request | dict(stream=False, return_token_ids=True)
         reply = json.load(infer.ask_server(f"{server}/chat/completions", at_once))
-        assert reply["prompt_token_ids"] == data.encode(record, processor, LIMITS).token_ids, record["problem"]
+        assert reply["prompt_token_ids"] == data.encode(record, processor, LIMITS).token_ids, (
+            record["problem"]
+        )
         pieces = list(infer.stream_server(request, server))
         assert len(pieces) > 1  # a busy server joins some
         text = "".join(piece for piece, _ in pieces)
@@ -494,7 +606,9 @@ def test_a_server_reads_the_same_prompt(server, processor, questions, by_vllm):
 
 def test_the_prompt_goes_on_after_a_mistake(server, questions, tmp_path):
     """A wrong path that ends a session in which a large model has been loaded; an answer that is not drawn."""
-    picture = next(m["path"] for record in questions[1] for m in record["media"] if m["type"] == "image")
+    picture = next(
+        m["path"] for record in questions[1] for m in record["media"] if m["type"] == "image"
+    )
     typed = ["what?", "/image none.png", f"/image {picture}", "/task spotting", "/task OCR", "What is here?", "/dance",
              "/task multiple choice", "What?", "Which? | a | b"]  # fmt: skip
     result = subprocess.run(
@@ -517,9 +631,14 @@ class Canned(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.headers["Authorization"], request))
-        delta = lambda text, reason: dict(choices=[dict(delta=dict(content=text), finish_reason=reason)])
+        delta = lambda text, reason: dict(
+            choices=[dict(delta=dict(content=text), finish_reason=reason)]
+        )
         events = [delta(self.server.text, None), self.server.last or delta(None, "stop")]
-        self.reply(b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events) + b"data: [DONE]\n\n")
+        self.reply(
+            b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
+            + b"data: [DONE]\n\n"
+        )
 
     def reply(self, body):
         self.send_response(200)
@@ -542,13 +661,19 @@ class Canned(http.server.BaseHTTPRequestHandler):
 def test_exit_codes(tmp_path, monkeypatch, capsys, said, last, code, sentence):
     """A script that calls this one cannot tell an answer from none, or takes a server's failure for an answer."""
     canned = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Canned)
-    canned.text, canned.last, canned.requests = f"<think>Where?</think><answer>{said}</answer>", last, []
+    canned.text, canned.last, canned.requests = (
+        f"<think>Where?</think><answer>{said}</answer>",
+        last,
+        [],
+    )
     threading.Thread(target=canned.serve_forever, daemon=True).start()
     pixels = noise(64, 64, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     url = f"http://127.0.0.1:{canned.server_port}/v1"
-    words = f"--base-url {url} --image {tmp_path}/a.png where? --save {tmp_path}/o.png --task".split()
+    words = (
+        f"--base-url {url} --image {tmp_path}/a.png where? --save {tmp_path}/o.png --task".split()
+    )
     monkeypatch.setattr(sys, "argv", ["infer.py", *words, "spatial grounding"])
     try:
         with pytest.raises(SystemExit) as end:

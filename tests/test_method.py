@@ -44,12 +44,16 @@ def test_advantages_of_two_tasks_and_two_groups():
     assert advantages(rewards, groups, tasks, ema) == pytest.approx(expected)
     shuffled = [3, 0, 5, 2, 1, 4]  # entries may come in any order
     pick = lambda values: [values[i] for i in shuffled]
-    assert advantages(pick(rewards), pick(groups), pick(tasks), EMAStd()) == pytest.approx(pick(expected))
+    assert advantages(pick(rewards), pick(groups), pick(tasks), EMAStd()) == pytest.approx(
+        pick(expected)
+    )
     # A second batch that only has QA leaves the other task's moments alone.
     before = ema.std("box")
     second = advantages([1.0, 1.0, 1.0, 0.0], ["d"] * 4, ["QA"] * 4, ema)
     m1 = m2 = 0.99 * 0.5 + 0.01 * 0.75
-    assert second == pytest.approx([0.25 / math.sqrt(m2 - m1**2)] * 3 + [-0.75 / math.sqrt(m2 - m1**2)])
+    assert second == pytest.approx(
+        [0.25 / math.sqrt(m2 - m1**2)] * 3 + [-0.75 / math.sqrt(m2 - m1**2)]
+    )
     assert ema.std("box") == before
 
 
@@ -66,7 +70,9 @@ def test_clip_at_five():
     ema.load_state_dict({"QA": [0.5, 0.25]})  # mean 0.5, no spread; the next batch makes sigma 0.05
     assert advantages([1.0, 0.0], ["a", "a"], ["QA", "QA"], ema) == [5.0, -5.0]
     ema.load_state_dict({"QA": [0.5, 0.25]})
-    assert advantages([1.0, 0.0], ["a", "a"], ["QA", "QA"], ema, clip=20.0) == pytest.approx([10.0, -10.0])
+    assert advantages([1.0, 0.0], ["a", "a"], ["QA", "QA"], ema, clip=20.0) == pytest.approx(
+        [10.0, -10.0]
+    )
 
 
 def test_grpo_and_dr_grpo():
@@ -76,7 +82,9 @@ def test_grpo_and_dr_grpo():
     assert advantages(rewards, groups, tasks, EMAStd(), "grpo") == pytest.approx(
         [0.75 / (std + 1e-6)] + [-0.25 / (std + 1e-6)] * 3
     )
-    assert advantages(rewards, groups, tasks, EMAStd(), "dr_grpo") == pytest.approx([0.75] + [-0.25] * 3)
+    assert advantages(rewards, groups, tasks, EMAStd(), "dr_grpo") == pytest.approx(
+        [0.75] + [-0.25] * 3
+    )
     with pytest.raises(ValueError, match="reinforce"):
         advantages(rewards, groups, tasks, EMAStd(), "reinforce")
 
@@ -128,7 +136,9 @@ def test_kl_and_truncated_importance_weight():
     losses, _ = policy_loss(logps, logps.detach(), torch.zeros(1), **options)
     assert losses.item() == pytest.approx(0.1 * (math.exp(-0.5) + 0.5 - 1))
     losses.sum().backward()
-    assert logps.grad.item() == pytest.approx(0.1 * (1 - math.exp(-0.5)))  # pulls the policy back down
+    assert logps.grad.item() == pytest.approx(
+        0.1 * (1 - math.exp(-0.5))
+    )  # pulls the policy back down
     tis = dict(rollout_logps=torch.tensor([-3.0]), tis_cap=2.0)  # e^2 is cut to 2
     losses, _ = policy_loss(logps, logps.detach(), torch.ones(1), **tis, **options)
     assert losses.item() == pytest.approx(-2.0 + 0.1 * (math.exp(-0.5) + 0.5 - 1))
@@ -165,15 +175,23 @@ def test_ranks_of_an_engine_ask_for_the_same(monkeypatch):
     """A medium that one of two ranks cannot read: their shared engine gets two different lists and hangs."""
     prompts = [Prompt(dict(file="a", index=i), [], None, None, None, {}) for i in range(4)]
     names = [("a", i) for i in range(4)]
-    monkeypatch.setattr(rl_ema_grpo, "gather", lambda mine: [names, names[1:], mine, [names[0], names[3]]])
-    kept = [[prompt.record["index"] for prompt in rl_ema_grpo.common_prompts(prompts, rank, 2)] for rank in (0, 2)]
+    monkeypatch.setattr(
+        rl_ema_grpo, "gather", lambda mine: [names, names[1:], mine, [names[0], names[3]]]
+    )
+    kept = [
+        [prompt.record["index"] for prompt in rl_ema_grpo.common_prompts(prompts, rank, 2)]
+        for rank in (0, 2)
+    ]
     assert kept == [[1, 2, 3], [0, 3]]
     assert rl_ema_grpo.common_prompts(prompts, 0, 1) is prompts
 
 
 def test_a_task_of_tiny_spread_keeps_up():
     """The imbalance that the method is made against, learned end to end: without division boxes drown beside QA."""
-    right = {method: sum(bandit.train(method, seed, 60)[-1] for seed in range(2)) / 2 for method in bandit.METHODS}
+    right = {
+        method: sum(bandit.train(method, seed, 60)[-1] for seed in range(2)) / 2
+        for method in bandit.METHODS
+    }
     assert right["ema_grpo"].min() > 0.7  # QA and box
     assert right["dr_grpo"][1] < 0.5 < 0.7 < right["dr_grpo"][0]
     assert right["grpo"][1] < right["ema_grpo"][1]  # it spends more on questions that teach nothing

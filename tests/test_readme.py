@@ -44,14 +44,18 @@ def test_references_to_lines():
     rows = ROW.findall(section("From the paper to the code"))
     assert len(rows) == section("From the paper to the code").count("#L") > 25
     for what, snippet, script, shown, link in rows:
-        assert [int(shown), int(link)] == [line_of(script, snippet)] * 2, f"{what}: run python tests/test_readme.py"
+        assert [int(shown), int(link)] == [line_of(script, snippet)] * 2, (
+            f"{what}: run python tests/test_readme.py"
+        )
 
 
 def test_worked_example():
     """Advantages in the README that the code does not give."""
     text = section("The method in one page")
     rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if re.match(r"\| [a-d],", line)
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in text.splitlines()
+        if re.match(r"\| [a-d],", line)
     ]
     numbers = [[list(map(float, cell.split())) for cell in cells] for _, *cells in rows]
     names, tasks = zip(*(name.split(", ") for name, *_ in rows))
@@ -61,9 +65,13 @@ def test_worked_example():
     for column, method in enumerate(("grpo", "dr_grpo", "ema_grpo"), 1):
         ema = EMAStd()
         shown = [number for row in numbers for number in row[column]]
-        assert advantages(flat, groups, kinds, ema, method) == pytest.approx(shown, abs=0.0051), method
+        assert advantages(flat, groups, kinds, ema, method) == pytest.approx(shown, abs=0.0051), (
+            method
+        )
     sigmas = re.search(r"sigma ([\d.]+) for QA and ([\d.]+) for boxes", text)
-    assert [ema.std("QA"), ema.std("box")] == pytest.approx(list(map(float, sigmas.groups())), abs=5e-4)
+    assert [ema.std("QA"), ema.std("box")] == pytest.approx(
+        list(map(float, sigmas.groups())), abs=5e-4
+    )
 
 
 def test_diagram_counts_like_the_loop():
@@ -79,7 +87,9 @@ def test_diagram_counts_like_the_loop():
 def test_memory_arithmetic():
     """A table of memory that its own formula does not give."""
     rows = re.findall(
-        r"^\| Qwen3-VL-\w+ \(P = ([\d.]+)\) \| (.+?) \| \d+ x", section("Fewer, smaller, more GPUs"), re.M
+        r"^\| Qwen3-VL-\w+ \(P = ([\d.]+)\) \| (.+?) \| \d+ x",
+        section("Fewer, smaller, more GPUs"),
+        re.M,
     )
     assert len(rows) == 3
     for billions, cells in rows:
@@ -92,9 +102,14 @@ def test_ablation_table(capsys):
     result = json.loads((ROOT / "assets" / "ablation.json").read_text())
     ablation.print_table(result, sorted(result["heldout"]["sft"]), ablation.intervals(result))
     assert capsys.readouterr().out.strip() in section("Does it matter what one divides by?")
-    rows = re.findall(r"^\| (?:QA|box) \| (.+) \|$", section("Does it matter what one divides by?"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (?:QA|box) \| (.+) \|$", section("Does it matter what one divides by?"), re.MULTILINE
+    )
     for k, row in enumerate(rows):  # after 105 steps, of which every third is there
-        shares = [100 * sum(seed[35][k] for seed in result["bandit"][method]) / 10 for method in ablation.METHODS]
+        shares = [
+            100 * sum(seed[35][k] for seed in result["bandit"][method]) / 10
+            for method in ablation.METHODS
+        ]
         assert list(map(float, row.split(" | "))) == pytest.approx(shares, abs=0.06)
     assert len(rows) == 2
     assert {name: len(run["reward"]) for name, run in result["runs"].items()} == {
@@ -105,14 +120,18 @@ def test_ablation_table(capsys):
 def test_links_lead_somewhere():
     """A heading that was renamed, a picture or a script that is gone."""
     text = README.read_text()
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
     links = re.findall(r"\]\(([^)]+)\)", text)
     assert {link[1:] for link in links if link.startswith("#")} <= anchors
     files = {link.split("#")[0] for link in links if not link.startswith(("#", "http"))}
     files |= set(re.findall(r"(?:python|bash|torchrun[^\n]*?) ((?:tests/)?\w+\.(?:py|sh))", text))
     assert len(files) > 10
-    assert {path for path in files if not (ROOT / path).exists()} == {"make_mine.py"}  # the reader writes it
+    assert {path for path in files if not (ROOT / path).exists()} == {
+        "make_mine.py"
+    }  # the reader writes it
 
 
 # of torchrun, the hub, pip, containers and vLLM
@@ -122,8 +141,13 @@ OTHERS = """--nproc-per-node --nnodes --rdzv-backend --rdzv-endpoint --max-resta
 
 def test_flags_exist():
     """A command of the README with a flag that no script has."""
-    scripts = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("*.sh")])
-    scripts += "".join(f'"--{field}"' for field in data.Limits._fields).replace("_", "-")  # data.add_limits makes these
+    scripts = "".join(
+        path.read_text()
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("*.sh")]
+    )
+    scripts += "".join(f'"--{field}"' for field in data.Limits._fields).replace(
+        "_", "-"
+    )  # data.add_limits makes these
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README.read_text())) - set(OTHERS)
     assert len(flags) > 30
     assert [flag for flag in flags if f'"{flag}' not in scripts and f"{flag} " not in scripts] == []
@@ -135,7 +159,11 @@ def test_flags_exist():
 
 def run_examples(module):
     """Runs the doctests of a pasted module; returns how many there were."""
-    found = [test for test in doctest.DocTestFinder().find(module, "pasted", globs=vars(module)) if test.examples]
+    found = [
+        test
+        for test in doctest.DocTestFinder().find(module, "pasted", globs=vars(module))
+        if test.examples
+    ]
     runner = doctest.DocTestRunner()
     for test in found:
         assert runner.run(test).failed == 0, test.name
@@ -191,7 +219,9 @@ def test_pasted_forward(toy, processor):
 
 def test_pasted_policy_loss():
     logps, old, advantage = torch.tensor([0.5]), torch.tensor([0.0]), torch.tensor([1.0])
-    assert paste("the policy loss").policy_loss(logps, old, advantage)[0].item() == pytest.approx(-1.3)
+    assert paste("the policy loss").policy_loss(logps, old, advantage)[0].item() == pytest.approx(
+        -1.3
+    )
 
 
 def test_pasted_video_reader(toy):
@@ -200,7 +230,11 @@ def test_pasted_video_reader(toy):
         paste("reading a video, exact frames, true time stamps").read_video(str(path)),
         data.read_video(str(path)),
     )
-    assert pasted.frames.shape[0] == 16 and (pasted.frames == ours.frames).all() and pasted[1:] == ours[1:]
+    assert (
+        pasted.frames.shape[0] == 16
+        and (pasted.frames == ours.frames).all()
+        and pasted[1:] == ours[1:]
+    )
 
 
 if __name__ == "__main__":

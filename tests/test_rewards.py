@@ -20,9 +20,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import Grader, Score, accuracy, find_answer, parse_response, read_choice, read_number, score
+from rewards import (
+    Grader,
+    Score,
+    accuracy,
+    find_answer,
+    parse_response,
+    read_choice,
+    read_number,
+    score,
+)
 
-BOX, BOX2 = [100, 200, 300, 400], [150, 200, 350, 400]  # IoU: 150 * 200 / (2 * 200 * 200 - 150 * 200) = 0.6
+BOX, BOX2 = (
+    [100, 200, 300, 400],
+    [150, 200, 350, 400],
+)  # IoU: 150 * 200 / (2 * 200 * 200 - 150 * 200) = 0.6
 POINTS, FAR = [[110, 210], [200, 300], [290, 390]], [[50, 50], [500, 500], [10, 900]]
 TRUTHS = {  # problem_type, data_type -> a true answer
     ("multiple choice", "image"): "B",
@@ -33,15 +45,24 @@ TRUTHS = {  # problem_type, data_type -> a true answer
     ("open-ended", "video"): "A man walks his dog along the river.",
     ("temporal grounding", "video"): json.dumps({"time": [2.5, 6]}),
     ("spatial grounding", "image"): json.dumps({"boxes": BOX}),
-    ("spatial-temporal grounding", "video"): json.dumps({"time": [2.5, 4.1], "boxes": {"3": BOX, "4": BOX}}),
+    ("spatial-temporal grounding", "video"): json.dumps(
+        {"time": [2.5, 4.1], "boxes": {"3": BOX, "4": BOX}}
+    ),
     ("tracking", "video"): json.dumps({"boxes": {str(k): BOX for k in range(1, 33)}}),
-    ("segmentation", "image"): json.dumps({"boxes": BOX, "positive_points": POINTS, "negative_points": FAR}),
+    ("segmentation", "image"): json.dumps(
+        {"boxes": BOX, "positive_points": POINTS, "negative_points": FAR}
+    ),
     ("segmentation", "video"): json.dumps(
         {"time": 4.0, "boxes": BOX, "positive_points": POINTS, "negative_points": FAR}
     ),
 }
 RECORDS = [
-    {"problem_type": kind, "data_type": medium, "problem": "?", "answer": f"<answer>{truth}</answer>"}
+    {
+        "problem_type": kind,
+        "data_type": medium,
+        "problem": "?",
+        "answer": f"<answer>{truth}</answer>",
+    }
     for (kind, medium), truth in TRUTHS.items()
 ]
 BY_TYPE = {f"{record['problem_type']}-{record['data_type']}": record for record in RECORDS}
@@ -58,8 +79,12 @@ def reply(answer):
 
 def check_bounds(result):
     assert all(type(part) is float and math.isfinite(part) for part in result), result
-    assert 0 <= result.accuracy <= 1 and result.format in (0, 1) and 0 <= result.structure <= 0.5, result
-    assert result.reward == pytest.approx(0.9 * result.accuracy + 0.1 * result.format + result.structure, abs=1e-12)
+    assert 0 <= result.accuracy <= 1 and result.format in (0, 1) and 0 <= result.structure <= 0.5, (
+        result
+    )
+    assert result.reward == pytest.approx(
+        0.9 * result.accuracy + 0.1 * result.format + result.structure, abs=1e-12
+    )
 
 
 # --- definitions ------------------------------------------------------------------------------------------------------
@@ -73,9 +98,7 @@ def test_examples():
 
 def test_import_is_light():
     """Importing rewards pulled in sympy or nltk and cost every script seconds."""
-    code = (
-        "import rewards, sys; assert not {'math_verify', 'rouge_score', 'sympy', 'torch', 'scipy'} & set(sys.modules)"
-    )
+    code = "import rewards, sys; assert not {'math_verify', 'rouge_score', 'sympy', 'torch', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=os.path.dirname(rewards.__file__))
 
 
@@ -101,7 +124,10 @@ def test_exact_answer_is_worth_everything(record):
         (ask("temporal grounding", {"time": [2, 6]}), {"time": [0, 4]}, (1 / 3, 0.5)),
         (ask("spatial grounding", {"boxes": BOX}), {"boxes": BOX2}, (0.6, 0.5)),
         (
-            ask("spatial-temporal grounding", {"time": [2, 6], "boxes": {str(k): BOX for k in range(2, 7)}}),
+            ask(
+                "spatial-temporal grounding",
+                {"time": [2, 6], "boxes": {str(k): BOX for k in range(2, 7)}},
+            ),
             {"time": [0, 4], "boxes": {"2": BOX2, "9": BOX}},
             (0.5 / 3 + 0.5 * 0.6 / 5, 0.25 + 0.25 / 5),
         ),
@@ -110,9 +136,17 @@ def test_exact_answer_is_worth_everything(record):
             {"boxes": {"1": BOX, "2": BOX2}},
             (1.6 / 4, 0.375),
         ),
-        (ask("tracking", {"boxes": {"1": BOX, "2": BOX}}), {"boxes": {"1": BOX, "2": [1, 2, 3]}}, (0.5, 0)),
         (
-            ask("segmentation", {"boxes": BOX, "positive_points": POINTS, "negative_points": FAR}, "image"),
+            ask("tracking", {"boxes": {"1": BOX, "2": BOX}}),
+            {"boxes": {"1": BOX, "2": [1, 2, 3]}},
+            (0.5, 0),
+        ),
+        (
+            ask(
+                "segmentation",
+                {"boxes": BOX, "positive_points": POINTS, "negative_points": FAR},
+                "image",
+            ),
             {
                 "boxes": BOX2,
                 "positive_points": [[x + 30, y + 40] for x, y in POINTS[::-1]],
@@ -121,7 +155,10 @@ def test_exact_answer_is_worth_everything(record):
             (0.5 * 0.6 + 0.25 * math.exp(-0.5), 0.5),
         ),
         (
-            ask("segmentation", {"time": 4, "boxes": BOX, "positive_points": POINTS, "negative_points": FAR}),
+            ask(
+                "segmentation",
+                {"time": 4, "boxes": BOX, "positive_points": POINTS, "negative_points": FAR},
+            ),
             {"time": 7.0, "boxes": BOX2, "positive_points": POINTS, "negative_points": FAR[::-1]},
             (0.3 * 0.6 + 0.3 * math.exp(-1.5) + 0.4, 0.5),
         ),
@@ -170,9 +207,18 @@ def test_best_matching_of_points():
 
 def test_truth_in_any_form():
     """Records that say `solution`, or hold JSON instead of text, were graded against nothing."""
-    for more in ({"answer": "3"}, {"answer": None, "solution": "<answer> 3 </answer>"}, {"answer": 3}):
+    for more in (
+        {"answer": "3"},
+        {"answer": None, "solution": "<answer> 3 </answer>"},
+        {"answer": 3},
+    ):
         assert accuracy({"problem_type": "numerical", **more}, "3") == 1
-    assert accuracy({"problem_type": "temporal grounding", "solution": {"time": [1, 2]}}, '{"time": [1, 2]}') == 1
+    assert (
+        accuracy(
+            {"problem_type": "temporal grounding", "solution": {"time": [1, 2]}}, '{"time": [1, 2]}'
+        )
+        == 1
+    )
 
 
 def test_reward_weights_and_unknown_type():
@@ -213,7 +259,9 @@ def test_wrong_tags_are_worth_nothing(response):
 def test_white_space_around_blocks_is_fine():
     """The strict format refused line breaks between the blocks."""
     assert parse_response(" \n<think>\nx\n</think>\n\n<answer>\n B\n</answer>\n") == "B"
-    assert score(ask("numerical", "3"), "<think></think><answer></answer>") == pytest.approx((0.6, 0, 1, 0.5))
+    assert score(ask("numerical", "3"), "<think></think><answer></answer>") == pytest.approx(
+        (0.6, 0, 1, 0.5)
+    )
 
 
 @pytest.mark.parametrize("text", ["a / b", "x < 3 > y", "1 /2", "< / >"])
@@ -226,20 +274,76 @@ def test_text_is_graded_as_written(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["B", "(B)", "b", "B.", "B)", "(b).", "Answer: B", "answer is B.", "The correct answer is: (B)", "B. the dog"]
-    + ["Option B", "**B**", "**Answer:** B", "**B.** the dog", "B: a dog", "B) I see", "$B$", "\\boxed{B}", "[B]"]
-    + ["B - the dog", "B.the dog", "B, because it barks", " B\n", "the dog", "The dog.", "B. the dog and the cat"],
+    [
+        "B",
+        "(B)",
+        "b",
+        "B.",
+        "B)",
+        "(b).",
+        "Answer: B",
+        "answer is B.",
+        "The correct answer is: (B)",
+        "B. the dog",
+    ]
+    + [
+        "Option B",
+        "**B**",
+        "**Answer:** B",
+        "**B.** the dog",
+        "B: a dog",
+        "B) I see",
+        "$B$",
+        "\\boxed{B}",
+        "[B]",
+    ]
+    + [
+        "B - the dog",
+        "B.the dog",
+        "B, because it barks",
+        " B\n",
+        "the dog",
+        "The dog.",
+        "B. the dog and the cat",
+    ],
 )
 def test_a_choice_as_people_write_it(text):
     """ "Answer: B" and "B." scored 0 in training."""
     assert read_choice(text, ["A. a cat", "B. the dog", "C. both"]) == "B"
-    assert score(ask("multiple choice", "B", options=["a cat", "the dog"]), reply(text)).accuracy == 1
+    assert (
+        score(ask("multiple choice", "B", options=["a cat", "the dog"]), reply(text)).accuracy == 1
+    )
 
 
 @pytest.mark.parametrize(
     "text",
-    ["Based on the image, B", "A or B", "A and B", "A, B", "A. or B.", "A) B)", "A/B", "B/C", "ABCD", "B C", "a dog"]
-    + ["Both", "", "?", "B-movie", "B's", "not B", "b a", "A. B. C. D.", "A, B and C", "1", "Because B", "B or C"],
+    [
+        "Based on the image, B",
+        "A or B",
+        "A and B",
+        "A, B",
+        "A. or B.",
+        "A) B)",
+        "A/B",
+        "B/C",
+        "ABCD",
+        "B C",
+        "a dog",
+    ]
+    + [
+        "Both",
+        "",
+        "?",
+        "B-movie",
+        "B's",
+        "not B",
+        "b a",
+        "A. B. C. D.",
+        "A, B and C",
+        "1",
+        "Because B",
+        "B or C",
+    ],
 )
 def test_no_choice(text):
     """ "Based on ..." scored as B in evaluation; naming several letters scored as the first."""
@@ -272,7 +376,15 @@ def test_training_and_evaluation_read_alike():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1,234", 1234), ("1,00,000.5", 100000.5), ("-.5", -0.5), ("−5", -5), ("$1,200", 1200), ("45°", 45), ("5.", 5)]
+    [
+        ("1,234", 1234),
+        ("1,00,000.5", 100000.5),
+        ("-.5", -0.5),
+        ("−5", -5),
+        ("$1,200", 1200),
+        ("45°", 45),
+        ("5.", 5),
+    ]
     + [
         ("The answer is 7", 7),
         ("**7**", 7),
@@ -282,7 +394,14 @@ def test_training_and_evaluation_read_alike():
         ("inf", None),
         ("--5", None),
     ]
-    + [("1_000", None), (".", None), ("e5", None), ("True", None), ("1e999999999", None), ("0x10", None)],
+    + [
+        ("1_000", None),
+        (".", None),
+        ("e5", None),
+        ("True", None),
+        ("1e999999999", None),
+        ("0x10", None),
+    ],
 )
 def test_numbers_as_people_write_them(text, value):
     """ "1,23" was read as 123, and nan and inf as numbers."""
@@ -291,9 +410,25 @@ def test_numbers_as_people_write_them(text, value):
 
 @pytest.mark.parametrize(
     ("p", "y", "equal"),
-    [("\\sqrt{3}", "\\sqrt{3}", 1), ("1/2", "\\frac{1}{2}", 1), ("$0.5$", "1/2", 1), ("a / b", "\\frac{a}{b}", 1)]
-    + [("30", "30^\\circ", 1), ("30°", "30", 1), ("50\\%", "0.5", 1), ("x=5", "5", 1), ("\\boxed{5}", "5", 1)]
-    + [("1,234", "1234", 1), ("10^{5}", "100000", 1), ("The answer is $5$.", "5", 1), ("\\$5", "5", 1)]
+    [
+        ("\\sqrt{3}", "\\sqrt{3}", 1),
+        ("1/2", "\\frac{1}{2}", 1),
+        ("$0.5$", "1/2", 1),
+        ("a / b", "\\frac{a}{b}", 1),
+    ]
+    + [
+        ("30", "30^\\circ", 1),
+        ("30°", "30", 1),
+        ("50\\%", "0.5", 1),
+        ("x=5", "5", 1),
+        ("\\boxed{5}", "5", 1),
+    ]
+    + [
+        ("1,234", "1234", 1),
+        ("10^{5}", "100000", 1),
+        ("The answer is $5$.", "5", 1),
+        ("\\$5", "5", 1),
+    ]
     + [
         ("$$-\\dfrac{3}{2}$$", "-1.5", 1),
         ("\\[\\frac{1}{2}\\]", "0.5", 1),
@@ -311,23 +446,43 @@ def test_math(p, y, equal):
 
 # --- hostile text -----------------------------------------------------------------------------------------------------
 
-BAD = ["NaN", "Infinity", "-Infinity", "1e400", "true", "null", '"5"', "[5]", "9" * 5000, "9" * 4000, "1e9999999"]
-JSON_RECORDS = [record for record in RECORDS if record["problem_type"].lower() in rewards.JSON_TYPES]
+BAD = [
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "true",
+    "null",
+    '"5"',
+    "[5]",
+    "9" * 5000,
+    "9" * 4000,
+    "1e9999999",
+]
+JSON_RECORDS = [
+    record for record in RECORDS if record["problem_type"].lower() in rewards.JSON_TYPES
+]
 
 
 @pytest.mark.parametrize("bad", BAD, ids=lambda bad: bad[:12])
-@pytest.mark.parametrize("record", JSON_RECORDS, ids=[k for k, r in BY_TYPE.items() if r in JSON_RECORDS])
+@pytest.mark.parametrize(
+    "record", JSON_RECORDS, ids=[k for k, r in BY_TYPE.items() if r in JSON_RECORDS]
+)
 def test_what_is_no_number(record, bad):
     """NaN inside JSON became a NaN reward; true and "5" counted as numbers."""
     truth = rewards.truth_of(record)
     for number in ("4", "4.0", "2.5", "100", "390"):
-        result = score(record, reply(truth.replace(f"{number},", f"{bad},").replace(f"{number}]", f"{bad}]")))
+        result = score(
+            record, reply(truth.replace(f"{number},", f"{bad},").replace(f"{number}]", f"{bad}]"))
+        )
         check_bounds(result)
         if number == "100" and record["problem_type"] != "temporal grounding":
             assert result.accuracy < 1 and result.structure < 0.5
 
 
-@pytest.mark.parametrize("record", JSON_RECORDS, ids=[k for k, r in BY_TYPE.items() if r in JSON_RECORDS])
+@pytest.mark.parametrize(
+    "record", JSON_RECORDS, ids=[k for k, r in BY_TYPE.items() if r in JSON_RECORDS]
+)
 def test_reversed_and_repeated(record):
     """Reversed boxes and spans gave negative areas; the first of duplicate keys counted."""
     y = json.loads(rewards.truth_of(record))
@@ -396,7 +551,9 @@ def test_hostile_truth(record):
 
 EXAMPLES = int(os.environ.get("REWARD_EXAMPLES", "1000"))
 NUMBERS = st.one_of(
-    st.integers(-10, 1100), st.floats(width=32), st.sampled_from([0, 1e400, -0.0, 10**30, True, None, "7", [1]])
+    st.integers(-10, 1100),
+    st.floats(width=32),
+    st.sampled_from([0, 1e400, -0.0, 10**30, True, None, "7", [1]]),
 )
 TEXTS = st.one_of(
     st.text(max_size=60),
@@ -423,7 +580,9 @@ def test_random_text_and_mutations(record):
         if kind == "text":
             answer = data.draw(TEXTS)
         elif kind == "cut":
-            i, j = sorted((data.draw(st.integers(0, len(truth))), data.draw(st.integers(0, len(truth)))))
+            i, j = sorted(
+                (data.draw(st.integers(0, len(truth))), data.draw(st.integers(0, len(truth))))
+            )
             answer = truth[:i] + data.draw(TEXTS) + truth[j:]
         else:
             spots = [i for i, c in enumerate(truth) if c.isdigit()] or [0]
@@ -442,7 +601,9 @@ COORDINATE = st.floats(0, 1000)
 
 
 @settings(max_examples=EXAMPLES, deadline=None, database=None, derandomize=True)
-@given(st.tuples(*[COORDINATE] * 4), st.floats(0.01, 1), st.floats(0.01, 1), st.permutations([0, 1, 2]))
+@given(
+    st.tuples(*[COORDINATE] * 4), st.floats(0.01, 1), st.floats(0.01, 1), st.permutations([0, 1, 2])
+)
 def test_random_laws(numbers, small, large, order):
     """A worse overlap gave more, or the order of points or of the two boxes mattered."""
     x1, x2, y1, y2 = (*sorted(numbers[:2]), *sorted(numbers[2:]))
@@ -454,7 +615,9 @@ def test_random_laws(numbers, small, large, order):
     assert 0 < ious[0] <= ious[1] + 1e-9 and ious[1] <= 1 and rewards.iou_box(whole, whole) == 1
     assert rewards.iou_box(whole, nested[0]) == pytest.approx(ious[0])
     spans = [[x1, x1 + (x2 - x1) * share] for share in (small, large)]
-    assert rewards.iou_1d(spans[0], [x1, x2]) <= rewards.iou_1d(spans[1], [x1, x2]) + 1e-9 <= 1 + 1e-9
+    assert (
+        rewards.iou_1d(spans[0], [x1, x2]) <= rewards.iou_1d(spans[1], [x1, x2]) + 1e-9 <= 1 + 1e-9
+    )
     points = [[x1, y1], [x2, y1], [x1, y2]]
     assert rewards.point_kernel([points[i] for i in order], points) == 1
     near, far = ([[x + 100 * share, y] for x, y in points] for share in (small, large))
@@ -520,8 +683,16 @@ def test_grader_equals_score_in_order():
     with Grader(workers=2, seconds=20) as grader:
         assert time.time() - start < 0.5  # starting must not slow the scripts
         rng = random.Random(0)
-        answers = [rewards.truth_of(record) for record in RECORDS] + ["0.5", "a dog", "open", "\ud800", "9**9**9**9"]
-        pairs = [(rng.choice(RECORDS), rng.choice([reply, str])(rng.choice(answers))) for _ in range(200)]
+        answers = [rewards.truth_of(record) for record in RECORDS] + [
+            "0.5",
+            "a dog",
+            "open",
+            "\ud800",
+            "9**9**9**9",
+        ]
+        pairs = [
+            (rng.choice(RECORDS), rng.choice([reply, str])(rng.choice(answers))) for _ in range(200)
+        ]
         assert grader.score(pairs) == [score(*pair) for pair in pairs]
         assert grader.score([]) == []
         assert grader.counts == {"killed": 0, "errors": 0}
@@ -530,7 +701,9 @@ def test_grader_equals_score_in_order():
 def test_grader_stops_sympy():
     """sympy on a huge power holds its process for good; math-verify's own alarm is later than the Grader's limit."""
     with Grader(workers=1, seconds=2) as grader:
-        pairs = [(ask("math", "5"), reply(text)) for text in ("5", "9^{9^{9^{9}}}", "10000000!", "5.0")]
+        pairs = [
+            (ask("math", "5"), reply(text)) for text in ("5", "9^{9^{9^{9}}}", "10000000!", "5.0")
+        ]
         assert [result.accuracy for result in grader.score(pairs)] == [1, 0, 0, 1]
         assert grader.counts["errors"] == 0 and 1 <= grader.counts["killed"] <= 2
 
@@ -540,7 +713,9 @@ def test_responses_are_data_not_code(monkeypatch, tmp_path):
     import math_verify.parser
 
     seen, real = [], math_verify.parser.parse_expr
-    monkeypatch.setattr(math_verify.parser, "parse_expr", lambda text, **how: seen.append(text) or real(text, **how))
+    monkeypatch.setattr(
+        math_verify.parser, "parse_expr", lambda text, **how: seen.append(text) or real(text, **how)
+    )
     mark = tmp_path / "ran"
     code = f"__import__('pathlib').Path('{mark}').touch()"
     for text in (
@@ -589,7 +764,12 @@ def server():
 
 
 OPEN = ask("open-ended", "a dog runs", problem="What?")
-PAIRS = [(OPEN, "a dog"), (OPEN, "a cat"), (OPEN, "a dog runs"), ({**OPEN, "problem": "Who?"}, "a dog")]
+PAIRS = [
+    (OPEN, "a dog"),
+    (OPEN, "a cat"),
+    (OPEN, "a dog runs"),
+    ({**OPEN, "problem": "Who?"}, "a dog"),
+]
 
 
 def pooled(texts):
@@ -604,7 +784,9 @@ def test_polar_normalises_within_a_group(server):
     values, failed = rewards.polar_scores(server.url, PAIRS)
     assert values == [0, 0, 1, 1] and failed == 0
     with Grader(workers=1, polar_url=server.url) as grader:
-        results = grader.score([(record, reply(answer)) for record, answer in PAIRS] + [(OPEN, "no tags")])
+        results = grader.score(
+            [(record, reply(answer)) for record, answer in PAIRS] + [(OPEN, "no tags")]
+        )
         assert [result.accuracy for result in results] == [0, 0, 1, 1, 0]
         assert grader.counts == {"killed": 0, "errors": 0, "polar_failed": 0}
 
@@ -618,8 +800,21 @@ def test_polar_cannot_be_spoofed():
 
 @pytest.mark.parametrize(
     "lie",
-    [500, b"", b"hello", {"data": []}, b"[" * 50_000, {"data": [1, 2, 3]}, b"\xff", {"data": None}, []]
-    + [{"data": [{"index": i, "data": data} for i in range(3)]} for data in ([float("nan")], "x", [], {}, None, True)],
+    [
+        500,
+        b"",
+        b"hello",
+        {"data": []},
+        b"[" * 50_000,
+        {"data": [1, 2, 3]},
+        b"\xff",
+        {"data": None},
+        [],
+    ]
+    + [
+        {"data": [{"index": i, "data": data} for i in range(3)]}
+        for data in ([float("nan")], "x", [], {}, None, True)
+    ],
     ids=lambda lie: str(lie)[:20],
 )
 def test_polar_failure_turns_the_whole_group_to_rouge(server, lie):

@@ -20,7 +20,9 @@ SCRIPTS = ("data.py", "sft.py", "rl_ema_grpo.py", "evaluate.py", "infer.py")
 def test_help():
     """A script that does not even start, or an option without an explanation of the script."""
     running = {
-        script: subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        script: subprocess.Popen(
+            [sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         for script in SCRIPTS
     }
     for script, process in running.items():
@@ -33,7 +35,10 @@ def test_help():
     "change, sentence",
     [
         (dict(data="nowhere.json"), "nowhere.json"),
-        (dict(data="no_answer.json"), "no_answer.json: record 3: answer is 'None', expected the true answer"),
+        (
+            dict(data="no_answer.json"),
+            "no_answer.json: record 3: answer is 'None', expected the true answer",
+        ),
         (dict(prompts=5), "--prompts-per-step 5 does not divide among 2 ranks"),
     ],
 )
@@ -57,7 +62,12 @@ def demo(tmp_path_factory):
     """demo.sh in a few steps: toy, SFT, RL, three evaluations, table, curves."""
     out = tmp_path_factory.mktemp("demo")
     result = subprocess.run(
-        ["bash", "demo.sh", "--quick", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        ["bash", "demo.sh", "--quick", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
     return out, result.stdout
@@ -85,12 +95,18 @@ def test_demo_runs_to_the_end(demo):
         } <= set(row)
         assert {"seconds/sync", "seconds/generate", "seconds/grade", "seconds/update"} <= set(row)
     for stage in ("sft", "rl"):
-        assert (out / stage / "args.json").exists() and (out / stage / "checkpoints" / "latest").exists()
+        assert (out / stage / "args.json").exists() and (
+            out / stage / "checkpoints" / "latest"
+        ).exists()
     assert (out / "curves.png").stat().st_size > 10_000
     for line in (out / "rl" / "rollouts.jsonl").read_text().splitlines():
-        entry = json.loads(line)  # another group's rewards or advantages: those of one group have the same order
+        entry = json.loads(
+            line
+        )  # another group's rewards or advantages: those of one group have the same order
         assert len(entry["rewards"]) == 8 and len(entry["advantages"]) in (0, 8)
-        assert [a for _, a in sorted(zip(entry["rewards"], entry["advantages"]))] == sorted(entry["advantages"])
+        assert [a for _, a in sorted(zip(entry["rewards"], entry["advantages"]))] == sorted(
+            entry["advantages"]
+        )
     for model in ("base", "sft", "rl"):
         results = json.loads((out / "eval" / model / "results.json").read_text())
         assert len(results) >= 12
@@ -103,7 +119,9 @@ def test_same_command_resumes(demo, toy):
     out, _ = demo
     before = (out / "sft" / "model.safetensors").read_bytes()
     with open(out / "sft" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "loss": 9.9}\n{"step": 5, "lo')  # as a kill between two checkpoints leaves it
+        file.write(
+            '{"step": 4, "loss": 9.9}\n{"step": 5, "lo'
+        )  # as a kill between two checkpoints leaves it
     options = "--lr 2e-3 --train-vision --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400".split()
     data = sorted((out / "toy").glob("sft_*.json"))
     run(
@@ -139,7 +157,12 @@ def test_trained_folder_opens_with_transformers(demo):
     prompt = encode(load_records(demo[0] / "toy" / "rl_train.json")[0], processor)
     media = prompt.vllm["multi_modal_data"]
     if "image" in media:
-        inputs = processor(text=[prompt.vllm["prompt"]], images=media["image"], do_resize=False, return_tensors="pt")
+        inputs = processor(
+            text=[prompt.vllm["prompt"]],
+            images=media["image"],
+            do_resize=False,
+            return_tensors="pt",
+        )
     else:
         frames, metadata = media["video"][0]
         metadata = {key: metadata[key] for key in ("fps", "frames_indices", "total_num_frames")}
@@ -148,7 +171,10 @@ def test_trained_folder_opens_with_transformers(demo):
             do_sample_frames=False, do_resize=False, return_tensors="pt",
         )  # fmt: skip
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert answer.shape[1] == inputs["input_ids"].shape[1] + 4 or processor.tokenizer.eos_token_id in answer[0, -4:]
+    assert (
+        answer.shape[1] == inputs["input_ids"].shape[1] + 4
+        or processor.tokenizer.eos_token_id in answer[0, -4:]
+    )
 
 
 def test_trained_folder_is_served_over_the_openai_protocol(demo):

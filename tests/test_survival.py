@@ -33,7 +33,9 @@ def metrics(out):
     """metrics.jsonl without what a clock or a memory gauge wrote."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     measured = ("seconds", "gb", "tokens_per_second", "tflops")
-    return [{key: value for key, value in row.items() if not key.startswith(measured)} for row in rows]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(measured)} for row in rows
+    ]
 
 
 def start(script, deaths, settings, model, files, out, ranks=2, restarts=0, check=True):
@@ -68,13 +70,24 @@ def test_rl_killed_in_every_phase_ends_as_if_nothing_had_happened(damaged_toy, t
     start("rl_ema_grpo", deaths, RL, damaged_toy / "model", files, killed, restarts=3)
     assert metrics(whole) == metrics(killed)
     assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
-    assert (whole / "model.safetensors").read_bytes() != (damaged_toy / "model" / "model.safetensors").read_bytes()
-    states = [json.loads((out / "checkpoints/step-000004/trainer_state.json").read_text()) for out in (whole, killed)]
-    assert states[0]["moments"] == states[1]["moments"] and states[0]["cursor"] == states[1]["cursor"]
+    assert (whole / "model.safetensors").read_bytes() != (
+        damaged_toy / "model" / "model.safetensors"
+    ).read_bytes()
+    states = [
+        json.loads((out / "checkpoints/step-000004/trainer_state.json").read_text())
+        for out in (whole, killed)
+    ]
+    assert (
+        states[0]["moments"] == states[1]["moments"] and states[0]["cursor"] == states[1]["cursor"]
+    )
     last = metrics(whole)[-1]
     records = data.load_records(files[0])
     taken = itertools.islice(data.data_order(len(records), 0), states[0]["cursor"])
-    assert last["skipped/unreadable_image"] + last["skipped/unreadable_video"] == sum(i % 10 == 0 for i in taken) > 0
+    assert (
+        last["skipped/unreadable_image"] + last["skipped/unreadable_video"]
+        == sum(i % 10 == 0 for i in taken)
+        > 0
+    )
     assert last["records"] == states[0]["cursor"] and math.isfinite(last["loss"])
     assert not list(killed.glob("checkpoints/*.tmp"))
 
@@ -87,10 +100,18 @@ def test_sft_killed_ranks_and_another_number_of_ranks(toy, tmp_path):
     assert len(exports) == 4 and len(list((tmp_path / "whole").glob("checkpoints/step-*"))) == 1
     start("sft", "sft.update:2:0", SFT, model, files, tmp_path / "one", restarts=1)
     assert metrics(tmp_path / "one") == metrics(tmp_path / "whole")
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
-    for ranks, deaths in ((2, "sft.update:3:all"), (1, "sft.update:2:all"), (2, "")):  # 2, 1 and 1 step
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model.safetensors"
+    ).read_bytes()
+    for ranks, deaths in (
+        (2, "sft.update:3:all"),
+        (1, "sft.update:2:all"),
+        (2, ""),
+    ):  # 2, 1 and 1 step
         start("sft", deaths, SFT, model, files, tmp_path / "moved", ranks=ranks, check=not deaths)
-    losses, expected = ([row["loss"] for row in metrics(tmp_path / out)] for out in ("moved", "whole"))
+    losses, expected = (
+        [row["loss"] for row in metrics(tmp_path / out)] for out in ("moved", "whole")
+    )
     assert losses == pytest.approx(expected, rel=1e-4)
     begin, end = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "whole"))
     for name, tensor in end.items():  # without --train-vision
@@ -109,7 +130,9 @@ def test_a_save_does_not_change_what_is_computed(alone, toy, tmp_path):
         for param in model.parameters():
             param.grad = torch.ones_like(param)
         optimizer.step()
-        moves.append([(a - b.to_local()).abs().max().item() for a, b in zip(before, model.parameters())])
+        moves.append(
+            [(a - b.to_local()).abs().max().item() for a, b in zip(before, model.parameters())]
+        )
     assert moves[0] == moves[1] == pytest.approx([1e-3] * len(moves[0]), rel=1e-2)
 
 
@@ -117,7 +140,13 @@ def test_an_exception_of_one_rank_ends_all_with_its_traceback(toy, tmp_path):
     """Ranks that wait an hour in a collective for one that is gone; a traceback that nobody sees."""
     files = [toy / "rl_train.json"]
     result = start(
-        "rl_ema_grpo", "rl_ema_grpo.update:1:raise1", RL, toy / "model", files, tmp_path / "out", check=False
+        "rl_ema_grpo",
+        "rl_ema_grpo.update:1:raise1",
+        RL,
+        toy / "model",
+        files,
+        tmp_path / "out",
+        check=False,
     )
     assert result.returncode != 0
     assert "ArithmeticError: on purpose" in result.stderr
@@ -144,7 +173,9 @@ next(stream)
 print(stream._workers[0].pid, flush=True)
 sys.stdin.read()
 """
-    script = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    script = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     worker = int(script.stdout.readline())
     assert os.path.exists(f"/proc/{worker}")
     script.kill()
@@ -173,15 +204,21 @@ def trainer(alone, toy):
 
 
 def save(out, trainer, group, step, tally=None, keep=2):
-    sft.save_checkpoint(str(out), *trainer, dict(step=step), group, keep, Counter() if tally is None else tally).join()
+    sft.save_checkpoint(
+        str(out), *trainer, dict(step=step), group, keep, Counter() if tally is None else tally
+    ).join()
 
 
-def test_a_full_disk_keeps_the_run_and_the_older_checkpoint(alone, trainer, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_keeps_the_run_and_the_older_checkpoint(
+    alone, trainer, tmp_path, capsys, monkeypatch
+):
     """A failed save that ends the run, destroys the checkpoint before it, leaves its ruins, or is kept quiet."""
     tally = Counter()
     save(tmp_path, trainer, alone, 1, tally)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # as a disk that is full after a megabyte
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (2**20, hard)
+    )  # as a disk that is full after a megabyte
     save(tmp_path, trainer, alone, 2, tally)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert tally == {"failed_saves": 1} and "step 2 could not be saved" in capsys.readouterr().out
@@ -201,7 +238,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(alone, trainer, tmp_path
     model, optimizer = trainer
     before = {name: tensor.clone() for name, tensor in sft.full_weights(model, torch.float32)}
     moved, write = threading.Event(), FileSystemWriter.write_data
-    monkeypatch.setattr(FileSystemWriter, "write_data", lambda *args: moved.wait(60) and write(*args))
+    monkeypatch.setattr(
+        FileSystemWriter, "write_data", lambda *args: moved.wait(60) and write(*args)
+    )
     thread = sft.save_checkpoint(str(tmp_path), model, optimizer, dict(step=1), alone, 2, Counter())
     with torch.no_grad():
         for param in model.parameters():
@@ -210,7 +249,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(alone, trainer, tmp_path
     thread.join()
     folder, state = sft.find_checkpoint(str(tmp_path))
     sft.load_checkpoint(folder, state, model, optimizer)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in sft.full_weights(model, torch.float32))
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in sft.full_weights(model, torch.float32)
+    )
 
 
 def test_damaged_checkpoints_are_passed_over(alone, trainer, tmp_path, capsys):
@@ -258,10 +299,17 @@ def test_every_free_setting_is_a_setting():
             assert f'"--{name.replace("_", "-")}"' in source or name in data.Limits._fields, name
 
 
-def test_no_room_or_no_right_to_write_is_found_before_training(alone, trainer, tmp_path, monkeypatch, capsys):
+def test_no_room_or_no_right_to_write_is_found_before_training(
+    alone, trainer, tmp_path, monkeypatch, capsys
+):
     """A run that trains for hours and then cannot save."""
     parameters = sum(param.numel() for param in trainer[0].parameters())
-    for free, there, enough in ((38, 0, True), (37, 0, False), (14, 3, True), (13, 3, False)):  # bytes a parameter
+    for free, there, enough in (
+        (38, 0, True),
+        (37, 0, False),
+        (14, 3, True),
+        (13, 3, False),
+    ):  # bytes a parameter
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         for step in range(there):
             (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
@@ -292,9 +340,13 @@ def test_a_step_that_is_not_finite_moves_nothing(trainer, what):
         param.grad = torch.ones_like(param)
     if what == "gradient":
         next(model.parameters()).grad.to_local().view(-1)[0] = math.nan
-    assert math.isnan(sft.optimizer_step(model, optimizer, 1.0, loss=math.nan if what == "loss" else 0.5))
+    assert math.isnan(
+        sft.optimizer_step(model, optimizer, 1.0, loss=math.nan if what == "loss" else 0.5)
+    )
     assert all(torch.equal(a, b.to_local()) for a, b in zip(before, model.parameters()))
-    assert all(torch.equal(a, s["exp_avg"].to_local()) for a, s in zip(moments, optimizer.state.values()))
+    assert all(
+        torch.equal(a, s["exp_avg"].to_local()) for a, s in zip(moments, optimizer.state.values())
+    )
     assert all(param.grad is None for param in model.parameters())
 
 

@@ -19,7 +19,17 @@ from data import PROMPTS, load_records, task_of
 
 
 def write(folder):
-    command = [sys.executable, toy.__file__, str(folder), "--sft", "48", "--rl", "48", "--eval", "12"]
+    command = [
+        sys.executable,
+        toy.__file__,
+        str(folder),
+        "--sft",
+        "48",
+        "--rl",
+        "48",
+        "--eval",
+        "12",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
@@ -32,11 +42,19 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def records(world):
     """All records, normalised, by file name without .json."""
-    return {path.stem: load_records(path) for path in [*world.glob("*.json"), *world.glob("eval/*.json")]}
+    return {
+        path.stem: load_records(path)
+        for path in [*world.glob("*.json"), *world.glob("eval/*.json")]
+    }
 
 
 def evaluation(records):
-    return [record for name, group in records.items() if "_train" not in name and "sft" not in name for record in group]
+    return [
+        record
+        for name, group in records.items()
+        if "_train" not in name and "sft" not in name
+        for record in group
+    ]
 
 
 def frames_of(path):
@@ -48,7 +66,9 @@ def frames_of(path):
 
 def box_of_colour(pixels, colour):
     """Box 0-1000 of the pixels that are nearer to this colour than to the others and the background; None if none."""
-    palette = np.array([toy.COLOURS[colour], toy.BACKGROUND, *(c for n, c in toy.COLOURS.items() if n != colour)])
+    palette = np.array(
+        [toy.COLOURS[colour], toy.BACKGROUND, *(c for n, c in toy.COLOURS.items() if n != colour)]
+    )
     distance = np.abs(pixels[:, :, None].astype(int) - palette).sum(-1)  # (H, W, colours)
     rows, columns = np.nonzero(distance.argmin(-1) == 0)
     if not len(rows):
@@ -59,7 +79,9 @@ def box_of_colour(pixels, colour):
 
 def digest(folder):
     return {
-        str(p.relative_to(folder)): hashlib.sha1(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+        str(p.relative_to(folder)): hashlib.sha1(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
     }
 
 
@@ -83,7 +105,9 @@ def test_every_medium_exists_and_every_task_is_there(records):
     """A task that is missing from one file would be missing from the demo's table, in silence."""
     for group in records.values():
         for record in group:
-            assert len(record["media"]) == 1 and all(Path(m["path"]).is_file() for m in record["media"])
+            assert len(record["media"]) == 1 and all(
+                Path(m["path"]).is_file() for m in record["media"]
+            )
     assert {task_of(record): 12 for record in evaluation(records)} == dict.fromkeys(PROMPTS, 12)
     assert Counter(task_of(record) for record in records["rl_train"]) == dict.fromkeys(PROMPTS, 4)
     assert len(records["sft_image"]) + len(records["sft_video"]) == 48
@@ -94,7 +118,11 @@ def test_boxes_and_spans_match_the_decoded_pixels(records):
     """A box off by one second or one cell, or a colour that the codec smears, cannot be learned by looking."""
     tolerance = 1000 / toy.VIDEO + 1  # one pixel of a video
     for record in evaluation(records):
-        answer = json.loads(record["answer"]) if "boxes" in record["answer"] or "time" in record["answer"] else None
+        answer = (
+            json.loads(record["answer"])
+            if "boxes" in record["answer"] or "time" in record["answer"]
+            else None
+        )
         if answer is None:
             continue
         frames = frames_of(record["media"][0]["path"])
@@ -106,12 +134,16 @@ def test_boxes_and_spans_match_the_decoded_pixels(records):
         task = task_of(record)
         if "grounding" in task and "temporal" in task:
             start, end = answer["time"]
-            assert [box is not None for box in boxes] == [start <= i / toy.FPS < end for i in range(len(boxes))]
+            assert [box is not None for box in boxes] == [
+                start <= i / toy.FPS < end for i in range(len(boxes))
+            ]
         if task == "temporal grounding":
             continue
         if task in ("tracking", "spatial-temporal grounding"):
             first = 1 if task == "tracking" else 0  # the key of the frame at 0 seconds
-            pairs = [(truth, (int(key) - first) * toy.FPS) for key, truth in answer["boxes"].items()]
+            pairs = [
+                (truth, (int(key) - first) * toy.FPS) for key, truth in answer["boxes"].items()
+            ]
         else:
             pairs = [(answer["boxes"], answer.get("time", 0) * toy.FPS)]
         for truth, frame in pairs:
@@ -131,22 +163,32 @@ def test_points_and_masks_lie_on_the_object(records):
             answer, output = json.loads(record["answer"]), record["segmentation_output"]
             frame = answer.get("time", 0) * toy.FPS
             rle = (
-                output["segmentation_rle"] if record["data_type"] == "image" else output["segmentation_rle"][str(frame)]
+                output["segmentation_rle"]
+                if record["data_type"] == "image"
+                else output["segmentation_rle"][str(frame)]
             )
             mask = coco.decode(rle)
             assert mask.shape == (record["resolution"]["height"], record["resolution"]["width"])
             rows, columns = np.nonzero(mask)
             box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
             assert [toy.coordinate(int(px), len(mask)) for px in box] == answer["boxes"]
-            hit = [mask[y * len(mask) // 1000, x * len(mask) // 1000] for x, y in answer["positive_points"]]
-            miss = [mask[y * len(mask) // 1000, x * len(mask) // 1000] for x, y in answer["negative_points"]]
+            hit = [
+                mask[y * len(mask) // 1000, x * len(mask) // 1000]
+                for x, y in answer["positive_points"]
+            ]
+            miss = [
+                mask[y * len(mask) // 1000, x * len(mask) // 1000]
+                for x, y in answer["negative_points"]
+            ]
             assert all(hit) and not any(miss)
 
 
 def test_no_constant_answer_scores_well(records):
     """The first draft of many a toy is solved by always saying the same."""
     for task in PROMPTS:
-        answers = Counter(record["answer"] for record in evaluation(records) if task_of(record) == task)
+        answers = Counter(
+            record["answer"] for record in evaluation(records) if task_of(record) == task
+        )
         assert answers.most_common(1)[0][1] / answers.total() < 0.35, task
 
 
@@ -156,7 +198,9 @@ def test_tokenizer_round_trip_and_one_token_numbers(world, records):
     from transformers import AutoProcessor
 
     tokenizer = AutoProcessor.from_pretrained(world / "model").tokenizer
-    for number in [toy.coordinate(px, side) for side in (toy.IMAGE, toy.VIDEO) for px in range(0, side + 1, 2)]:
+    for number in [
+        toy.coordinate(px, side) for side in (toy.IMAGE, toy.VIDEO) for px in range(0, side + 1, 2)
+    ]:
         assert len(tokenizer.tokenize(str(number))) == 1
     assert len(tokenizer.tokenize("<7.5 seconds>")) == len(tokenizer.tokenize("</think>")) == 1
     longest = 0
@@ -166,7 +210,10 @@ def test_tokenizer_round_trip_and_one_token_numbers(world, records):
             assert tokenizer.decode(ids) == message["content"]
         longest = max(longest, len(ids))
     assert longest <= 110
-    assert tokenizer.decode(tokenizer("Ünknown wörds, 漢字 <1>\n")["input_ids"]) == "Ünknown wörds, 漢字 <1>\n"
+    assert (
+        tokenizer.decode(tokenizer("Ünknown wörds, 漢字 <1>\n")["input_ids"])
+        == "Ünknown wörds, 漢字 <1>\n"
+    )
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
@@ -184,14 +231,23 @@ def test_model_sees_pictures_and_videos(world, records):
         for record in records[name][:2]:
             pixels = frames_of(record["media"][0]["path"])
             part = Image.fromarray(pixels[0]) if kind == "image" else np.stack(pixels[::2])
-            chat = [{"role": "user", "content": [{"type": kind, kind: part}, {"type": "text", "text": "Look."}]}]
+            chat = [
+                {
+                    "role": "user",
+                    "content": [{"type": kind, kind: part}, {"type": "text", "text": "Look."}],
+                }
+            ]
             text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-            assert text.startswith("<|im_start|>user\n") and text.endswith("Look.<|im_end|>\n<|im_start|>assistant\n")
+            assert text.startswith("<|im_start|>user\n") and text.endswith(
+                "Look.<|im_end|>\n<|im_start|>assistant\n"
+            )
             meta = dict(fps=toy.FPS, frames_indices=list(range(0, 32, 2)), total_num_frames=32)
             videos = {"videos": [part], "video_metadata": [meta], "do_sample_frames": False}
             media = {"images": [part]} if kind == "image" else videos
             inputs = processor(text=[text], return_tensors="pt", **media)
-            assert (inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")).sum() == tokens
+            assert (
+                inputs["input_ids"] == getattr(model.config, f"{kind}_token_id")
+            ).sum() == tokens
             with torch.no_grad():
                 logits.append(model(**inputs).logits[0, -1])
         assert (logits[0] - logits[1]).abs().max() > 1e-4
@@ -202,12 +258,15 @@ def test_shuffled_media_are_all_others(world, records):
     for name in ("multiple_choice", "segmentation_video"):
         target = world / "eval" / f"{name}_shuffled.json"
         subprocess.run(
-            [sys.executable, toy.__file__, "--shuffle-media", world / f"eval/{name}.json", target], check=True
+            [sys.executable, toy.__file__, "--shuffle-media", world / f"eval/{name}.json", target],
+            check=True,
         )
         shuffled = load_records(target)
         target.unlink()
         for old, new in zip(records[name], shuffled, strict=True):
-            assert old["media"] != new["media"] and old["media"][0]["type"] == new["media"][0]["type"]
+            assert (
+                old["media"] != new["media"] and old["media"][0]["type"] == new["media"][0]["type"]
+            )
             assert (old["problem"], old["answer"]) == (new["problem"], new["answer"])
             assert Path(new["media"][0]["path"]).is_file()
         assert Counter(r["path"] for r in shuffled) == Counter(r["path"] for r in records[name])

@@ -14,7 +14,9 @@ def write_video(path, width, height, times_ms):
         stream = container.add_stream("libx264", rate=1000, options={"preset": "ultrafast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for i, time in enumerate(times_ms):
-            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), 8 * i % 256, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.full((height, width, 3), 8 * i % 256, np.uint8), format="rgb24"
+            )
             frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -23,7 +25,12 @@ def write_video(path, width, height, times_ms):
 @pytest.fixture(scope="module")
 def measured(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("sync")
-    write_video(out / "variable.mp4", 64, 64, [0, 40, 80, 1000, 1040, 3000, 3100, 3200, 7000, 7040, 9000, 9700])
+    write_video(
+        out / "variable.mp4",
+        64,
+        64,
+        [0, 40, 80, 1000, 1040, 3000, 3100, 3200, 7000, 7040, 9000, 9700],
+    )
     write_video(out / "wide.mp4", 130, 50, range(0, 3300, 100))
     run("tests/sync.py", toy, out, ranks=2, timeout=400)
     return json.loads((out / "sync.json").read_text())
@@ -60,13 +67,13 @@ def test_sampling_is_seeded_and_never_writes_vision_tokens(measured):
 
 def test_two_ranks_that_hold_one_engine(toy, tmp_path):
     """--rollout-tp: a group that both ranks train, an engine that gets half of the new weights, ranks out of step."""
-    options = (
-        "--steps 2 --prompts-per-step 4 --rollouts-per-prompt 4 --updates-per-step 2 --lr 1e-3 --max-response-tokens 16"
-    )
+    options = "--steps 2 --prompts-per-step 4 --rollouts-per-prompt 4 --updates-per-step 2 --lr 1e-3 --max-response-tokens 16"
     options += " --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400 --rollout-tp 2 --shard-size 1"
     files = ["--model", toy / "model", "--data", toy / "rl_train.json", "--out", tmp_path]
     run("tests/doomed.py", "", "rl_ema_grpo", *files, *options.split(), ranks=2)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     state = json.loads((tmp_path / "checkpoints/step-000002/trainer_state.json").read_text())
-    assert sum(row["groups"] for row in rows) == rows[-1]["records"] == state["cursor"]  # all kept, each on one rank
+    assert (
+        sum(row["groups"] for row in rows) == rows[-1]["records"] == state["cursor"]
+    )  # all kept, each on one rank
     assert all(row["logp_gap"] < 1e-5 and row["grad_norm"] > 0 for row in rows)

@@ -42,7 +42,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import render_problem
 
-COLOURS = {"red": (230, 40, 40), "green": (40, 200, 70), "blue": (60, 90, 255), "yellow": (240, 220, 50)}
+COLOURS = {
+    "red": (230, 40, 40),
+    "green": (40, 200, 70),
+    "blue": (60, 90, 255),
+    "yellow": (240, 220, 50),
+}
 KINDS = ("circle", "square", "triangle")
 WORDS = ("BAG", "CAT", "DOG", "FOX", "HEN", "JAM", "LIP", "MUD", "OWL", "SKY", "VET", "ZIP")
 BACKGROUND = (128, 128, 128)  # 0 after normalisation: only shapes speak
@@ -98,7 +103,12 @@ def coordinate(pixels, side):
 
 
 def box(shape, side, slip=0):
-    corners = shape.x, shape.y, min(side, shape.x + shape.w + slip * GRID), min(side, shape.y + shape.h + slip * GRID)
+    corners = (
+        shape.x,
+        shape.y,
+        min(side, shape.x + shape.w + slip * GRID),
+        min(side, shape.y + shape.h + slip * GRID),
+    )
     return [coordinate(pixels, side) for pixels in corners]
 
 
@@ -109,7 +119,10 @@ def compact(answer):
 def points(shape, side):
     """The middle and two points below it: inside a circle, a square and a triangle alike."""
     x, y = shape.x + shape.w // 2, shape.y + shape.h // 2
-    return [[coordinate(px, side), coordinate(py, side)] for px, py in ((x, y), (x - 4, y + 4), (x + 4, y + 4))]
+    return [
+        [coordinate(px, side), coordinate(py, side)]
+        for px, py in ((x, y), (x - 4, y + 4), (x + 4, y + 4))
+    ]
 
 
 def place(shape, side):
@@ -131,13 +144,17 @@ def walk(shape, steps, direction):
 
 def some_span(rng, longest=4):
     """A start and an end in whole seconds: visible from the one until just before the other."""
-    start, length = rng.choice([(s, n) for n in range(1, longest + 1) for s in range(SECONDS - n + 1)])
+    start, length = rng.choice(
+        [(s, n) for n in range(1, longest + 1) for s in range(SECONDS - n + 1)]
+    )
     return start, start + length
 
 
 def shown(*shapes_and_spans):
     """A video in which each shape stands still and is visible during its span."""
-    return tuple(tuple(shape for shape, (a, b) in shapes_and_spans if a <= t < b) for t in range(SECONDS))
+    return tuple(
+        tuple(shape for shape, (a, b) in shapes_and_spans if a <= t < b) for t in range(SECONDS)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -158,7 +175,10 @@ def multiple_choice(rng, turn, slip):
         shape = Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), x, y, GRID, GRID)
         path = walk(shape, still - start, (dx, dy))
         scene = tuple((path[min(t, len(path) - 1)],) for t in range(SECONDS))
-        problem, thought = f"Which way does the {shape.kind} move?", f"The {shape.kind} moves {right}"
+        problem, thought = (
+            f"Which way does the {shape.kind} move?",
+            f"The {shape.kind} moves {right}",
+        )
     else:
         options = list(COLOURS)
         right = options[letter]
@@ -166,7 +186,10 @@ def multiple_choice(rng, turn, slip):
             pass
         a, b = pair
         scene = (pair,)
-        problem, thought = f"Which colour is the {a.kind}?", f"The {a.kind} is {a.colour}, the {b.kind} is {b.colour}"
+        problem, thought = (
+            f"Which colour is the {a.kind}?",
+            f"The {a.kind} is {a.colour}, the {b.kind} is {b.colour}",
+        )
     options = [f"{mark}. {option}" for mark, option in zip("ABCD", options, strict=True)]
     return Item(scene, problem, f"{thought}, option {'ABCD'[letter]}.", "ABCD"[letter], options)
 
@@ -186,7 +209,10 @@ def numerical(rng, turn, slip):
     count = 1 + turn % 5
     asked, other = rng.sample(list(COLOURS), 2)
     scene = cells(rng, {asked: count, other: rng.randint(0, 4)})
-    rows = [sum(shape.colour == asked and shape.y // 32 == row for shape in scene[0]) for row in range(3)]
+    rows = [
+        sum(shape.colour == asked and shape.y // 32 == row for shape in scene[0])
+        for row in range(3)
+    ]
     thought = f"{rows[0]} in the top row, {rows[1]} in the middle, {rows[2]} at the bottom."
     return Item(scene, f"How many {asked} shapes are there?", thought, str(count))
 
@@ -195,8 +221,15 @@ def math(rng, turn, slip):
     r, b = (2, 3, 5)[turn % 3], (2, 3, 4)[turn // 3 % 3]
     first, second = rng.sample(list(COLOURS), 2)
     scene = cells(rng, {first: r, second: b})
-    problem = f"Divide the square root of the number of {first} shapes by the number of {second} shapes."
-    return Item(scene, problem, f"I see {r} {first} and {b} {second} shapes.", rf"\frac{{\sqrt{{{r}}}}}{{{b}}}")
+    problem = (
+        f"Divide the square root of the number of {first} shapes by the number of {second} shapes."
+    )
+    return Item(
+        scene,
+        problem,
+        f"I see {r} {first} and {b} {second} shapes.",
+        rf"\frac{{\sqrt{{{r}}}}}{{{b}}}",
+    )
 
 
 def regression(rng, turn, slip, plus=0):
@@ -205,14 +238,19 @@ def regression(rng, turn, slip, plus=0):
     bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
     seen = length + slip
     thought = f"The bar goes from {start} to {start + seen}."
-    problem = "The picture is 12 units wide and high. How long is the bar?" + f" Add {plus}." * bool(plus)
+    problem = (
+        "The picture is 12 units wide and high. How long is the bar?" + f" Add {plus}." * bool(plus)
+    )
     return Item(((bar,),), problem, thought, str(seen + plus))
 
 
 def ocr(rng, turn, slip):
     word = WORDS[turn % len(WORDS)]
     sign = Shape(rng.choice(list(COLOURS)), word, 0, 32, 96, 32)
-    around = [Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, y, 32, 32) for y in (0, 64)]
+    around = [
+        Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, y, 32, 32)
+        for y in (0, 64)
+    ]
     thought = f"The word is {sign.colour} and begins with {word[0]}."
     return Item(((sign, *around),), "Which word is written here?", thought, word)
 
@@ -259,13 +297,24 @@ def tracking(rng, turn, slip):
     path = walk(shape, SECONDS, (dx, dy) if rng.random() < 0.5 else (dy, dx))
     scene = tuple((shape,) for shape in path)
     problem = f"Track the object whose box in the first frame is {compact(box(shape, VIDEO))}."
-    thought = f"The {name(shape)} goes from the {place(path[0], VIDEO)} to the {place(path[-1], VIDEO)}."
-    return Item(scene, problem, thought, {"boxes": {str(t + 1): box(path[t], VIDEO, slip) for t in range(SECONDS)}})
+    thought = (
+        f"The {name(shape)} goes from the {place(path[0], VIDEO)} to the {place(path[-1], VIDEO)}."
+    )
+    return Item(
+        scene,
+        problem,
+        thought,
+        {"boxes": {str(t + 1): box(path[t], VIDEO, slip) for t in range(SECONDS)}},
+    )
 
 
 def segmentation_image(rng, turn, slip):
     a, b = some_pair(rng, IMAGE)
-    answer = {"boxes": box(a, IMAGE, slip), "positive_points": points(a, IMAGE), "negative_points": points(b, IMAGE)}
+    answer = {
+        "boxes": box(a, IMAGE, slip),
+        "positive_points": points(a, IMAGE),
+        "negative_points": points(b, IMAGE),
+    }
     thought = f"The {name(a)} is at the {place(a, IMAGE)}, the {name(b)} at the {place(b, IMAGE)}."
     return Item(((a, b),), f"Segment the {name(a)}.", thought, answer, target=a)
 
@@ -276,7 +325,13 @@ def segmentation_video(rng, turn, slip):
     answer = {"time": start, "boxes": box(a, VIDEO, slip), "positive_points": points(a, VIDEO)}
     answer |= {"negative_points": points(b, VIDEO)}
     thought = f"The {name(a)} comes at {start} at the {place(a, VIDEO)}, the {name(b)} is at the {place(b, VIDEO)}."
-    return Item(shown((a, (start, end)), (b, (0, SECONDS))), f"Segment the {name(a)}.", thought, answer, target=a)
+    return Item(
+        shown((a, (start, end)), (b, (0, SECONDS))),
+        f"Segment the {name(a)}.",
+        thought,
+        answer,
+        target=a,
+    )
 
 
 TASKS = {
@@ -308,11 +363,16 @@ def draw(shapes, side, background=BACKGROUND):
         if shape.kind == "circle":
             pen.ellipse((x1, y1, x2, y2), fill=colour)
         elif shape.kind == "triangle":
-            pen.polygon(((x1, y2), (x2, y2), (x1 + shape.w // 2, y1), (x1 + shape.w // 2 - 1, y1)), fill=colour)
+            pen.polygon(
+                ((x1, y2), (x2, y2), (x1 + shape.w // 2, y1), (x1 + shape.w // 2 - 1, y1)),
+                fill=colour,
+            )
         elif shape.kind in WORDS:
             for i, letter in enumerate(shape.kind):  # a letter for each vision token
                 centre = x1 + 32 * i + 16, y1 + 16
-                pen.text(centre, letter, colour, ImageFont.load_default(32), anchor="mm", stroke_width=1)
+                pen.text(
+                    centre, letter, colour, ImageFont.load_default(32), anchor="mm", stroke_width=1
+                )
         else:
             pen.rectangle((x1, y1, x2, y2), fill=colour)
     return image
@@ -329,7 +389,9 @@ def write_media(job):
         draw(scene[0], IMAGE).save(path)
         return
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=FPS, options={"crf": "8", "preset": "ultrafast", "threads": "1"})
+        stream = container.add_stream(
+            "libx264", rate=FPS, options={"crf": "8", "preset": "ultrafast", "threads": "1"}
+        )
         stream.width = stream.height = VIDEO
         stream.pix_fmt = "yuv420p"
         for shapes in scene:
@@ -348,7 +410,10 @@ def masks(item, side):
     if len(rles) == 1:
         return {"frames": [0], "segmentation_rle": rles[0]}
     frames = list(range(SECONDS * FPS))
-    return {"frames": frames, "segmentation_rle": {str(frame): rles[frame // FPS] for frame in frames}}
+    return {
+        "frames": frames,
+        "segmentation_rle": {str(frame): rles[frame // FPS] for frame in frames},
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -362,7 +427,9 @@ def records_of(split, task, count, seed, plus=0):
     for turn in range(count):
         slip = int(split == "sft" and rng.random() < SLOPPY)
         item = make(rng, turn, slip)
-        while (int(digest(item.scene), 16) % 8 == 0) != (split == "eval"):  # one scene in eight is held out
+        while (int(digest(item.scene), 16) % 8 == 0) != (
+            split == "eval"
+        ):  # one scene in eight is held out
             item = make(rng, turn, slip)
         kind, suffix = ("image", "png") if len(item.scene) == 1 else ("video", "mp4")
         path = f"media/{digest(item.scene)}.{suffix}"  # equal scenes share their file
@@ -406,7 +473,9 @@ def write_world(folder, seed, sft, rl, per_task, plus=0):
             records = [record for _, _, record, _ in quads]
             jobs |= {home / path: scene for path, scene, _, _ in quads}
             if split == "eval":
-                write_json(home / f"{task.lower().replace(' ', '_').replace('-', '_')}.json", records)
+                write_json(
+                    home / f"{task.lower().replace(' ', '_').replace('-', '_')}.json", records
+                )
             else:
                 train[split] += records
                 texts += [text for _, _, _, text in quads]
@@ -416,7 +485,14 @@ def write_world(folder, seed, sft, rl, per_task, plus=0):
     write_json(folder / "sft_video.json", [record for record in train["sft"] if "videos" in record])
     write_json(folder / "rl_train.json", train["rl"])
     with Pool(os.cpu_count()) as pool:
-        list(tqdm(pool.imap_unordered(write_media, jobs.items(), chunksize=16), "toy media", len(jobs), unit="file"))
+        list(
+            tqdm(
+                pool.imap_unordered(write_media, jobs.items(), chunksize=16),
+                "toy media",
+                len(jobs),
+                unit="file",
+            )
+        )
     return texts
 
 
@@ -489,18 +565,32 @@ def write_model(folder, seed, texts):
     model = Qwen3VLForConditionalGeneration(config)
     # Weights of std 0.02 suit wide layers; here they would drown tokens, pictures and positions, and learning starts late.
     for name, weight in model.named_parameters():
-        std = 0.1 if "embed_tokens" in name else 0.5 if "pos_embed" in name else weight[0].numel() ** -0.5
+        std = (
+            0.1
+            if "embed_tokens" in name
+            else 0.5
+            if "pos_embed" in name
+            else weight[0].numel() ** -0.5
+        )
         if weight.ndim > 1:
             torch.nn.init.normal_(weight, std=std)
-    model.generation_config = GenerationConfig(eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"])
+    model.generation_config = GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]
+    )
     model.save_pretrained(folder)
 
     tile = 32 * 32
     half = dict(image_mean=[0.5] * 3, image_std=[0.5] * 3, patch_size=16)
-    image_processor = Qwen2VLImageProcessor(**half, size=dict(shortest_edge=4 * tile, longest_edge=1024 * tile))
+    image_processor = Qwen2VLImageProcessor(
+        **half, size=dict(shortest_edge=4 * tile, longest_edge=1024 * tile)
+    )
     video_size = dict(shortest_edge=4 * tile, longest_edge=768 * tile)  # of all frames together
-    video_processor = Qwen3VLVideoProcessor(**half, size=video_size, fps=2, cap_pixels_per_frame=False)
-    Qwen3VLProcessor(image_processor, tokenizer, video_processor, chat_template=CHAT).save_pretrained(folder)
+    video_processor = Qwen3VLVideoProcessor(
+        **half, size=video_size, fps=2, cap_pixels_per_frame=False
+    )
+    Qwen3VLProcessor(
+        image_processor, tokenizer, video_processor, chat_template=CHAT
+    ).save_pretrained(folder)
     return sum(weights.numel() for weights in model.parameters())
 
 
@@ -516,17 +606,25 @@ def shuffle_media(source, target, seed):
     groups = {}
     for record in records:
         field = next(field for field in ("path", "images", "videos") if field in record)
-        groups.setdefault((record.get("problem_type"), record.get("data_type"), field), []).append(record)
+        groups.setdefault((record.get("problem_type"), record.get("data_type"), field), []).append(
+            record
+        )
     for (task, _, field), group in groups.items():
         media = [record[field] for record in group]
         order = sorted({str(medium) for medium in media})
         random.Random(seed).shuffle(order)
-        group.sort(key=lambda record: order.index(str(record[field])))  # equal media stand together ...
+        group.sort(
+            key=lambda record: order.index(str(record[field]))
+        )  # equal media stand together ...
         most = max(map(media.count, media))
         if 2 * most > len(group):
-            raise ValueError(f"{source}: {len(group)} records of {task}, {most} of them with the same medium")
+            raise ValueError(
+                f"{source}: {len(group)} records of {task}, {most} of them with the same medium"
+            )
         media = [record[field] for record in group]
-        for i, record in enumerate(group):  # ... so that turning by the longest run gives each another one
+        for i, record in enumerate(
+            group
+        ):  # ... so that turning by the longest run gives each another one
             record[field] = media[(i + most) % len(group)]
     if Path(source).resolve().parent != Path(target).resolve().parent:
         raise ValueError(f"{target}: must stand beside {source}, since media paths are relative")
@@ -534,17 +632,27 @@ def shuffle_media(source, target, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", nargs="?", type=Path, help="where to write")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same bytes (%(default)s)")
     parser.add_argument("--sft", type=int, default=4000, help="SFT records in all (%(default)s)")
     parser.add_argument("--rl", type=int, default=4000, help="RL records in all (%(default)s)")
-    parser.add_argument("--eval", type=int, default=40, help="evaluation records per task (%(default)s)")
     parser.add_argument(
-        "--plus", type=int, default=0, help="add this to every length: rewards then differ little (%(default)s)"
+        "--eval", type=int, default=40, help="evaluation records per task (%(default)s)"
     )
     parser.add_argument(
-        "--shuffle-media", nargs=2, metavar=("IN", "OUT"), help="exchange the media of a JSON file; OUT beside IN"
+        "--plus",
+        type=int,
+        default=0,
+        help="add this to every length: rewards then differ little (%(default)s)",
+    )
+    parser.add_argument(
+        "--shuffle-media",
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="exchange the media of a JSON file; OUT beside IN",
     )
     args = parser.parse_args()
     if args.shuffle_media:
