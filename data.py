@@ -13,7 +13,6 @@ prompts that are too long are skipped and counted (theirs lose vision tokens fro
 import argparse
 import ctypes
 import gc
-import hashlib
 import itertools
 import json
 import math
@@ -22,12 +21,11 @@ import re
 import signal
 import struct
 import sys
-import tempfile
 import textwrap
-import warnings
-import zipfile
+import types
 from collections import Counter, namedtuple
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import av
@@ -82,10 +80,43 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError or OSError when there is none."""
-    from transformers import AutoProcessor
+    """The processor of a Qwen3-VL folder or hub id (owner/name). Raises ValueError, one sentence, if there is none.
 
-    return AutoProcessor.from_pretrained(path)
+    The hub is asked only for what can be there: not for a path below a folder of this machine.
+    """
+    from transformers import AutoConfig, AutoProcessor
+
+    owner, _, name = path.partition("/")
+    if not os.path.isdir(path):
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or os.path.isdir(owner):
+            raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
+    try:
+        found = AutoConfig.from_pretrained(path).model_type
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: no model: {str(error).strip().splitlines()[0]}") from error
+    if found != "qwen3_vl":
+        raise ValueError(
+            f"{path}: model_type is {found!r}, expected 'qwen3_vl': only Qwen3-VL models are read"
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: no processor: {str(error).strip().splitlines()[0]}") from error
+    if not hasattr(processor, "video_processor"):
+        raise ValueError(f"{path}: a tokenizer, but no processor of images and videos")
+    return processor
+
+
+def one_matrix_patch_embedding(visual):
+    """The vision tower's patch embedding as one matrix product, in place of a Conv3d that covers each patch exactly
+    once: the same numbers up to rounding, the same weights and names, several times faster (on GPUs Conv3d is slow or
+    fails in some versions of cuDNN)."""
+
+    def forward(self, patches):
+        weight = self.proj.weight.flatten(1)
+        return torch.nn.functional.linear(patches.to(weight.dtype), weight, self.proj.bias)
+
+    visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,7 +187,7 @@ _TRUTH = json.JSONDecoder(
 )  # int("NaN") raises: with NaN in the truth no response could be right
 
 
-def load_records(path, media_root=None):
+def load_records(path, media_root=None, max_bad_share=0.0):
     """Reads a JSON list or JSONL file of records into plain dicts of one form.
 
     Returns a list of dicts with the record's own fields and: problem_id (str), problem (text with one placeholder per
@@ -342,15 +373,14 @@ class MediaError(Exception):
 Skipped = namedtuple("Skipped", ["reason", "message"])  # stands where a prompt would be
 
 LIMITS = {  # how large media may be: a default, and what it means
-    "image_min_pixels": (3136, "pixels per image, smaller ones are enlarged"),
+    "image_min_pixels": (65536, "pixels per image, smaller ones are enlarged"),
     "image_max_pixels": (1024 * 1024, "pixels per image, larger ones are shrunk"),
     "fps": (2.0, "video frames per second"),
     "max_frames": (128, "frames per video"),
     "frame_min_pixels": (4 * 32 * 32, "pixels per video frame"),
     "frame_max_pixels": (64 * 32 * 32, "pixels per video frame"),
+    "video_total_pixels": (0, "pixels of all frames of a video together, 0: no bound"),
     "max_prompt_tokens": (16384, "longer prompts are skipped and counted, never cut"),
-    "cache": (None, "folder that keeps decoded, resized media for all processes and later runs"),
-    "cache_gb": (100.0, "GiB that this folder may hold; a full one keeps what it has"),
 }
 Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _ in LIMITS.values()])
 
@@ -449,7 +479,13 @@ def sample_positions(total, duration, fps, max_frames):
 
 
 def read_video(
-    path, fps=2.0, max_frames=128, min_pixels=4 * 32 * 32, max_pixels=64 * 32 * 32, folder_fps=None
+    path,
+    fps=2.0,
+    max_frames=128,
+    min_pixels=4 * 32 * 32,
+    max_pixels=64 * 32 * 32,
+    folder_fps=None,
+    total_pixels=0,
 ):
     """Frames of a video file, or of a folder of numbered pictures (which play at `folder_fps`, by default at `fps`).
 
@@ -584,54 +620,6 @@ def read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps)
     return Video(np.stack(frames), indices, float(folder_fps), len(names))
 
 
-def cached(limits, read, path, *settings):
-    """read(path, *settings), or what limits.cache has kept of it: same file, size, time of change and settings.
-
-    An entry is one .npz file, uint8 pixels as they are, nothing pickled, written aside and then renamed: nobody reads
-    half of one. All processes share the folder. Entries lie in 16 folders by the first digit of their name, each with a
-    16th of the room. A full one stays as it is, which serves more reads of shuffled epochs than making room would.
-    """
-    if not os.path.exists(path):
-        raise MediaError("missing_media", f"no file {path}")
-    if not limits.cache:
-        return read(path, *settings)
-    status = os.stat(path)
-    key = repr((read.__name__, path, status.st_mtime_ns, status.st_size, settings))
-    name = hashlib.sha256(key.encode()).hexdigest()
-    folder = os.path.join(limits.cache, name[0])
-    file = os.path.join(folder, f"{name[1:]}.npz")
-    try:
-        with np.load(file) as saved:
-            parts = list(saved.values())
-        return (
-            Video(parts[0], parts[1].tolist(), float(parts[2]), int(parts[3]))
-            if len(parts) == 4
-            else parts[0]
-        )
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zipfile.BadZipFile,
-    ):  # not there, or damaged: its checksum tells
-        value = read(path, *settings)
-    try:
-        os.makedirs(folder, exist_ok=True)
-        parts = value if isinstance(value, Video) else [value]
-        if (
-            sum(entry.stat().st_size for entry in os.scandir(folder)) + parts[0].nbytes
-            < limits.cache_gb * 2**30 / 16
-        ):
-            with tempfile.NamedTemporaryFile(
-                dir=limits.cache, suffix=".tmp", delete=False
-            ) as aside:
-                np.savez(aside, *parts)
-            os.replace(aside.name, file)
-    except OSError as error:  # a full disk makes reading slower, it does not end the run
-        warnings.warn(f"--cache {limits.cache}: {error}", stacklevel=1)
-    return value
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Model inputs.
 
@@ -646,6 +634,7 @@ class Prompt:
     patches: torch.Tensor  # uint8 (P, 3 * 2 * 16 * 16), all media in the order of the text
     grids: torch.Tensor  # int64 (M, 3): frames / 2, height / 16, width / 16 of each medium
     vllm: dict  # what LLM.generate takes
+    opened: str = ""  # what the chat template has written of the response, such as "<think>\n"
 
 
 def patchify(frames):
@@ -702,7 +691,7 @@ def check_text(texts, tokenizer):
         raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
 
 
-def encode(record, processor, limits=None, prompts=PROMPTS):
+def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is longer than its limit.
 
     The text is what Qwen3-VL's processor would write. Videos use the bare <|video_pad|> form, which gives
@@ -727,14 +716,13 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
         turn | {"content": placed(turn["content"])} if turn["role"] == "user" else turn
         for turn in turns
     ]
+    turns = [{"role": "system", "content": system}] * bool(system) + turns
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     patches, grids, expanded, vllm_data = [], [], [], {"image": [], "video": []}
     for medium in record["media"]:
         if medium["type"] == "image":
-            pixels = cached(
-                limits, read_image, medium["path"], limits.image_min_pixels, limits.image_max_pixels
-            )
+            pixels = read_image(medium["path"], limits.image_min_pixels, limits.image_max_pixels)
             rows, grid = patchify(
                 np.stack([pixels, pixels])
             )  # a picture is a film of two equal frames
@@ -742,7 +730,9 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
             vllm_data["image"].append(Image.fromarray(pixels))
         else:
             bounds = limits.fps, limits.max_frames, limits.frame_min_pixels, limits.frame_max_pixels
-            video = cached(limits, read_video, medium["path"], *bounds, record.get("fps"))
+            video = read_video(
+                medium["path"], *bounds, record.get("fps"), limits.video_total_pixels
+            )
             rows, grid = patchify(video.frames)
             frame = (
                 "<|vision_start|>"
@@ -775,46 +765,43 @@ def encode(record, processor, limits=None, prompts=PROMPTS):
     )
     rows = np.concatenate(patches) if patches else np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)
     grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    opened = text.rpartition("<|im_start|>assistant\n")[2]
     vllm = dict(prompt=text, mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False))
     vllm["multi_modal_data"] = {kind: items for kind, items in vllm_data.items() if items}
-    return Prompt(record, token_ids, positions, torch.from_numpy(rows), grids, vllm)
+    return Prompt(record, token_ids, positions, torch.from_numpy(rows), grids, vllm, opened)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Feeding: which record next, decoded ahead of time.
 
 
-def data_order(count, seed, cursor=0, rank=0, world=1, rows=1, work=None):
-    """Endless record indices of one rank: a new permutation every epoch, dealt to the ranks in blocks of rows * world.
+def data_order(count, seed, cursor=0, rank=0, world=1):
+    """Endless record indices of one rank: a new permutation every epoch, dealt to the ranks like cards.
 
     The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all
-    ranks together have taken, a multiple of rows * world. work: expected work of each record. The heaviest record of a
-    block then goes first, each to the rank with the least so far; without `work` a block is dealt like cards.
+    ranks together have taken.
 
-    >>> ranks = [data_order(8, 0, rank=rank, world=2, rows=2, work=[1, 2, 3, 4, 5, 6, 7, 8]) for rank in (0, 1)]
-    >>> [list(itertools.islice(rank, 2)) for rank in ranks]
-    [[6, 2], [4, 3]]
+    >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
+    [[3, 5, 0], [2, 4, 1]]
     """
+    for place in itertools.count(cursor + rank, world):
+        epoch, i = divmod(place, count)
+        yield int(permutation(count, seed, epoch)[i])
 
-    def whole():
-        epoch, done = divmod(cursor, count)
-        while True:
-            yield from np.random.default_rng([seed, epoch]).permutation(count)[done:].tolist()
-            epoch, done = epoch + 1, 0
 
-    indices = whole()
-    for turn in itertools.count(cursor // (rows * world)):
-        block = list(itertools.islice(indices, rows * world))
-        hands = [block[r::world] for r in range(world)]
-        if work is not None:
-            hands = [[] for _ in range(world)]
-            for index in sorted(block, key=lambda index: -work[index]):
-                free = [hand for hand in hands if len(hand) < rows]
-                min(free, key=lambda hand: sum(work[i] for i in hand)).append(index)
-            hands = (
-                hands[turn % world :] + hands[: turn % world]
-            )  # the first hand has most: everybody's turn
-        yield from hands[rank]
+@lru_cache(2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def target_ids(prompt, tokenizer):
+    """The tokens that SFT learns: the demonstration without what the prompt has written of it, and the end of the turn."""
+    text, opened = demonstration(prompt.record), prompt.opened.strip()
+    if not text.lstrip().startswith(opened):
+        message = f"the prompt ends with {opened!r}, with which the response does not begin"
+        raise MediaError("opened", message)
+    text = text.lstrip().removeprefix(opened).lstrip() if opened else text
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
 def prefetch(records, function, order, workers, seconds=600):
