@@ -39,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 
 NUMBERS = {int, float}  # not bool
-TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "ocr", "open-ended")
+TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
 JSON_TYPES = (
     "temporal grounding",
     "spatial grounding",
@@ -47,7 +47,8 @@ JSON_TYPES = (
     "tracking",
     "segmentation",
 )
-SLOW_TYPES = ("math", "open-ended", "ocr")  # graded in worker processes
+PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
+SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
 
 
 class Score(NamedTuple):
@@ -413,23 +414,15 @@ def polar_scores(url, pairs, seconds=60.0):
 # Grading
 
 
-def kind_of(record):
-    """The problem type in lower case. A type that does not exist is an error in the data, not a wrong answer."""
-    kind = str(record.get("problem_type")).lower()
-    if kind not in TEXT_TYPES + JSON_TYPES:
-        raise ValueError(
-            f"problem_type is {record.get('problem_type')!r}, expected one of {TEXT_TYPES + JSON_TYPES}"
-        )
-    return kind
-
-
 def accuracy(record, answer):
     """How right an answer (text inside the tags) is, in [0, 1]. Training and evaluation both grade with this.
 
     >>> accuracy({"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}, '{"time": [0, 4]}')
     0.3333333333333333
     """
-    kind, truth = kind_of(record), truth_of(record)
+    kind, truth = record["problem_type"], truth_of(record)
+    if kind not in PROBLEM_TYPES:
+        raise ValueError(f"problem_type is {kind!r}, expected one of {PROBLEM_TYPES}")
     if not isinstance(answer, str):
         return 0.0
     if kind == "multiple choice":
@@ -451,7 +444,7 @@ def accuracy(record, answer):
         )  # rounds the binary float, as the release does
     if kind == "math":
         return float(math_equal(answer, truth))
-    if kind == "ocr":
+    if kind == "OCR":
         return max(0.0, 1 - word_error_rate(answer, truth))
     if kind == "open-ended":
         return rouge(answer, truth)
@@ -477,7 +470,7 @@ def structure(record, answer):
     >>> structure(truth, '{"boxes": {"1": [1, 2, 3, 4]}}')  # 0.25 for the schema, 0.25 * share of the true seconds
     0.375
     """
-    kind = kind_of(record)
+    kind = record["problem_type"]
     if kind in TEXT_TYPES:
         return 0.5
     p = read_json(answer)
@@ -520,7 +513,7 @@ def readable(record, answer):
     >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a dozen")
     (True, False)
     """
-    kind = kind_of(record)
+    kind = record["problem_type"]
     if not answer:
         return False
     if kind == "multiple choice":
@@ -528,6 +521,32 @@ def readable(record, answer):
     if kind in ("numerical", "regression"):
         return read_number(answer) is not None
     return kind not in JSON_TYPES or structure(record, answer) > 0
+
+
+def gradable(record):
+    """Why no answer to this record could be graded, or "". Free text and math are not tried.
+
+    >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
+    'scores 0.00 against itself'
+    """
+    kind, truth = record["problem_type"], truth_of(record)
+    if kind == "multiple choice" and record.get("options"):
+        return "" if read_choice(truth, record["options"]) else "is none of the options"
+    if kind in ("numerical", "regression"):
+        return "" if read_number(truth) is not None else "is no number"
+    if kind not in JSON_TYPES or not truth and record.get("segmentation_output"):  # masks alone
+        return ""
+    y = read_json(truth)
+    if not y:
+        return "is no JSON object of finite numbers"
+    value = accuracy(record, truth)
+    if value < 1 - 1e-9 or structure(record, truth) < 0.5:
+        return f"scores {value:.2f} against itself"
+    boxes = y.get("boxes", [])
+    boxes = list(boxes.values()) if isinstance(boxes, dict) else [boxes]
+    places = boxes + y.get("positive_points", []) + y.get("negative_points", [])
+    inside = all(0 <= v <= 1000 for place in places for v in place)
+    return "" if inside else "has coordinates outside 0-1000"
 
 
 _STATED = re.compile(  # "the answer is (B)", "Option: B"; not "the answer is a dog", "answer A or B", "Answer: BC"
@@ -587,13 +606,14 @@ class Grader:
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
         values = [
-            None if a is not None and kind_of(r) in SLOW_TYPES else accuracy(r, a) for r, a in pairs
+            None if a is not None and r["problem_type"] in SLOW_TYPES else accuracy(r, a)
+            for r, a in pairs
         ]
         if self.polar_url:
             asked = [
                 i
                 for i, value in enumerate(values)
-                if value is None and kind_of(pairs[i][0]) == "open-ended"
+                if value is None and pairs[i][0]["problem_type"] == "open-ended"
             ]
             scores, failed = polar_scores(self.polar_url, [pairs[i] for i in asked])
             self.counts["polar_failed"] += failed
