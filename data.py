@@ -1,18 +1,22 @@
-"""Records -> prompts -> model inputs: what the model sees, for training, rollouts and evaluation alike.
+"""Records -> prompts -> model inputs: what the model sees, in training, rollouts and evaluation alike.
 
-A record (one question about one image or video) becomes a `Prompt`: token ids with the vision tokens expanded, mRoPE
-positions, uint8 patches for the vision tower, and the same pixels once more in the form that vLLM takes. Each medium is
-decoded once, so trainer and vLLM cannot disagree about it. A prompt is never cut: what does not fit is skipped by name.
+A record is one question about images or videos. `encode` makes a `Prompt` of it: token ids with the
+vision tokens expanded, mRoPE positions, uint8 patches for the vision tower, and the same pixels as
+vLLM takes them. Each image or video is decoded once, so trainer and vLLM cannot disagree about it.
 
-    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3     # what training will see
+    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3   # what training sees
+    python data.py --release-prompts OneThinker > prompts.json    # the released model's instructions
 
-Where this departs from the release: timestamps are true for every video (theirs drift beyond max_frames / fps seconds);
-prompts that are too long are skipped and counted (theirs lose vision tokens from the right); wording of the prompts.
+Where this departs from the release: the times of frames are true (in its SFT they run short from the
+first seconds on); a prompt that is too long is left out and counted, never cut (there it loses vision
+tokens from the right); the wording of the instructions.
 """
 
 import argparse
+import ast
 import ctypes
 import gc
+import glob
 import itertools
 import json
 import math
@@ -24,44 +28,44 @@ import sys
 import textwrap
 import types
 from collections import Counter, namedtuple
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import av
+import av.stream
 import numpy as np
 import torch
-from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import rewards
+from rewards import JSON_TYPES, PROBLEM_TYPES
 
-PATCH, MERGE, TEMPORAL = (
-    16,
-    2,
-    2,
-)  # Qwen3-VL: pixels per patch, patches per token side, frames per patch
-BANNED = [
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-]  # from answers: they claim pixels
+PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
+# Tokens that no answer may contain: they stand for pixels.
+BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+CORES = len(os.sched_getaffinity(0))
+WORKERS = max(1, min(4, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per rank
+FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
 def refuse(message):
-    """Ends the script before anything heavy has started: one sentence, from one rank, and exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}", file=sys.stderr)
+    """Ends the script before anything heavy has started: one sentence, from one rank, exit code 2."""
+    if FIRST_RANK:
+        text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
+        print(text, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints it at its end
+            with open(report, "w") as file:
+                json.dump({"message": text}, file)
     sys.exit(2)
 
 
 def new_parser(doc):
     """An argparse parser whose errors are one sentence, see `refuse`."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
     parser.error = refuse
     return parser
 
@@ -80,37 +84,34 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id (owner/name). Raises ValueError, one sentence, if there is none.
+    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one.
 
-    The hub is asked only for what can be there: not for a path below a folder of this machine.
+    The hub is asked for owner/name only, and not where `owner` is a folder of this machine.
     """
     from transformers import AutoConfig, AutoProcessor
 
-    owner, _, name = path.partition("/")
-    if not os.path.isdir(path):
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) or os.path.isdir(owner):
-            raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
+    hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", path)
+    if not os.path.isdir(path) and (not hub_id or os.path.isdir(hub_id[1])):
+        raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
         found = AutoConfig.from_pretrained(path).model_type
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: no model: {str(error).strip().splitlines()[0]}") from error
-    if found != "qwen3_vl":
-        raise ValueError(
-            f"{path}: model_type is {found!r}, expected 'qwen3_vl': only Qwen3-VL models are read"
-        )
-    try:
+        if found != "qwen3_vl":
+            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: no processor: {str(error).strip().splitlines()[0]}") from error
-    if not hasattr(processor, "video_processor"):
-        raise ValueError(f"{path}: a tokenizer, but no processor of images and videos")
+        if not hasattr(processor, "video_processor"):
+            raise ValueError("no processor of images and videos")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
     return processor
 
 
 def one_matrix_patch_embedding(visual):
-    """The vision tower's patch embedding as one matrix product, in place of a Conv3d that covers each patch exactly
-    once: the same numbers up to rounding, the same weights and names, several times faster (on GPUs Conv3d is slow or
-    fails in some versions of cuDNN)."""
+    """Makes the patch embedding of a vision tower one matrix product.
+
+    It is a Conv3d whose kernel covers each patch exactly once, which is slow and in some versions of
+    cuDNN fails. The numbers are equal up to rounding; weights and their names stay.
+    """
 
     def forward(self, patches):
         weight = self.proj.weight.flatten(1)
@@ -119,91 +120,134 @@ def one_matrix_patch_embedding(visual):
     visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts: one instruction per task. Coordinates are 0-1000 of the width and height, times are seconds.
+# --------------------------------------------------------------------------------------------------
+# Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
 
-THINK = "Think first, between <think> and </think>. Then write only the final answer between <answer> and </answer>"
+THINK = "Think first, between <think> and </think>. "
+THINK += "Then write only the final answer between <answer> and </answer>: "
 MARKS = '"boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
 MARKS += '"negative_points": [[90, 240], [500, 260], [300, 750]]'
 PROMPTS = {
-    "multiple choice": f"{THINK}: the letter of the right option.",
-    "numerical": f"{THINK}: one number.",
-    "math": f"{THINK}: the result, in LaTeX if it is not a plain number.",
-    "regression": f"{THINK}: your best estimate as one number.",
-    "OCR": f"{THINK}: the text exactly as it is written.",
-    "open-ended": f"{THINK}: a short text.",
-    "temporal grounding": f'{THINK}: the start and the end in seconds, as JSON like {{"time": [12.3, 25.7]}}.',
-    "spatial grounding": f"{THINK}: the box as JSON in coordinates from 0 to 1000, x1 and y1 top left, "
-    'like {"boxes": [120, 250, 480, 700]}.',
-    "spatial-temporal grounding": f"{THINK}: the start and the end in seconds, and for each whole second between "
-    'them the box in coordinates from 0 to 1000, as JSON like {"time": [3.0, 4.6], '
-    '"boxes": {"3": [120, 250, 480, 700], "4": [130, 250, 490, 700]}}.',
-    "tracking": f"{THINK}: the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, as JSON "
-    'like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
-    "segmentation-image": f"{THINK}: the box, three points on the object and three beside it, in coordinates from 0 "
-    f"to 1000, as JSON like {{{MARKS}}}.",
-    "segmentation-video": f"{THINK}: a second at which the object is well seen, and for that frame its box, three "
-    f'points on the object and three beside it, in coordinates from 0 to 1000, as JSON like {{"time": 4.0, {MARKS}}}.',
+    "multiple choice": "the letter of the right option.",
+    "numerical": "one number.",
+    "math": "the result, in LaTeX if it is not a plain number.",
+    "regression": "your best estimate as one number.",
+    "OCR": "the text exactly as it is written.",
+    "open-ended": "a short text.",
+    "temporal grounding": 'the start and the end in seconds, as JSON like {"time": [12.3, 25.7]}.',
+    "spatial grounding": "the box as JSON in coordinates from 0 to 1000, x1 and y1 top left, like "
+    '{"boxes": [120, 250, 480, 700]}.',
+    "spatial-temporal grounding": "the start and the end in seconds, and for each whole second "
+    "between them the box in coordinates from 0 to 1000, as JSON like "
+    '{"time": [3.0, 4.6], "boxes": {"3": [120, 250, 480, 700], "4": [130, 250, 490, 700]}}.',
+    "tracking": "the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, as "
+    'JSON like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
+    "segmentation-image": "the box, three points on the object and three beside it, in coordinates "
+    f"from 0 to 1000, as JSON like {{{MARKS}}}.",
+    "segmentation-video": "a second at which the object is well seen, and for that frame its box, "
+    "three points on the object and three beside it, in coordinates from 0 to 1000, as JSON like "
+    f'{{"time": 4.0, {MARKS}}}.',
 }
-PROBLEM_TYPES = [task for task in PROMPTS if not task.startswith("segmentation")] + ["segmentation"]
-JSON_TYPES = PROBLEM_TYPES[PROBLEM_TYPES.index("temporal grounding") :]  # the answer is JSON
+PROMPTS = {task: THINK + instruction for task, instruction in PROMPTS.items()}
 
 
 def task_of(record):
-    """The key of a record's prompt and of its moving averages: problem_type, segmentation split by medium."""
-    if record["problem_type"] == "segmentation":
-        return f"segmentation-{'image' if record['data_type'] == 'image' else 'video'}"
-    return record["problem_type"]
+    """The key of a record's prompt and moving averages: problem_type, segmentation by medium."""
+    medium = "image" if record["data_type"] == "image" else "video"
+    kind = record["problem_type"]
+    return f"segmentation-{medium}" if kind == "segmentation" else kind
 
 
 def render_problem(record, prompts=PROMPTS):
-    """The user's turn: question, options, instruction. `<image>` and `<video>` still stand for the media."""
+    """The user's turn: question, options, instruction. <image> and <video> still stand for media."""
     options = "\nOptions:\n" + "\n".join(record["options"]) if record.get("options") else ""
     return f"{record['problem']}{options}\n{prompts[task_of(record)]}"
 
 
 def load_prompts(path):
-    """PROMPTS, or the table in a JSON file {task: instruction}, for a model that was trained with another wording."""
+    """PROMPTS, or another wording from a JSON file {task: instruction}."""
     if path is None:
         return PROMPTS
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
-    if not isinstance(prompts, dict) or not all(
-        isinstance(prompts.get(task), str) for task in PROMPTS
-    ):
-        raise ValueError(
-            f"{path}: expected an object with an instruction for each of {', '.join(PROMPTS)}"
-        )
+    texts = prompts if isinstance(prompts, dict) else {}
+    if lacking := [task for task in PROMPTS if not isinstance(texts.get(task), str)]:
+        raise ValueError(f"{path}: expected an object with an instruction for each of {lacking}")
     return prompts
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Records: the release's three forms (RL, SFT, evaluation), JSON list or JSONL, become one.
+def release_prompts(clone):
+    """The instructions that the released checkpoints were trained with, from a clone of the release.
+
+    Each is its QUESTION_TEMPLATE without the question and its TYPE_TEMPLATE of the task. The source
+    is parsed, not run.
+    """
+    for path in sorted(glob.glob(f"{clone}/**/*.py", recursive=True)) or [clone]:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        if "QUESTION_TEMPLATE = " in text and "TYPE_TEMPLATE = " in text:
+            nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+            tables = {ast.unparse(node.targets[0]): node.value for node in nodes}
+            start = ast.literal_eval(tables["QUESTION_TEMPLATE"]).format(Question="").lstrip("\n")
+            ends = ast.literal_eval(tables["TYPE_TEMPLATE"])
+            return {task.replace("_", "-"): start + end for task, end in ends.items()}
+    raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
+
+
+# --------------------------------------------------------------------------------------------------
+# Records: three forms, as a JSON list or JSONL, become one.
 
 DATA_TYPES = ("image", "video", "video-image", "text")
 ROLES = ("system", "user", "assistant")
-_TRUTH = json.JSONDecoder(
-    parse_constant=int
-)  # int("NaN") raises: with NaN in the truth no response could be right
+FORMS = (
+    "one of three forms: problem, problem_type, answer and images or videos (RL); messages with "
+)
+FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
+FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
     """Reads a JSON list or JSONL file of records into plain dicts of one form.
 
-    Returns a list of dicts with the record's own fields and: problem_id (str), problem (text with one placeholder per
-    medium), data_type, problem_type (None where an SFT record does not say), options (list), answer (str without tags,
-    None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT only), file and index (where it stood).
-    Paths are relative to media_root, by default the file's folder, and must stay below it as written; where links lead
-    is their owner's business. Raises ValueError naming file, record, field and value when a record is malformed.
+    Each has the record's own fields and: problem_id (str), problem (text with one placeholder per
+    medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
+    (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
+    only), file and index (where it stood). Paths are relative to media_root, by default the file's
+    folder, and must stay below it as written; links are followed.
+    Raises ValueError naming file, record, field and value when a record is malformed, or when more
+    than max_bad_share of the records cannot be graded, see `gradable`.
     """
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
-    gc.disable()  # a million new objects and nothing to collect: the collector's rounds would take a third of the time
+    gc.disable()  # a million new objects and nothing to collect: saves a third of the time
     try:
-        return [
-            normalise(raw, str(path), index, root) for index, raw in enumerate(read_values(path))
-        ]
+        raws = enumerate(read_values(path))
+        return gradable([normalise(raw, str(path), i, root) for i, raw in raws], max_bad_share)
     finally:
         gc.enable()
+
+
+def gradable(records, max_bad_share=0.0):
+    """The records without those whose truth no answer could match, which are printed and counted."""
+    reasons = [record["answer"] and rewards.gradable(record) for record in records]
+    bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
+    if not bad:
+        return records
+    named = []
+    for record, reason in bad[:5]:
+        field = "solution" if "solution" in record else "answer"
+        named.append(f"record {record['index']}: {field} {short(record['answer'])!r} {reason}")
+    message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded: "
+    message += "; ".join(named) + "; ..." * (len(bad) > 5)
+    if len(bad) > max_bad_share * len(records):
+        raise ValueError(message)
+    if FIRST_RANK:
+        print(f"left out: {message}")
+    return [record for record, reason in zip(records, reasons) if not reason]
+
+
+def short(value, most=100):
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_values(path):
@@ -217,13 +261,10 @@ def read_values(path):
         else:
             for number, content in enumerate(
                 text.split("\n"), 1
-            ):  # other line ends may stand in a text
+            ):  # a text may hold other line ends
                 line = f"line {number}: "
                 values += [json.loads(content)] if content.strip() else []
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: no UTF-8, no JSON, or an integer of thousands of digits
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {line}not JSON in UTF-8: {error}") from error
     if not values:
         raise ValueError(f"{path}: holds no records")
@@ -231,121 +272,98 @@ def read_values(path):
 
 
 def normalise(raw, file, index, root):
-    """One raw record -> the form that load_records describes."""
+    """One raw record -> the form that load_records describes. Whether it can be graded is not asked."""
 
     def fail(field, expected):
-        value = raw.get(field) if isinstance(raw, dict) else raw
-        raise ValueError(
-            f"{file}: record {index}: {field} is {str(value)[:80]!r}, expected {expected}"
-        )
+        value = short(raw.get(field) if isinstance(raw, dict) else raw)
+        raise ValueError(f"{file}: record {index}: {field} is {value!r}, expected {expected}")
 
     if not isinstance(raw, dict):
         fail("record", "an object")
-    for field, kind in dict(
-        options=list, process=str, path=str, additional_path=str, fps=(int, float)
-    ).items():
+    raw = {field: value for field, value in raw.items() if value is not None}
+    for field, kind in FIELDS.items():
         if raw.get(field) and not isinstance(raw[field], kind):
-            fail(field, "a list" if kind is list else "a text" if kind is str else "a number")
+            fail(field, {list: "a list", str: "a text"}.get(kind, "a number"))
+    if raw.get("fps", 1) <= 0:
+        fail("fps", "a number above 0")
     media = find_media(raw, fail)
     for medium in media:
         medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
         if not medium["path"].startswith(root + os.sep):
-            raise ValueError(
-                f"{file}: record {index}: {medium['path']!r} is outside the media folder {root!r}"
-            )
+            where = f"{short(medium['path'])!r} is outside the media folder {root!r}"
+            raise ValueError(f"{file}: record {index}: {where}")
     kinds = [medium["type"] for medium in media]
-    record = {**raw, "file": file, "index": index, "problem_id": str(raw.get("problem_id", index))}
-    record["options"] = [str(option) for option in raw.get("options") or []]
-    if (
-        record.setdefault("data_type", "-".join(sorted({*kinds}, reverse=True)) or "text")
-        not in DATA_TYPES
-    ):
+    found = "-".join(sorted({*kinds}, reverse=True)) or "text"
+    record = {"data_type": found, "problem_type": None, **raw, "file": file, "index": index}
+    record["problem_id"] = str(raw.get("problem_id", index))
+    record["options"] = [str(option) for option in raw.get("options", [])]
+    if record["data_type"] not in DATA_TYPES:
         fail("data_type", f"one of {', '.join(DATA_TYPES)}")
+    if record["data_type"] != found:
+        fail("data_type", f"{found!r}, by the media in images, videos or path")
 
     if "messages" in raw:
         turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
-        if not all(
-            isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str)
-            for t in turns
-        ):
-            fail("messages", f"a list of turns with a role ({', '.join(ROLES)}) and a text")
+        for turn in turns:
+            known = isinstance(turn, dict) and turn.get("role") in ROLES
+            if not known or not isinstance(turn.get("content"), str):
+                fail("messages", f"a list of turns with a role ({', '.join(ROLES)}) and a text")
         asked = [turn for turn in turns if turn["role"] == "user"]
         if not asked or turns[-1]["role"] != "assistant":
             fail("messages", "a turn of the user, and a last turn of the assistant")
-        text = "\n".join(
-            turn["content"] for turn in asked
-        )  # media may come in any turn of the user
+        text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
         record["problem"], record["answer"] = place_media(text, kinds, fail, "messages"), None
         asked[0]["content"] = record["problem"].removesuffix(text) + asked[0]["content"]
-        record.setdefault("problem_type", None)
     else:
-        if raw.get("problem_type") not in PROBLEM_TYPES:
-            fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
         if not isinstance(raw.get("problem"), str):
-            fail("problem", "a text")
-        record["problem"], record["answer"] = (
-            place_media(raw["problem"], kinds, fail, "problem"),
-            read_truth(raw, fail),
-        )
-    order = re.findall(
-        "<(image|video)>", record["problem"]
-    )  # the pixels meet their tokens in this order
-    record["media"] = [
-        media.pop([medium["type"] for medium in media].index(kind)) for kind in order
-    ]
+            fail("problem", "a text" if "problem" in raw else FORMS)
+        if record["problem_type"] not in PROBLEM_TYPES:
+            fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        if record["problem_type"] in JSON_TYPES and not media:
+            fail("images", "an image or a video for this problem_type")
+        record["problem"] = place_media(raw["problem"], kinds, fail, "problem")
+        record["answer"] = read_truth(raw, fail)
+    order = re.findall("<(image|video)>", record["problem"])  # pixels and tokens in this order
+    record["media"] = [media.pop([m["type"] for m in media].index(kind)) for kind in order]
     return record
 
 
 def find_media(raw, fail):
-    """The media of a raw record, [{"type", "path"}], with their paths as written: images, videos, or the evaluation
-    form's path and additional_path."""
+    """The media of a raw record, [{"type", "path"}], with their paths as written."""
     media = []
-    for kind in ("image", "video"):
-        paths = raw.get(kind + "s") or []
-        paths = [paths] if isinstance(paths, str) else paths
-        if not (isinstance(paths, list) and all(isinstance(path, str) for path in paths)):
-            fail(kind + "s", "a list of paths")
-        media += [{"type": kind, "path": path} for path in paths]
+    for field in ("images", "image", "videos", "video"):
+        paths = [raw[field]] if isinstance(raw.get(field), str) else raw.get(field, [])
+        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+            fail(field, "a list of paths")
+        media += [{"type": field.rstrip("s"), "path": path} for path in paths]
     if not media and raw.get("path"):
-        media.append(
-            {"type": "image" if raw.get("data_type") == "image" else "video", "path": raw["path"]}
-        )
-        media += (
-            [{"type": "image", "path": raw["additional_path"]}]
-            if raw.get("additional_path")
-            else []
-        )
+        kind = "image" if raw.get("data_type") == "image" else "video"
+        paths = {raw["path"]: kind, raw.get("additional_path"): "image"}
+        media = [{"type": kind, "path": path} for path, kind in paths.items() if path]
+    for medium in media:
+        if "://" in medium["path"] or medium["path"].startswith("data:"):
+            fail(f"{medium['type']} path", "files on this machine, not " + short(medium["path"]))
+    unread = [field for field in raw if re.search("image|img|video|media|frames", field)]
+    if not media and unread and "data_type" not in raw:
+        fail(unread[0], "images, videos or path, or data_type 'text'")
     return media
 
 
 def read_truth(raw, fail):
-    """The true answer of a raw record as text without tags. Segmentation may have its masks alone: an empty text."""
-    field = "answer" if raw.get("answer") is not None or "solution" not in raw else "solution"
-    answer = raw.get(field)
+    """The true answer as text without tags, of a choice its letter; "" where masks are the truth."""
+    field = "answer" if "answer" in raw or "solution" not in raw else "solution"
+    answer, kind, text = raw.get(field), raw["problem_type"], rewards.truth_of(raw)
     if not answer and raw.get("segmentation_output"):
         return ""
-    text = json.dumps(answer) if isinstance(answer, (dict, list)) else str(answer)
-    text = text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
+    if isinstance(answer, (dict, list)) and kind not in JSON_TYPES:
+        fail(field, "a text or a number")
     if answer is None or answer != answer or not text:  # NaN is not itself
         fail(field, "the true answer")
-    if raw["problem_type"] in JSON_TYPES:
-        try:
-            truth = _TRUTH.decode(text)
-        except (ValueError, RecursionError):
-            truth = None
-        if not isinstance(truth, dict):
-            fail(field, "JSON, an object of finite numbers")
+    if kind in JSON_TYPES and not rewards.read_json(text) and text != "{}":
+        fail(field, "JSON, an object of finite numbers")
+    if kind == "multiple choice":
+        return rewards.read_choice(text, raw.get("options")) or text
     return text
-
-
-def demonstration(record):
-    """The response that a record teaches in SFT: its last turn, or its thinking (`process`) and answer, or None."""
-    if "messages" in record:
-        return record["messages"][-1]["content"]
-    if not record.get("process"):
-        return None
-    thinking = record["process"].strip().removeprefix("<think>").removesuffix("</think>").strip()
-    return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
 
 
 def place_media(text, kinds, fail, field):
@@ -358,12 +376,22 @@ def place_media(text, kinds, fail, field):
     return text
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Media: files -> uint8 pixels.
+def demonstration(record):
+    """The response that SFT learns: the last turn, or thinking (`process`) and answer, or None."""
+    if "messages" in record:
+        return record["messages"][-1]["content"]
+    if not record.get("process"):
+        return None
+    thinking = record["process"].strip().removeprefix("<think>").removesuffix("</think>").strip()
+    return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
+
+
+# --------------------------------------------------------------------------------------------------
+# Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
 
 
 class MediaError(Exception):
-    """A record that cannot be used. `reason` is a short word for the counts, the message says what and where."""
+    """A record that cannot be used. `reason` is a short word for the counts."""
 
     def __init__(self, reason, message):
         super().__init__(message)
@@ -372,89 +400,88 @@ class MediaError(Exception):
 
 Skipped = namedtuple("Skipped", ["reason", "message"])  # stands where a prompt would be
 
-LIMITS = {  # how large media may be: a default, and what it means
-    "image_min_pixels": (65536, "pixels per image, smaller ones are enlarged"),
-    "image_max_pixels": (1024 * 1024, "pixels per image, larger ones are shrunk"),
-    "fps": (2.0, "video frames per second"),
-    "max_frames": (128, "frames per video"),
-    "frame_min_pixels": (4 * 32 * 32, "pixels per video frame"),
-    "frame_max_pixels": (64 * 32 * 32, "pixels per video frame"),
-    "video_total_pixels": (0, "pixels of all frames of a video together, 0: no bound"),
-    "max_prompt_tokens": (16384, "longer prompts are skipped and counted, never cut"),
+LIMITS = {  # how large media may be: default, least, meaning
+    "image_min_pixels": (65536, 0, "pixels per image, smaller ones are enlarged"),
+    "image_max_pixels": (1024 * 1024, 1024, "pixels per image, larger ones are shrunk"),
+    "fps": (2.0, 0.001, "video frames per second"),
+    "max_frames": (128, 2, "frames per video"),
+    "frame_min_pixels": (4 * 32 * 32, 0, "pixels per video frame"),
+    "frame_max_pixels": (64 * 32 * 32, 1024, "pixels per video frame"),
+    "video_total_pixels": (0, 0, "pixels of all frames of a video together, 0: no bound"),
+    "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted, never cut"),
 }
-Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _ in LIMITS.values()])
+Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _, _ in LIMITS.values()])
 
 
 def add_limits(parser, **defaults):
-    """The argparse group whose flags `limits_of` reads back; each script names the paper's values for its stage."""
+    """The argparse group whose flags `limits_of` reads back; each script names its own defaults."""
     group = parser.add_argument_group("media")
     for name, value in Limits(**defaults)._asdict().items():
-        flag, kind = f"--{name.replace('_', '-')}", str if value is None else type(value)
-        group.add_argument(flag, type=kind, default=value, help=f"{LIMITS[name][1]} (%(default)s)")
+        _, least, meaning = LIMITS[name]
+        kind, help = at_least(least, type(value)), f"{meaning} (%(default)s)"
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=help)
 
 
 def limits_of(args):
     return Limits(**{name: getattr(args, name) for name in Limits._fields})
 
 
-def fit(height, width, min_pixels, max_pixels):
-    """The size that Qwen3-VL gives a picture: nearest multiples of 32 that keep the aspect within the pixel bounds.
+def fit(height, width, min_pixels, max_pixels, share=math.inf):
+    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds.
+
+    share: of a video frame, its part of video_total_pixels. Qwen3-VL's processor applies that bound
+    to a size that already fits, and so do we.
+    The release's SFT and RL resize an image above image_max_pixels twice: to int(side * sqrt(
+    image_max_pixels / (height * width))), then to the nearest multiples of 32, which may be above
+    the bound: 3 of 4 such sizes differ from ours, by up to 7%. Its evaluation does as we do; only
+    what is below 65,536 pixels it rounds to multiples of 32 before it enlarges it.
 
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 100 * 1024), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
+    >>> fit(720, 1280, 4096, 256 * 1024, share=24576 * 1024 / 128)  # evaluation, 128 frames
+    (320, 576)
     """
     if max(height, width) > 200 * min(height, width):
         raise MediaError("aspect_ratio", f"{width} x {height} pixels: an aspect ratio over 200")
-    new_height, new_width = (max(32, round(side / 32) * 32) for side in (height, width))
-    if new_height * new_width > max_pixels:
+    sides = height, width
+    fitted = [max(32, round(side / 32) * 32) for side in sides]
+    if math.prod(fitted) > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        new_height, new_width = (
-            max(32, math.floor(side / shrink / 32) * 32) for side in (height, width)
-        )
-    elif new_height * new_width < min_pixels:
+        fitted = [max(32, math.floor(side / shrink / 32) * 32) for side in sides]
+    elif math.prod(fitted) < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        new_height, new_width = (math.ceil(side * grow / 32) * 32 for side in (height, width))
-    return new_height, new_width
+        fitted = [math.ceil(side * grow / 32) * 32 for side in sides]
+    return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow's readers raise on damaged bytes, found by feeding them such; each is one unreadable picture.
-IMAGE_ERRORS = (
-    OSError,
-    EOFError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    ArithmeticError,
-    LookupError,
-)
-IMAGE_ERRORS += (
-    struct.error,
-    Image.DecompressionBombError,
-)  # a bomb is refused by its header, before it is decoded
+# What Pillow's readers raise on damaged bytes, found by feeding them such. A bomb, a file that would
+# take gigabytes once decoded, is refused by its header.
+IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
+IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
 
-def read_image(path, min_pixels=3136, max_pixels=1024 * 1024):
-    """An image file as RGB pixels, upright by its EXIF rotation, resized by `fit`. Returns uint8 (H, W, 3).
+def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
+    """An image file as RGB, upright by its EXIF rotation, resized by `fit`: uint8 (H, W, 3).
 
-    Transparent pixels show white, as Qwen's own loader and vLLM's have it. Raises MediaError if it cannot be read.
+    Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+        if image.mode == "F" or image.mode == "I" and file.format == "TIFF":
+            raise ValueError("32 bits a pixel, of which the range is not known")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(
-                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-            )
-        image = image.convert("RGB")
-        height, width = fit(image.height, image.width, min_pixels, max_pixels)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        height, width = fit(image.height, image.width, min_pixels, max_pixels, share)
+        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
     except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(image)
 
 
 class Video(NamedTuple):
@@ -467,14 +494,18 @@ class Video(NamedTuple):
 
 
 def sample_positions(total, duration, fps, max_frames):
-    """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, even, evenly from first to last.
+    """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, evenly spread.
+
+    Never more than there are; of an odd number the last one counts twice.
 
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
+    >>> sample_positions(total=3, duration=3.0, fps=2.0, max_frames=128).tolist()
+    [0, 1, 2, 2]
     """
-    count = (
-        min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2
-    )  # 8 s may be 7.999999999999999 s
+    count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999 s
+    if count >= total:
+        return np.arange(total + total % 2).clip(0, total - 1)
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
@@ -482,119 +513,144 @@ def read_video(
     path,
     fps=2.0,
     max_frames=128,
-    min_pixels=4 * 32 * 32,
-    max_pixels=64 * 32 * 32,
+    min_pixels=4096,
+    max_pixels=65536,
     folder_fps=None,
     total_pixels=0,
 ):
-    """Frames of a video file, or of a folder of numbered pictures (which play at `folder_fps`, by default at `fps`).
+    """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    The packets are listed first, without decoding, for the true time stamp of every frame, in seconds after the first.
-    Then the decoder visits the wanted frames in order and jumps to a key frame whenever one lies on the way. With a
-    variable frame rate positions are spread evenly in time, and indices are milliseconds at 1000 fps: index / fps is
-    the time of both. Raises MediaError also where a film ends before its header says, or lacks a wanted frame: it is
-    not the film that the question is about.
+    First all packets are listed, without decoding, for the true time of every frame, in seconds
+    after the first. Then the decoder visits the wanted frames and jumps to a key frame whenever one
+    is on the way. Where time stamps do not tell the order of the frames, all are decoded: the n-th
+    frame out has the n-th time stamp. With a variable frame rate the positions are spread evenly in
+    time, and indices are milliseconds at 1000 fps.
+    Raises MediaError, also where a file ends before its header says or a wanted frame is missing.
     """
+    sized = lambda count: (
+        min_pixels,
+        max_pixels,
+        total_pixels / count if total_pixels else math.inf,
+    )
     try:
         if os.path.isdir(path):
-            return read_frame_folder(
-                path, fps, max_frames, min_pixels, max_pixels, folder_fps or fps
-            )
+            return read_folder(path, fps, max_frames, folder_fps or fps, sized)
         with av.open(path, metadata_errors="ignore") as container:
-            stream = container.streams.best("video")
-            if (
-                stream is None or stream.disposition & Disposition.attached_pic
-            ):  # the cover of a record
-                raise MediaError("unreadable_video", "no video stream")
+            stream = video_stream(container)
             pts, keys = list_frames(container, stream)
             seconds = (pts - pts[0]) * float(stream.time_base)
-            step = (
-                seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps
-            )  # mean seconds per frame
+            step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean, in seconds
             duration = seconds[-1] + step
-            positions = sample_positions(len(pts), duration, fps, max_frames)
-            indices, rate, total = positions, 1 / step, len(pts)
-            if (
-                np.abs(seconds - np.arange(len(pts)) * step).max() >= step / 2
-            ):  # a variable frame rate
-                times = np.linspace(0, seconds[-1], len(positions))
-                positions = np.array([np.abs(seconds - time).argmin() for time in times])
-                indices, rate, total = (
-                    (seconds[positions] * 1000).round().astype(int),
-                    1000,
-                    round(duration * 1000),
-                )
-            frames = decode_at(container, stream, pts[positions], keys, min_pixels, max_pixels)
+            positions = indices = sample_positions(len(pts), duration, fps, max_frames)
+            rate, total = 1 / step, len(pts)
+            if np.abs(seconds - np.arange(total) * step).max() >= step / 2:  # a variable frame rate
+                if len(positions) < total:
+                    times = np.linspace(0, seconds[-1], len(positions))
+                    positions = np.array([np.abs(seconds - time).argmin() for time in times])
+                indices = (seconds[positions] * 1000).round().astype(int)
+                rate, total = 1000, round(duration * 1000)
+            frames = None
+            with suppress(MediaError, av.FFmpegError):
+                found = seek_frames(container, stream, pts[positions], keys)
+                frames = to_pixels(found, sized(len(positions)))
+        if frames is None:
+            with av.open(path, metadata_errors="ignore") as container:
+                found = walk_frames(container, video_stream(container), pts, positions)
+                frames = to_pixels(found, sized(len(positions)))
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
-    return Video(np.stack(frames), indices.tolist(), float(rate), total)
+    return Video(frames, indices.tolist(), float(rate), total)
+
+
+def video_stream(container):
+    stream = container.streams.best("video")
+    if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
+        raise MediaError("unreadable_video", "no video stream")
+    stream.thread_type = "AUTO"
+    return stream
 
 
 def list_frames(container, stream):
-    """Time stamps of all frames that are shown, ascending (total,), and where decoding may start: of each key frame the
-    time stamp and the place in decoding order, (keys, 2). All in units of the stream's time_base."""
-    shown, keys, end = set(), {}, 0
-    for packet in container.demux(stream):
-        if packet.pts is not None:
-            if packet.is_keyframe:
-                keys[packet.pts] = packet.pts if packet.dts is None else packet.dts
-            if not packet.is_discard:  # an edit list may hide frames that others need
-                shown.add(packet.pts)
-                end = max(end, packet.pts + (packet.duration or 0))
-    if not shown:
-        raise MediaError("unreadable_video", "no frames with a time stamp")
-    pts = np.array(sorted(shown))
-    if stream.frames and end - pts[0] < 0.95 * (stream.duration or 0):  # other headers only guess
-        seconds = [
-            float(ticks * stream.time_base) for ticks in (end - int(pts[0]), stream.duration)
-        ]
-        raise MediaError("truncated_video", f"ends after {seconds[0]:.1f} s of {seconds[1]:.1f} s")
-    return pts, np.array(sorted(keys.items()) or [(pts[0], pts[0])])
+    """Time stamps of the frames that are shown, ascending (total,), and where decoding may start.
 
-
-def decode_at(container, stream, wanted, keys, min_pixels, max_pixels):
-    """The frames at the time stamps `wanted` (ascending, repeats allowed), as a list of uint8 (H, W, 3)."""
-    stream.thread_type = "AUTO"
-    scaler = VideoReformatter()  # one for all frames: it keeps its tables
-    decoder, frame, frames = None, None, []
-    for target in wanted.tolist():
-        if frame is not None and frame.pts == target:  # the same frame once more
-            frames.append(frames[-1])
+    keys: of each key frame the time stamp and the place in decoding order, (keys, 2); empty where
+    the stamps do not tell which frame is which. All in units of the stream's time_base.
+    """
+    whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
+    shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
+    for packet in container.demux([*container.streams] if whole else stream):
+        pts, dts, index = packet.pts, packet.dts, packet.stream_index
+        stamp = dts if pts is None else pts
+        if stamp is not None:
+            ends[index] = max(ends[index], stamp + (packet.duration or 0))
+        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
+            continue  # what comes before the first key frame cannot be decoded
+        if not packet.is_discard:  # an edit list may hide frames that others need
+            shown.append((pts, dts))
+        if stamp is None:
             continue
-        last = max(
-            0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1
-        )  # key frame not after the target
-        # MP4 and MKV seek by time, others by place in decoding order; the key frame before, should that be late too
+        dts = stamp if dts is None or whole else dts  # Matroska stores none
+        if packet.is_keyframe and stamp <= newest or not whole and dts < last:
+            raise MediaError("unreadable_video", "its time goes back, as of two files joined")
+        if packet.is_keyframe:
+            keys.append((stamp, dts))
+        newest, last = max(newest, stamp), dts
+    check_length(container, stream, ends, keys[0][0] if keys else 0)
+    stamps = [pts for pts, _ in shown if pts is not None and pts >= keys[0][0]]
+    if 2 * len(stamps) < len(shown):  # AVI may have places in decoding order alone
+        stamps, keys = [dts for _, dts in shown if dts is not None], []
+    if 2 * len(stamps) < max(1, len(shown)):
+        raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
+    if stream.codec_context.has_b_frames and stamps == sorted(stamps):
+        keys = []  # stamps in decoding order, of frames that are shown in another one
+    return np.array(sorted({*stamps})), np.array(keys).reshape(-1, 2)
+
+
+def check_length(container, stream, ends, first):
+    """Raises MediaError where a file ends before its header says. ends: {stream index: ticks}."""
+    seconds = lambda index, ticks: float(ticks * container.streams[index].time_base)
+    if container.format.name == "avi":  # a tick per frame
+        reached, said = seconds(stream.index, ends[stream.index]), stream.frames * stream.time_base
+    elif container.format.name in ("matroska,webm", "flv"):
+        reached = max(seconds(*end) for end in ends.items())
+        said = (container.duration or 0) / av.time_base
+    else:  # MP4; others guess the length, and do not count their frames
+        reached = seconds(stream.index, ends[stream.index] - first)
+        said = (stream.duration or 0) * stream.time_base if stream.frames else 0
+    if reached < 0.95 * said:
+        message = f"ends after {reached:.1f} s of {float(said):.1f} s"
+        raise MediaError("truncated_video", message)
+
+
+def seek_frames(container, stream, wanted, keys):
+    """Yields the frames at the time stamps `wanted` (ascending, repeats allowed)."""
+    decoder, frame = None, None
+    if not len(keys):
+        raise MediaError("unreadable_video", "its time stamps are not in order")
+    for target in wanted.tolist():
+        last = max(0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1)
+        # MP4 and Matroska seek by time, others by place in decoding order; should that be late too,
+        # the key frame before.
         places = [*keys[last].tolist(), int(keys[max(0, last - 1), 1])]
-        if (
-            frame is not None and keys[last, 0] <= frame.pts
-        ):  # no key frame lies on the way: first just go on
-            places.insert(0, None)
-        for place in places:
+        if frame is not None and keys[last, 0] <= frame.pts:
+            places.insert(0, None)  # no key frame is on the way: first just go on
+        for place in places if frame is None or frame.pts != target else ():
             if place is not None:
                 container.seek(place, stream=stream)
                 decoder, frame = container.decode(stream), None
             frame = next_frame(decoder, target, -math.inf if frame is None else frame.pts)
             if frame is not None and frame.pts == target:
                 break
-        else:
-            raise MediaError(
-                "unreadable_video",
-                f"no frame can be decoded at {float(target * stream.time_base):.2f} s",
-            )
-        if not frames:
-            height, width = fit(frame.height, frame.width, min_pixels, max_pixels)
-        pixels = scaler.reformat(
-            frame, width, height, "rgb24", interpolation="BICUBIC"
-        ).to_ndarray()
-        frames.append(np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90))))
-    return frames
+        if frame is None or frame.pts != target:
+            second = float(target * stream.time_base)
+            raise MediaError("unreadable_video", f"no frame can be decoded at {second:.2f} s")
+        yield frame
 
 
 def next_frame(decoder, target, reached):
-    """The next frame that is not before `target`, or None at the end. Frames must come in the order of their times."""
+    """The next frame not before `target`, or None. Frames must come in the order of their times."""
     for frame in decoder:
         if frame.pts is None or frame.pts <= reached:
             raise MediaError("unreadable_video", "its time stamps are not in order")
@@ -604,23 +660,61 @@ def next_frame(decoder, target, reached):
     return None
 
 
-def read_frame_folder(path, fps, max_frames, min_pixels, max_pixels, folder_fps):
-    names = [
-        name
-        for name in os.listdir(path)
-        if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
-    ]
-    names.sort(
-        key=lambda name: ([int(number) for number in re.findall(r"\d+", name)], name)
-    )  # 2 before 10
+def walk_frames(container, stream, pts, positions):
+    """Yields the frames at `positions` by decoding all: the n-th frame has the n-th time stamp."""
+    times, place, begun = Counter(positions.tolist()), 0, False
+    for packet in container.demux(stream):
+        begun = begun or packet.is_keyframe
+        for frame in packet.decode() if begun else ():
+            if frame.pts is None or frame.pts >= pts[0]:
+                yield from [frame] * times[place]
+                place += 1
+    if place != len(pts):
+        raise MediaError("unreadable_video", f"{place} frames for {len(pts)} time stamps")
+
+
+def to_pixels(frames, bounds):
+    """av.VideoFrames -> uint8 (T, H, W, 3), resized and upright."""
+    scaler, pixels = VideoReformatter(), []  # one scaler for all frames: it keeps its tables
+    for frame in frames:
+        if frame.is_corrupt:
+            raise MediaError("unreadable_video", f"the frame at {frame.time} s is damaged")
+        if not pixels:
+            height, width = fit(frame.height, frame.width, *bounds)
+        image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
+        pixels.append(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
+    return np.stack(pixels)
+
+
+def read_folder(path, fps, max_frames, folder_fps, sized):
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    names = [name for name in os.listdir(path) if name.lower().endswith(endings)]
+    names = [name for name in names if not name.startswith(".")]
+    names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))  # 2 before 10
     if not names:
         raise MediaError("unreadable_video", "no frames in this folder")
-    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
-    frames = [read_image(os.path.join(path, names[i]), min_pixels, max_pixels) for i in indices]
-    return Video(np.stack(frames), indices, float(folder_fps), len(names))
+    positions = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
+    bounds, frames = sized(len(positions)), []
+    for name in [names[i] for i in positions]:
+        frames.append(read_image(os.path.join(path, name), *bounds))
+        if frames[-1].shape != frames[0].shape:
+            sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
+            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} in {name}")
+    return Video(np.stack(frames), positions, float(folder_fps), len(names))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def read_medium(medium, limits, folder_fps=None):
+    """The pixels of a record's medium within the limits: uint8 (H, W, 3), or a Video."""
+    path = medium["path"]
+    if not os.path.exists(path):
+        raise MediaError("missing_media", f"no file {short(path)}")
+    if medium["type"] == "image":
+        return read_image(path, limits.image_min_pixels, limits.image_max_pixels)
+    bounds = limits.frame_min_pixels, limits.frame_max_pixels, folder_fps, limits.video_total_pixels
+    return read_video(path, limits.fps, limits.max_frames, *bounds)
+
+
+# --------------------------------------------------------------------------------------------------
 # Model inputs.
 
 
@@ -638,183 +732,151 @@ class Prompt:
 
 
 def patchify(frames):
-    """Pixels in the order in which Qwen3-VL's vision tower reads them: 2 x 2 neighbouring patches stand together.
+    """Pixels in the order in which Qwen3-VL reads them: 2 x 2 neighbouring patches stand together.
 
-    frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16), the grid (T/2, H/16, W/16).
+    frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16) and the
+    grid (T/2, H/16, W/16).
     """
-    time, height, width = (
-        frames.shape[0] // TEMPORAL,
-        frames.shape[1] // PATCH,
-        frames.shape[2] // PATCH,
-    )
-    blocks = frames.reshape(
-        time, TEMPORAL, height // MERGE, MERGE, PATCH, width // MERGE, MERGE, PATCH, 3
-    )
-    blocks = blocks.transpose(
-        0, 2, 5, 3, 6, 8, 1, 4, 7
-    )  # time, row, column, both in the token | channel, frame, y, x
-    return blocks.reshape(time * height * width, -1), (time, height, width)
+    time, height, width = np.array(frames.shape[:3]) // (TEMPORAL, PATCH, PATCH)
+    rows, columns = (height // MERGE, MERGE, PATCH), (width // MERGE, MERGE, PATCH)
+    blocks = frames.reshape(time, TEMPORAL, *rows, *columns, 3)
+    # time, row and column of the token, row and column in the token | channel, frame, y, x
+    blocks = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    return blocks.reshape(time * height * width, -1), (int(time), int(height), int(width))
 
 
 def mrope_positions(token_ids, vision_ids, grids):
-    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows, a frame spans its token grid and takes its
-    longer side. vision_ids: the ids of the image and video tokens. grids: (M, 3), one per medium. A video has one run
-    of vision tokens per time step, since time stamps stand between them."""
+    """Qwen3-VL's positions, int64 (3, T). vision_ids: of image and video tokens. grids: (M, 3).
+
+    Text counts on in all three rows; a frame covers its token grid and takes its longer side. A
+    video has one run of vision tokens per time step, since time stamps stand between them.
+    """
     is_vision = np.isin(token_ids, vision_ids)
-    runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(
-        -1, 2
-    )  # start and end of each
-    frames = [
-        (height // MERGE, width // MERGE) for time, height, width in grids for _ in range(time)
-    ]
+    runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)
+    frames = [(h // MERGE, w // MERGE) for time, h, w in grids for _ in range(time)]
     inside, advance = np.zeros((3, len(token_ids)), np.int64), np.ones(len(token_ids), np.int64)
     for (start, end), (height, width) in zip(runs, frames, strict=True):
         if end - start != height * width:
-            raise MediaError(
-                "token_mismatch", f"{end - start} vision tokens for a frame of {height} x {width}"
-            )
-        inside[1:, start:end] = np.divmod(
-            np.arange(height * width), width
-        )  # not in time: that is told by time stamps
+            found = f"{end - start} vision tokens for a frame of {height} x {width}"
+            raise MediaError("token_mismatch", found)
+        inside[1:, start:end] = np.divmod(np.arange(height * width), width)  # time stays
         advance[start:end], advance[end - 1] = 0, max(height, width)
     return inside + np.cumsum(advance) - advance
 
 
-def check_text(texts, tokenizer):
+def check_text(text, tokenizer):
     """Raises MediaError where a text holds a control token, such as <|im_end|>, or half a character."""
-    control = [word for word in tokenizer.get_added_vocab() if word.startswith("<|")]
-    if found := [word for word in control if any(word in text for text in texts)]:
-        raise MediaError(
-            "control_token", f"the text holds {found[0]}, which the model would not read as text"
-        )
-    if half := re.search("[\ud800-\udfff]", "".join(texts)):
+    for word in tokenizer.get_added_vocab():
+        if word.startswith("<|") and word in text:
+            raise MediaError(
+                "control_token", f"the text holds {word}, not read as text by the model"
+            )
+    if half := re.search("[\ud800-\udfff]", text):
         raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
 
 
 def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
-    """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is longer than its limit.
+    """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is too long.
 
-    The text is what Qwen3-VL's processor would write. Videos use the bare <|video_pad|> form, which gives
-    `<1.5 seconds><|vision_start|>...<|vision_end|>` for every pair of frames, with nothing around the whole.
+    The text is what Qwen3-VL's processor writes in transformers 4.57, with which the released
+    checkpoints were trained: `<1.5 seconds><|vision_start|>...<|vision_end|>` for every two frames
+    of a video, and not transformers 5's further <|vision_start|> and <|vision_end|> around it all.
+    system: the text of a system turn.
     """
     tokenizer, limits = processor.tokenizer, limits or Limits()
-    turns = record.get("messages", [])[:-1] or [
-        {"role": "user", "content": render_problem(record, prompts)}
-    ]
-    check_text([turn["content"] for turn in turns] + [demonstration(record) or ""], tokenizer)
-    kinds = [medium["type"] for medium in record["media"]]
+    turns = [{"role": "system", "content": system}] * bool(system)
+    if "messages" in record:
+        turns += record["messages"][:-1]
+    else:
+        turns.append({"role": "user", "content": render_problem(record, prompts)})
+    check_text("\n".join([*(t["content"] for t in turns), demonstration(record) or ""]), tokenizer)
 
-    def placed(
-        text,
-    ):  # as many as there are media: they come first, an <image> in an option or an answer stays text
-        text = text.replace(
-            "<image>", "<|vision_start|><|image_pad|><|vision_end|>", kinds.count("image")
-        )
-        return text.replace("<video>", "<|video_pad|>", kinds.count("video"))
-
-    turns = [
-        turn | {"content": placed(turn["content"])} if turn["role"] == "user" else turn
-        for turn in turns
-    ]
-    turns = [{"role": "system", "content": system}] * bool(system) + turns
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-    patches, grids, expanded, vllm_data = [], [], [], {"image": [], "video": []}
+    patches, grids, expanded, vllm_media = [], [], [], {"image": [], "video": []}
     for medium in record["media"]:
-        if medium["type"] == "image":
-            pixels = read_image(medium["path"], limits.image_min_pixels, limits.image_max_pixels)
-            rows, grid = patchify(
-                np.stack([pixels, pixels])
-            )  # a picture is a film of two equal frames
-            expanded.append("<|image_pad|>" * (grid[1] * grid[2] // MERGE**2))
-            vllm_data["image"].append(Image.fromarray(pixels))
+        kind, pixels = medium["type"], read_medium(medium, limits, record.get("fps"))
+        # An image is a video of two equal frames.
+        rows, grid = patchify(pixels.frames if kind == "video" else np.stack([pixels, pixels]))
+        pads = f"<|{kind}_pad|>" * (grid[1] * grid[2] // MERGE**2)
+        if kind == "image":
+            vllm_media[kind].append(Image.fromarray(pixels))
         else:
-            bounds = limits.fps, limits.max_frames, limits.frame_min_pixels, limits.frame_max_pixels
-            video = read_video(
-                medium["path"], *bounds, record.get("fps"), limits.video_total_pixels
-            )
-            rows, grid = patchify(video.frames)
-            frame = (
-                "<|vision_start|>"
-                + "<|video_pad|>" * (grid[1] * grid[2] // MERGE**2)
-                + "<|vision_end|>"
-            )
-            shown = [index / video.fps for index in video.indices]  # seconds
-            pairs = zip(
-                shown[::2], shown[1::2]
-            )  # in the library's own order: 3.15 is else 3.1 here and 3.2 there
-            expanded.append("".join(f"<{(a + b) / 2:.1f} seconds>{frame}" for a, b in pairs))
-            metadata = dict(
-                fps=video.fps, frames_indices=video.indices, total_num_frames=video.total
-            )
-            metadata |= dict(video_backend="pyav", do_sample_frames=False)
-            vllm_data["video"].append((video.frames.transpose(0, 3, 1, 2), metadata))
+            known = dict(fps=pixels.fps, frames_indices=pixels.indices, video_backend="pyav")
+            known |= dict(total_num_frames=pixels.total, do_sample_frames=False)
+            vllm_media[kind].append((pixels.frames.transpose(0, 3, 1, 2), known))
+            shown = [index / pixels.fps for index in pixels.indices]  # seconds
+            # The mean in the library's own order: 3.15 would else be 3.1 here and 3.2 there.
+            means = [(a + b) / 2 for a, b in zip(shown[::2], shown[1::2])]
+            frame = f"<|vision_start|>{pads}<|vision_end|>"
+            pads = "".join(f"<{second:.1f} seconds>{frame}" for second in means)
         patches.append(rows)
         grids.append(grid)
+        expanded.append(pads)
 
+    def placed(text):  # media come first: an <image> in an option or an answer stays text
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+        text = text.replace("<image>", image, len(vllm_media["image"]))
+        return text.replace("<video>", "<|video_pad|>", len(vllm_media["video"]))
+
+    turns = [t | {"content": placed(t["content"])} if t["role"] == "user" else t for t in turns]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     waiting = iter(expanded)
     full = re.sub(r"<\|(image|video)_pad\|>", lambda _: next(waiting), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
     if len(token_ids) > limits.max_prompt_tokens:
-        raise MediaError(
-            "too_long", f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}"
-        )
-
-    positions = mrope_positions(
-        token_ids, tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"]), grids
-    )
+        length = f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}"
+        raise MediaError("too_long", length)
+    vision_ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
+    positions = mrope_positions(token_ids, vision_ids, grids)
     rows = np.concatenate(patches) if patches else np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)
     grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    opened = text.rpartition("<|im_start|>assistant\n")[2]
     vllm = dict(prompt=text, mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False))
-    vllm["multi_modal_data"] = {kind: items for kind, items in vllm_data.items() if items}
+    vllm["multi_modal_data"] = {kind: items for kind, items in vllm_media.items() if items}
+    opened = text.rpartition("<|im_start|>assistant\n")[2]
     return Prompt(record, token_ids, positions, torch.from_numpy(rows), grids, vllm, opened)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def target_ids(prompt, tokenizer):
+    """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
+    text, opened = demonstration(prompt.record).lstrip(), prompt.opened.strip()
+    if not text.startswith(opened):
+        raise MediaError(
+            "opened", f"the prompt ends with {opened!r}, the response begins otherwise"
+        )
+    text = text.removeprefix(opened).lstrip() if opened else text
+    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+
+
+# --------------------------------------------------------------------------------------------------
 # Feeding: which record next, decoded ahead of time.
 
 
-def data_order(count, seed, cursor=0, rank=0, world=1):
-    """Endless record indices of one rank: a new permutation every epoch, dealt to the ranks like cards.
+@lru_cache(2)
+def permutation(count, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
 
-    The order over all ranks depends on the seed alone, so the only thing to save is the cursor: how many records all
-    ranks together have taken.
+
+def data_order(count, seed, cursor=0, rank=0, world=1):
+    """Endless record indices of one rank: a new permutation every epoch, dealt like cards.
+
+    The order over all ranks depends on the seed alone, so that the cursor is all there is to save:
+    how many records all ranks together have taken.
 
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
     for place in itertools.count(cursor + rank, world):
-        epoch, i = divmod(place, count)
-        yield int(permutation(count, seed, epoch)[i])
-
-
-@lru_cache(2)
-def permutation(count, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def target_ids(prompt, tokenizer):
-    """The tokens that SFT learns: the demonstration without what the prompt has written of it, and the end of the turn."""
-    text, opened = demonstration(prompt.record), prompt.opened.strip()
-    if not text.lstrip().startswith(opened):
-        message = f"the prompt ends with {opened!r}, with which the response does not begin"
-        raise MediaError("opened", message)
-    text = text.lstrip().removeprefix(opened).lstrip() if opened else text
-    return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        yield permutation(count, seed, place // count)[place % count]
 
 
 def prefetch(records, function, order, workers, seconds=600):
-    """Yields function(records[i]) for each i in `order`, computed ahead by worker processes (0: in this process).
+    """Yields function(records[i]) for i in `order`, computed ahead by worker processes (0: here).
 
     Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs.
     """
 
     def become_worker(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: does not outlive the script, even a killed one
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the script
 
     def use(record):
         try:
@@ -822,17 +884,18 @@ def prefetch(records, function, order, workers, seconds=600):
         except MediaError as error:
             return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
-    return iter(torch.utils.data.DataLoader(
-        records, sampler=order, batch_size=None, collate_fn=use, num_workers=workers, worker_init_fn=become_worker,
-        timeout=seconds if workers else 0,
-    ))  # fmt: skip
+    settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=become_worker)
+    if workers:  # by fork, which takes local functions along; more than cores only warns
+        settings |= dict(num_workers=min(workers, CORES), timeout=seconds)
+        settings |= dict(multiprocessing_context="fork")
+    return iter(torch.utils.data.DataLoader(records, **settings))
 
 
 def next_items(stream, count, tally, max_bad_share):
-    """The next `count` items less the unusable ones, which are named on the screen and counted.
+    """The next `count` items less the unusable ones, which are printed and counted.
 
-    tally: a Counter, kept by the caller from call to call: "records" and "skipped/<reason>" are counted in it. Raises
-    RuntimeError when more than `max_bad_share` of all records so far (and of at least 200) were unusable.
+    tally: a Counter, kept by the caller: "records" and "skipped/<reason>". Raises RuntimeError when
+    more than `max_bad_share` of all records so far (and of at least 200) were unusable.
     """
     items = []
     for item in itertools.islice(stream, count):
@@ -848,33 +911,31 @@ def next_items(stream, count, tally, max_bad_share):
     return items
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Drawing: what an answer says, on what it speaks of. --peek, infer.py and the report of evaluate.py use it.
+# --------------------------------------------------------------------------------------------------
+# Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
 
 
 class Marks(NamedTuple):
-    """What an answer says, in a form that can be drawn: coordinates 0-1000, times in seconds. Empty where it says nothing."""
+    """What an answer says, in a form to draw: coordinates 0-1000, seconds. Empty: it says nothing."""
 
     span: tuple | None = None  # (start, end)
     boxes: dict = {}  # {second: [x1, y1, x2, y2]}, or of a single image {None: box}
     positive: list = []  # [[x, y], ...] on the object
     negative: list = []  # [[x, y], ...] beside it
-    time: float | None = (
-        None  # the second at which the box and the points of a video's segmentation stand
-    )
+    time: float | None = None  # of the box and the points of a video's segmentation
 
 
 def marks_of(task, answer):
-    """The marks in an answer's text (or None). task: as data.task_of gives it. What is malformed is left out.
+    """The marks in an answer's text (or None). task: of data.task_of. What is malformed is left out.
 
-    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's key k the one at k seconds.
+    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
 
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
     >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
     (2, 6.5)
     """
-    said = rewards.read_json(answer) if answer and task.lower() not in rewards.TEXT_TYPES else {}
+    said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
     time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
     if in_video and not rewards.is_number(time):
         return Marks()  # of which frame?
@@ -882,29 +943,21 @@ def marks_of(task, answer):
     if first is None:
         boxes = {time if in_video else None: boxes}
     else:
-        keys = (
-            [key for key in boxes if re.fullmatch("[0-9]{1,9}", key)]
-            if isinstance(boxes, dict)
-            else []
-        )
-        boxes = {float(key) - first: boxes[key] for key in keys if int(key) >= first}
+        boxes = boxes if isinstance(boxes, dict) else {}
+        keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
+        boxes = {float(key) - first: boxes[key] for key in keys}
     boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
     points = [said.get(key) for key in ("positive_points", "negative_points")]
-    points = [
-        [xy for xy in p if rewards.are_numbers(xy, 2)] if isinstance(p, list) else []
-        for p in points
-    ]
-    return Marks(
-        tuple(time) if rewards.are_numbers(time, 2) else None,
-        boxes,
-        *points,
-        time if in_video else None,
-    )
+    points = [part if isinstance(part, list) else [] for part in points]
+    points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
+    span = tuple(time) if rewards.are_numbers(time, 2) else None
+    return Marks(span, boxes, *points, time if in_video else None)
 
 
 def box_at(boxes, second):
-    """The box at a second (None of an image), on a straight line between the seconds that are named; the last one holds for
-    less than a second more. None where there is no box.
+    """The box at a second (None: of an image), on a straight line between the seconds with one.
+
+    The last box holds for less than a second more. None where there is no box.
 
     >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
     >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
@@ -919,19 +972,17 @@ def box_at(boxes, second):
 
 
 def draw(image, marks, second=None, colour="orange", mask=None):
-    """An RGB copy of a PIL image with everything that holds at this second (None: of an image, which has no time).
+    """An RGB copy of a PIL image with all that holds at this second (None: of an image).
 
-    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what lies outside goes to the
-    edge. mask: bool (H, W) of the image's shape in any size, becomes a tint.
+    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what
+    is outside goes to the edge. mask: bool (H, W) of the image's shape in any size, becomes a tint.
     """
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
         image.paste(tint, mask=Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
     canvas, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
-    pixel = lambda xy: [
-        round(min(max(v, 0), 1000) * side / 1000) for v, side in zip(xy, image.size)
-    ]
+    pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
     if box := box_at(marks.boxes, second):
         (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
         canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
@@ -947,37 +998,36 @@ def draw(image, marks, second=None, colour="orange", mask=None):
 
 
 def enlarged(image, least=256):
-    """A picture whose longer side has at least so many pixels, by a whole factor: marks and text on a tiny one can be seen."""
+    """An image whose longer side has at least so many pixels, by a whole factor."""
     factor = math.ceil(least / max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def stack(*images):
-    """Pictures under each other. Even width and height, as the chroma of an MP4 needs."""
-    width, height = max(image.width for image in images), sum(image.height for image in images)
-    canvas, y = Image.new("RGB", (width + width % 2, height + height % 2), "white"), 0
+def stack(*images, across=False, gap=0):
+    """Images below each other, or side by side. Width and height are even, as an MP4 needs."""
+    long, wide = (0, 1) if across else (1, 0)
+    size = [0, 0]
+    size[long] = sum(image.size[long] + gap for image in images) - gap
+    size[wide] = max(image.size[wide] for image in images)
+    canvas, place = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), "white"), 0
     for image in images:
-        canvas.paste(image, (0, y))
-        y += image.height
+        canvas.paste(image, (place, 0) if across else (0, place))
+        place += image.size[long] + gap
     return canvas
 
 
 def captioned(image, text, size=14, above=False):
-    """The picture with black text under it (or above it), in letters of this many pixels. Without text: just the picture."""
-    lines = [
-        part
-        for line in text.splitlines()
-        for part in textwrap.wrap(line, max(8, int(image.width / size / 0.55)))
-    ]
+    """The image with black text below or above it, in letters of so many pixels."""
+    columns = max(8, int(image.width / size / 0.55))
+    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns)]
     strip = Image.new("RGB", (image.width, (size + 4) * len(lines) + 6 if lines else 0), "white")
-    ImageDraw.Draw(strip).multiline_text(
-        (4, 2), "\n".join(lines), "black", ImageFont.load_default(size), spacing=4
-    )
+    font = ImageFont.load_default(size)
+    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(lines), "black", font, spacing=4)
     return stack(strip, image) if above else stack(image, strip)
 
 
 def timeline(width, spans, edges, places, now=None):
-    """A bar for each (span, colour). edges (seconds) stand at places (pixels), both ascending. now: a clock and a cursor."""
+    """A bar for each (span, colour). edges (seconds) are at places (pixels). now: clock and cursor."""
     strip = Image.new("RGB", (width, 18 * len(spans)), "white")
     canvas = ImageDraw.Draw(strip)
     for y, (span, colour) in zip(range(6, 18 * len(spans), 18), spans):
@@ -998,146 +1048,126 @@ def nearest(seconds, second):
 
 
 def draw_strip(frames, seconds, marks, masks=None, cell=160):
-    """A film strip: up to 8 frames side by side with their seconds and marks, and under it a bar for each span.
+    """Up to 8 frames side by side with their seconds and marks, and below them a bar for each span.
 
-    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}, such as {"orange": answer, "lime": truth}.
-    masks: {colour: bool (T, H, W)}. cell: pixels of a frame's longer side. Returns a PIL image. The frames are those at whole
-    seconds, where answers have their boxes, and at a segmentation's time. On the bar a frame stands until the next.
+    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
+    bool (T, H, W)}. cell: pixels of a frame's longer side. Returns a PIL image. The frames are those
+    at whole seconds, where answers have their boxes, and at a segmentation's time. On the bar a
+    frame stands until the next.
     """
     times = {part.time for part in marks.values() if part.time is not None}
-    shown = sorted(
-        {*np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times))).tolist(), *times}
-    )
+    spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
+    shown = sorted({*spread.tolist(), *times})
     indices, cells = [nearest(seconds, second) for second in shown], []
     for second, index in zip(shown, indices):
-        image = ImageOps.contain(
-            Image.fromarray(frames[index]), (cell, cell), Image.Resampling.BICUBIC
-        )
+        image = Image.fromarray(frames[index])
+        image = ImageOps.contain(image, (cell, cell), Image.Resampling.BICUBIC)
         for colour, part in marks.items():
-            image = draw(
-                image,
-                part,
-                second,
-                colour,
-                masks[colour][index] if masks and colour in masks else None,
-            )
+            mask = (masks or {}).get(colour)
+            image = draw(image, part, second, colour, None if mask is None else mask[index])
         cells.append(captioned(image, f"{seconds[index]:.1f} s", 11, above=True))
+    row = stack(*cells, across=True, gap=2)
     places = [i * (cells[0].width + 2) for i in range(len(cells) + 1)]
-    strip = Image.new("RGB", (places[-1], cells[0].height), "white")
-    for image, x in zip(cells, places):
-        strip.paste(image, (x, 0))
     begin = [seconds[index] for index in indices]
     edges = [*begin, begin[-1] + (begin[-1] - begin[0]) / max(1, len(begin) - 1)]
     spans = [(part.span, colour) for colour, part in marks.items() if part.span]
-    return stack(strip, timeline(strip.width, spans, edges, places))
+    return stack(row, timeline(row.width, spans, edges, places))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # --peek: what training will see.
 
 
 def token_table(prompt, tokenizer, few=6):
-    """Which tokens SFT learns, as text: a `few` around the first learned token, and the last ones. All of the prompt is
-    given, all of the response is learned, the end of the turn included; the row above a label predicts it."""
-    response = tokenizer(demonstration(prompt.record), add_special_tokens=False)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
-    ids, start = prompt.token_ids + response, len(prompt.token_ids)
-    rows = [
-        f"labels: {start} tokens given, {len(response)} learned",
-        f"{'position':>10}{'id':>10}{'label':>10}  token",
-    ]
-    for i in range(start - few, len(ids)):
-        if i < start + few or i >= len(ids) - few:
-            rows.append(
-                f"{i:>10}{ids[i]:>10}{ids[i] if i >= start else '-':>10}  {tokenizer.decode([ids[i]])!r}"
-            )
+    """Which tokens SFT learns: some around the first one, and the last. Each row predicts the next."""
+    given, learned = prompt.token_ids, target_ids(prompt, tokenizer)
+    rows = [f"{len(given)} tokens given, {len(learned)} learned", "position    id label  token"]
+    ids, start = given + learned, len(given)
+    shown = [*range(start - few, start + few), *range(max(start + few, len(ids) - few), len(ids))]
+    for i in shown:
+        rows += ["     ..."] * (i == len(ids) - few > start + few)
+        label = ids[i] if i >= start else "-"
+        rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
     return "\n".join(rows)
 
 
-def contact_sheet(prompts, path, cell=160, line=14):
-    """Saves a PNG with a row for each prompt: the pixels that the model sees, of a video up to eight frames."""
-    sheet = Image.new("RGB", (8 * cell, len(prompts) * (cell + 2 * line)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, prompt in enumerate(prompts):
-        top, media = row * (cell + 2 * line), prompt.vllm["multi_modal_data"]
-        draw.text(
-            (2, top),
-            f"record {prompt.record['index']}, {prompt.record['problem_type'] or 'SFT'}",
-            "black",
-        )
-        cells = [("image", image) for image in media.get("image", [])]
-        for frames, metadata in media.get("video", []):
-            for i in np.linspace(0, len(frames) - 1, min(8, len(frames))).round().astype(int):
-                seconds = metadata["frames_indices"][i] / metadata["fps"]
-                cells.append((f"{seconds:.2f} s", Image.fromarray(frames[i].transpose(1, 2, 0))))
-        for column, (label, image) in enumerate(cells[:8]):
-            draw.text(
-                (column * cell + 2, top + line), f"{label}, {image.width} x {image.height}", "black"
-            )
-            sheet.paste(
-                ImageOps.contain(image, (cell - 4, cell - 4)), (column * cell, top + 2 * line)
-            )
-    sheet.save(path)
+def sheet_of(prompts):
+    """An image of what the model sees of each prompt, with the record's own truth drawn in green."""
+    rows, panels = [], []
+    for prompt in prompts:
+        record, media = prompt.record, prompt.vllm["multi_modal_data"]
+        truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
+        marks = marks_of(task_of(record), truth)
+        pictures = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
+        for frames, known in media.get("video", []):
+            seconds = np.array(known["frames_indices"]) / known["fps"]
+            pictures.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+        title = f"record {record['index']}, {task_of(record) or 'SFT'}: {record['problem']}"
+        for picture in pictures:
+            panels.append(captioned(picture, short(f"{title}\n{truth}", 400), above=True))
+    for panel in panels:
+        if rows and rows[-1].width + panel.width <= 1300:
+            rows[-1] = stack(rows[-1], panel, across=True, gap=8)
+        else:
+            rows.append(panel)
+    return stack(*rows, gap=8) if rows else None
+
+
+# fmt: off
+def read_args():
+    parser = new_parser(__doc__)
+    parser.add_argument("file", nargs="?", help="record file")
+    parser.add_argument("--model", help="folder or hub id that has the processor")
+    parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
+    parser.add_argument("--prompts", help="JSON file that replaces the instructions")
+    parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
+    parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
+    parser.add_argument("--release-prompts", metavar="CLONE", help="print the instructions of the release and end")
+    add_limits(parser)
+    return parser.parse_args()
+# fmt: on
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("file", help="record file")
-    parser.add_argument("--model", required=True, help="folder or hub id that has the processor")
-    parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
-    parser.add_argument("--prompts", help="JSON file that replaces the instructions")
-    parser.add_argument("--peek", type=int, default=3, help="records to show (%(default)s)")
-    parser.add_argument("--sheet", default="peek.png", help="where the picture goes (%(default)s)")
-    add_limits(parser)
-    args = parser.parse_args()
-    from transformers import AutoProcessor
-
+    args = read_args()
     try:
-        processor, table = AutoProcessor.from_pretrained(args.model), load_prompts(args.prompts)
+        if args.release_prompts:
+            return print(json.dumps(release_prompts(args.release_prompts), indent=2))
+        if not (args.file and args.model):
+            refuse("a record file and --model are needed, or --release-prompts")
+        processor, table = load_processor(args.model), load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
-    tokenizer, limits = processor.tokenizer, limits_of(args)
-    print(
-        f"{args.file}: {len(records)} records: {dict(Counter(record['problem_type'] for record in records))}"
-    )
+    counts = Counter(record["problem_type"] or "SFT" for record in records)
+    print(f"{args.file}: {len(records)} records: {dict(counts)}")
     prompts = []
     for record in records[: args.peek]:
-        print(
-            f"\n--- record {record['index']}, problem_id {record['problem_id']}, {record['problem_type']}"
-        )
+        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
         try:
-            prompt = encode(record, processor, limits, table)
+            prompt = encode(record, processor, limits_of(args), table)
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
             continue
         prompts.append(prompt)
-        sizes = [f"{TEMPORAL * t} x {PATCH * h} x {PATCH * w}" for t, h, w in prompt.grids.tolist()]
-        vision = int(prompt.grids.prod(1).sum()) // MERGE**2
-        print(
-            f"{len(prompt.token_ids)} tokens, {vision} of them vision; frames x height x width: {', '.join(sizes)}"
-        )
-        text = tokenizer.decode(prompt.token_ids)
-        print(
-            re.sub(
-                r"(<\|(?:image|video)_pad\|>)+",
-                lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}",
-                text,
+        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+            size = f"{frames}{PATCH * w} x {PATCH * h} pixels"
+            print(
+                f"{medium['type']}: {size}, {t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
             )
-        )
-        response = demonstration(record)
-        print(
-            f"truth: {record['answer']}"
-            if response is None
-            else f"{response}\n\n{token_table(prompt, tokenizer)}"
-        )
+        text = processor.tokenizer.decode(prompt.token_ids)
+        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+        print(re.sub(r"(<\|(?:image|video)_pad\|>)+", count, text))
+        if demonstration(record):
+            print(f"{demonstration(record)}\n\n{token_table(prompt, processor.tokenizer)}")
+        else:
+            print(f"truth: {record['answer']}")
     if not prompts:
         refuse(f"{args.file}: none of the first {args.peek} records can be used")
-    contact_sheet(prompts, args.sheet)
-    print(f"\npixels: {args.sheet}")
+    if sheet := sheet_of(prompts):
+        sheet.save(args.sheet)
+        print(f"\nwhat the model sees, with the truth: {args.sheet}")
 
 
 if __name__ == "__main__":
