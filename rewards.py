@@ -1,19 +1,33 @@
 """Response -> reward: how each of the ten tasks is graded, for training and evaluation alike.
 
-    reward = 0.9 * accuracy + 0.1 * format + structure          accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
+    reward = 0.9 * accuracy + 0.1 * format + structure
+    accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
 
-A response must be one <think> block, then one <answer> block, and nothing else; otherwise all three parts are 0.
-Coordinates are 0-1000 of the width and height, times are seconds. Read the examples: `python rewards.py` runs them.
+A response must be one <think> block, then one <answer> block, and nothing else; otherwise all three
+parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. Read the examples:
+`python rewards.py` runs them.
 
 Where this departs from the release (arXiv 2512.03043), and why:
-1. Tags are strict. The release takes several blocks, grades the first answer, and gives accuracy without any tags.
-2. Text is graded as written. The release removes spaces around "<", ">" and "/" from the answer but not from the truth.
-3. A choice may be written as people write it: "B", "(b)", "Answer: B", "B. the dog". The release takes the bare letter.
-4. JSON numbers are finite numbers. The release turns NaN into a NaN reward, and reads true and "12" as numbers.
-5. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both sides have, so
-   that one right box of five scores as five), and the share of seconds counts for structure only if the schema holds.
-6. Relative accuracy is exact on decimal ties, and math without dollars gets them (else \\sqrt{3} is not itself).
-The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian with a sigma of 1 s.
+1. Tags are strict. The release takes several blocks, grades the first answer, and gives accuracy
+   without any tags.
+2. Text is graded as written, "é" being one text in both forms of Unicode. The release removes spaces
+   around "<", ">" and "/" from the answer but not from the truth.
+3. A choice may be written as people write it: "B", "(b)", "Answer: B", "B. the dog", "It is the
+   dog.". The release takes the bare letter.
+4. A number may be a fraction, have a unit, or stand in LaTeX. The release takes bare digits.
+5. Units come from one list. The release's math drops what stands behind a number: 15 cm equals 15 km,
+   and 5 million equals 5. Here two units must agree, and one on one side only is left out.
+6. Words are compared as text. In the release's math they are products: ABC equals ACB.
+7. JSON numbers are finite numbers. The release turns NaN into a NaN reward, and reads true and "12"
+   as numbers.
+8. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both
+   sides have, so that one right box of five scores as five), and the share of seconds counts for
+   structure only if the schema holds.
+9. Relative accuracy is exact on decimal ties, and math without dollars gets them (else \\sqrt{3} is
+   not itself).
+10. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
+The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian with a
+sigma of 1 s.
 """
 
 import http.client
@@ -28,6 +42,7 @@ import resource
 import select
 import signal
 import sys
+import unicodedata
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -36,19 +51,14 @@ from functools import lru_cache
 from subprocess import PIPE, Popen
 from typing import NamedTuple
 
-import numpy as np
-
-NUMBERS = {int, float}  # not bool
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
 JSON_TYPES = (
-    "temporal grounding",
-    "spatial grounding",
-    "spatial-temporal grounding",
-    "tracking",
-    "segmentation",
+    *("temporal grounding", "spatial grounding", "spatial-temporal grounding"),
+    *("tracking", "segmentation"),
 )
 PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
+NUMBERS = {int, float}  # not bool
 
 
 class Score(NamedTuple):
@@ -58,14 +68,14 @@ class Score(NamedTuple):
     structure: float = 0.0  # in [0, 0.5]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: tags, JSON, choices, numbers
+# --------------------------------------------------------------------------------------------------
+# Reading tags and JSON
 
 
 def parse_response(text):
-    """The answer of a well-formed response, stripped of outer white space; None if the tags are wrong.
+    """The answer of a well-formed response, stripped of outer white space; None if tags are wrong.
 
-    >>> parse_response("<think>2 legs</think> <answer> B </answer>"), parse_response("<think>2 legs</think> B")
+    >>> parse_response("<think>2 legs</think> <answer> B </answer>"), parse_response("B")
     ('B', None)
     """
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
@@ -75,22 +85,28 @@ def parse_response(text):
 
 
 def find_answer(text):
-    """The answer as a lenient reader finds it (evaluation): the last answer block after the thinking, an unclosed one,
-    or else all that follows the thinking; without a Markdown fence. None if there is nothing.
+    """The answer as a lenient reader finds it (evaluation), without a Markdown fence, or None: after
+    the thinking the last pair of tags, else what follows an opening tag, else everything. A response
+    without </think> may be a thought that was cut off: its tags count only if nothing follows them.
 
-    >>> find_answer('<think>Hm.</think> So: <answer>```json\\n{"time": [1, 2]}\\n```</answer>')
+    >>> find_answer('<think>Hm.</think> So: <answer>```json\\n{"time": [1, 2]}\\n```</answer></think>')
     '{"time": [1, 2]}'
-    >>> find_answer("The answer is B."), find_answer("<think>It could be B")
+    >>> find_answer("The answer is B."), find_answer("<think>Not <answer>A</answer>, since")
     ('The answer is B.', None)
     """
-    if not isinstance(text, str) or (
-        "<think>" in text and "</think>" not in text and "<answer>" not in text
-    ):
-        return None  # cut off in mid-thought: a thought is no answer
-    text = (
-        text.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    )
-    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", text).strip() or None
+    text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text) if isinstance(text, str) else ""
+    _, thought, rest = text.partition("</think>")
+    if not thought:
+        rest = text.strip()
+        whole = rest.endswith("</answer>") and "<answer>" in rest
+        if not whole and ("<think>" in rest or "</answer>" in rest):
+            return None
+    pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
+    answers = [answer for _, tag, answer in pairs if tag and answer.strip()]
+    if not answers:
+        last = next((part for part in rest.split("</think>")[::-1] if part.strip()), "")
+        answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
+    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
 
 
 _STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: int("NaN") raises
@@ -98,20 +114,76 @@ _STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: 
 
 @lru_cache(256)  # the truth is read once per group, the answer once for accuracy and structure
 def read_json(text):
-    """The JSON object that `text` is; {} if it is anything else. Of duplicate keys the last one counts. The result is
-    shared: do not change it.
+    """The JSON object that `text` is; {} if it is anything else. Of duplicate keys the last one
+    counts. The result is shared: do not change it.
 
-    >>> read_json('{"time": [1, 2], "time": [3, 4]}'), read_json('{"time": NaN}'), read_json("[" * 50000)
+    >>> read_json('{"time": [1, 2], "time": [3, 4]}'), read_json('{"time": NaN}'), read_json("[1]")
     ({'time': [3, 4]}, {}, {})
     """
     try:
         value = _STRICT.decode(text)
-    except (
-        ValueError,
-        RecursionError,
-    ):  # ValueError: no JSON, or an integer of more than 4,300 digits
+    except (ValueError, RecursionError):  # ValueError also: an integer of more than 4,300 digits
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def loose_values(text):
+    """The outermost JSON objects and lists in a text, tidied; trailing commas, single quotes and
+    numbers as keys are mended first."""
+    text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
+    text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
+    text = text if '"' in text else text.replace("'", '"')
+    values, at = [], 0
+    for _ in range(100):
+        at = min((i for i in (text.find("{", at), text.find("[", at)) if i >= 0), default=None)
+        if at is None:
+            break
+        try:
+            value, at = _STRICT.raw_decode(text, at)
+            values.append(tidy(value))
+        except (ValueError, RecursionError):
+            at += 1
+    return values
+
+
+def tidy(value):
+    """A JSON value with numbers for their texts, one key for Qwen3-VL's names of a box, seconds as "4"
+    and not "4.0", and no list around a single list or object. Of two such keys none is read.
+
+    >>> tidy([{"bbox_2d": ["1", "2", "3", "4"]}]), tidy({"4.0": [[1, 2, 3, 4]]})
+    ({'boxes': [1.0, 2.0, 3.0, 4.0]}, {'4': [1, 2, 3, 4]})
+    """
+    if isinstance(value, str):
+        number = read_number(value)
+        return value if number is None else float(number)
+    if isinstance(value, list):
+        value = [tidy(item) for item in value]
+        return value[0] if len(value) == 1 and isinstance(value[0], (list, dict)) else value
+    if not isinstance(value, dict):
+        return value
+    names = [re.sub(r"^(?:bbox_2d|bbox|box)$", "boxes", key) for key in value]
+    names = [re.sub(r"^(\d+)\.0*$", r"\1", name) for name in names]
+    result = {name: tidy(item) for name, item in zip(names, value.values())}
+    return result if len(result) == len(value) else {}
+
+
+def loose_json(record, text):
+    """The one answer in a task's schema that a text holds, as JSON, or None if none or several.
+
+    >>> loose_json({"problem_type": "spatial grounding"}, "The box is [1, 2, 3, 4].")
+    '{"boxes": [1, 2, 3, 4]}'
+    """
+    kind, found = record["problem_type"], set()
+    for value in loose_values(text):
+        if isinstance(value, list):
+            value = {"time" if kind == "temporal grounding" else "boxes": value}
+        boxes = value.get("boxes")
+        if kind == "tracking" and isinstance(boxes, list):  # one a second, from key 1 on
+            boxes = [box.get("boxes") if isinstance(box, dict) else box for box in boxes]
+            value["boxes"] = {str(k): box for k, box in enumerate(boxes, 1)}
+        text = json.dumps(value)
+        found |= {text} if readable(record, text) else set()
+    return found.pop() if len(found) == 1 else None
 
 
 def truth_of(record):
@@ -122,57 +194,321 @@ def truth_of(record):
     """
     truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
     truth = truth if isinstance(truth, str) else json.dumps(truth)
-    return (
-        truth.partition("<answer>")[2].partition("</answer>")[0].strip()
-        if "<answer>" in truth
-        else truth.strip()
+    return unicodedata.normalize(
+        "NFC", truth.rpartition("<answer>")[2].partition("</answer>")[0].strip()
     )
 
 
+# --------------------------------------------------------------------------------------------------
+# Reading units, numbers and choices
+
+_SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans(  # full-width
+    {"−": "-", "–": "-", "\u3000": " ", "\xa0": " ", "\u2009": " ", "\u202f": " ", "’": "'"}
+    | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "π": r"\pi ", "∞": r"\infty ", "。": ".", "、": ","}
+)
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_MARKUP = [
+    (re.compile(pattern), new)
+    for pattern, new in (  # in this order
+        ("[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + match[0].translate(_POWERS) + "}"),
+        (r"\\\$", "＄"),  # a sign of currency, no mark of LaTeX
+        (r"\$\$?([^$]*)\$\$?", r"\1"),
+        (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
+        (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
+        (r"\\(?:f?boxed|mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\f?boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r" \1 "),
+        (r"(?<!\w)(\*\*|__)(.+?)\1(?!\w)", r"\2"),
+        (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
+        (r"\\%", "%"),
+        (r"\\Omega\b", "Ω"),
+        (r"\s*\n\s*", "\n"),
+        (r"[^\S\n]+", " "),
+    )
+]
+
+
 def plain(text):
-    """Text on one line, without Markdown emphasis and without "The answer is" in front."""
-    lead = r"((the |my )?(correct |final |best )?(answer|option|choice)\b( is\b)?[:*_ ]*){0,2}"
-    text = " ".join(text.split()).strip("*_` ")
-    return text[re.match(lead, text, re.IGNORECASE).end() :].strip("*_` ")
+    """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits.
 
-
-def read_choice(text, options=()):
-    """The letter that `text` chooses, or None if it names none or several. options: list of "A. the cat" or "the cat".
-
-    >>> [read_choice(t) for t in ("B", "(b)", "B.", "Answer: B", "Option B", "**B**", "B. the dog")]
-    ['B', 'B', 'B', 'B', 'B', 'B', 'B']
-    >>> [read_choice(t) for t in ("Based on this, A", "A or B", "A, B", "ABCD", "a dog", "")]
-    [None, None, None, None, None, None]
-    >>> read_choice("the dog", ["A. the cat", "B. the dog"])
-    'B'
+    >>> plain("$\\\\boxed{\\\\text{Ｂ}}$"), plain("**5**\\\\,\\\\mathrm{cm}^2")
+    ('B', '5 cm ^2')
     """
-    text = plain(text[:2000].replace("**", "")).strip("$\"' ")
-    name, whole, body = text.casefold().rstrip("."), {}, {}
-    for letter, option in zip("abcdefghijklmnopqrstuvwxyz", options or ()):
-        option = " ".join(str(option).split()).casefold().rstrip(".")
-        whole[option] = body[re.sub(rf"^\(?{letter}[).:] ?", "", option)] = letter.upper()
-    if (
-        len(name) > 1 and name in whole
-    ):  # all of an option's text, which may itself look like a letter
-        return whole[name]
-    # A letter, maybe in brackets; then the end, or a mark that is not followed by a second letter.
-    mark = r"(?:[)\]}.:;]| [-–—] )(?! ?[(\[]?(?:(?:and|or)\b|[a-z](?:$|[)\]}.:;,/])))|,(?= ?(?!(?:and|or)\b)[a-z]{2})"
-    match = re.match(rf"(?:\\boxed)?[(\[{{]?([a-z])(?:$|{mark})", text, re.IGNORECASE)
-    return match[1].upper() if match else body.get(name)
+    text = text.translate(_SIGNS)
+    for pattern, new in _MARKUP if not text.isalnum() else ():
+        text = pattern.sub(new, text)
+    return text.strip("*_\"' \n")
+
+
+_LEAD = re.compile(  # words before an answer that do not change it
+    r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
+    r"probably|clearly|answer|option|choice|letter|one|result|value|score|total|is|that|approximately|"
+    r"about|roughly|around|nearly|(?:would|must|should|will) be|it(?: i|')s|this is|"
+    r"i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|go with)|"
+    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|"
+    r"所以|因此|综上|我|认为|应该?|正确|最终|的|答案|选项?|择|是|为|答え|正解|は|정답|[=≈]|\\approx\b)[\s:,]*",
+    re.IGNORECASE,
+)
+
+
+def without_lead(text):
+    """Plain text, without words like "So the answer is" in front and a full stop at the end."""
+    while lead := _LEAD.match(text):
+        text = text[lead.end() :]
+    return text.strip("*_\"' \n").rstrip(".,; ")
+
+
+_SI = (
+    "m meter metre 米, g gram 克, s sec second 秒, L l liter litre 升, N newton, J joule, W watt, "
+)
+_SI += "V volt, A amp ampere, K kelvin, Hz hertz, Pa pascal, Ω ohm, mol mole, eV, cal calorie, Wh"
+_PREFIXES = "k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
+_OTHER_UNITS = (
+    "min minute 分钟, h hr hour 小时, day 天, week, month 月, yr year 年 岁, in inch inche, ft foot feet, "
+    "yd yard, mi mile, km 公里, kg kilo 公斤, mL ml cc, lb pound, oz ounce, gal gallon, ton tonne 吨, "
+    "acre, ha hectare, ° deg degree 度, °C ℃ celsius, °F ℉ fahrenheit, rad radian, % percent pct, "
+    "$ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, £ GBP, ¥ yuan RMB CNY 元, JPY yen, ₹ INR rupee, "
+    "₩ won, unit, person people 人, squares, cubes, km/h kmh kph kmph, mi/h mph, 个, 只, 本, 条, 张, 次, 块"
+)
+_UNITS = {}  # spelling -> name
+for _row in _OTHER_UNITS.split(", "):
+    _UNITS |= dict.fromkeys(_row.split(), _row.split()[0])
+for _sign, *_prefixes in [["", ""], *(row.split() for row in _PREFIXES.split(", "))]:
+    for _name, *_words in (row.split() for row in _SI.split(", ")):
+        _spelled = [prefix + word for prefix in _prefixes for word in _words]
+        _UNITS |= dict.fromkeys([_sign + _name, *_spelled], _sign + _name)
+_UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
+_NO_UNITS = set(  # words that change the number before them
+    "sin cos tan cot csc log exp sqrt root max gcd lcm mod modulo det lim sinh cosh tanh arcsin arccos "
+    "arctan abs floor ceil sum alpha beta gamma delta epsilon zeta eta theta kappa lambda rho sigma tau "
+    "phi chi psi omega infinity infinite zero one two three four five six seven eight nine ten eleven "
+    "twelve twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion "
+    "trillion lakh crore dozen score gross half halve third quarter fourth fifth sixth seventh eighth "
+    "ninth tenth hundredth thousandth millionth and but not plus minus time over divided multiplied "
+    "squared square cubed cube cubic power factorial choose permute fold double triple twice thrice more "
+    "les fewer greater smaller than least most below above under negative positive through until "
+    "versus from out per remainder between except without wrong incorrect false never maybe perhap "
+    "possibly none null nan inf".split()
+)
+_SIZED = re.compile(
+    r"\b(square|sq|cubic|cu)\b\.? ?(?=[^\W\d_])([^\W\d_]+)|(平方|立方)([^\W\d_]+)", re.I
+)
+_UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
+
+
+@lru_cache(4096)
+def read_unit(text):
+    """The one name of a unit in whatever spelling, or None if `text` is none: a unit of the list, up
+    to three unknown words, powers, quotients and products of them.
+
+    >>> read_unit("square meters per second"), read_unit("m^2/s"), read_unit("red balls")
+    ('m^2/s', 'm^2/s', 'red ball')
+    >>> read_unit("million"), read_unit("x"), read_unit("or")
+    (None, None, None)
+    """
+    unknown = []
+
+    def name(match):
+        word, low = match[0], match[0].lower()
+        forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
+        known = next((_UNITS[form] for form in forms if form in _UNITS), None)
+        if not known:
+            unknown.append(len(word) > 2 and word.isascii() and not {*forms} & _NO_UNITS)
+        return known or forms[-1]
+
+    size = lambda m: (
+        (m[2] or m[4]) + ("^2" if (m[1] or m[3])[:2].lower() in ("sq", "平方") else "^3")
+    )
+    text = re.sub(r" ?\bper\b ?", "/", _SIZED.sub(size, text[:60].strip()))
+    text = re.sub(r"(?<=\w) squared\b", "^2", re.sub(r"(?<=\w) cubed\b", "^3", text))
+    text = re.sub(r"(?:°|degrees?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1", text, flags=re.I)
+    text = re.sub(r" ?\^? ?\{?([23]|-[1-9])\}?", r"^\1", text)
+    text = _UNIT_WORD.sub(name, text).rstrip(".")
+    part = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
+    whole = re.fullmatch(rf"/?{part}(?: ?[ /·*⋅.] ?{part})*", text)
+    return text if whole and all(unknown) and len(unknown) < 4 else None
+
+
+_CURRENCY = re.compile(r"([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥₹₩]) ?(?=[+-]?\.?\d)")
+_UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$＄€£¥₹₩¢℃℉])")
+
+
+@lru_cache(4096)
+def split_unit(text):
+    """Plain text -> (text without its unit, the unit's name or ""). Only a number without letters can
+    have a unit of one letter or of unknown words: 2x m is a product.
+
+    >>> split_unit("-$5"), split_unit("9.8 m/s^2"), split_unit("5 cats"), split_unit("2 or 3")
+    (('-5', '$'), ('9.8', 'm/s^2'), ('5', 'cat'), ('2 or 3', ''))
+    """
+    if money := _CURRENCY.match(text):
+        rest, unit = split_unit(money[1] + text[money.end() :])
+        sign = _UNITS[money[2]]
+        return rest, sign if unit in ("", sign) else f"{sign} {unit}"
+    for start in _UNIT_STARTS.finditer(text[:200]):
+        number, tail = text[: start.start()], text[start.end() :]
+        letters = re.search(r"[^\W\d_]", re.sub(r"\\[a-zA-Z]+", "", number.rpartition("=")[2]))
+        known = len(tail) > 1 and tail.lower().rstrip(".") in _UNITS
+        if (known or not letters) and (unit := read_unit(tail)):
+            return number, unit
+    return text, ""
+
+
+_DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?"
+_VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS})(?:[eE]([+-]?\d\d?))?(?: ?/ ?({_DIGITS}))?"
+_VALUE = re.compile(_VALUE, re.ASCII)
+_TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{? ?([+-]?\d\d?) ?\}?")
+_FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
+
+
+def read_value(text):
+    """The Decimal that plain text without a unit is, or None: digits, thousands commas, a power of
+    ten, a fraction, a mixed number, maybe after "x =" or in brackets.
+
+    >>> read_value("x = -1 1/2"), read_value("[6 \\\\times 10^{23}]"), read_value("1,23")
+    (Decimal('-1.5'), Decimal('6E+23'), None)
+    """
+    if len(text) > 200:
+        return None
+    text = re.sub(r"^[^\W\d][\w\\{}()' ]*[=≈]", "", text).strip(" =≈")
+    text = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text)
+    text = _TEN_TO.sub(lambda m: ("e" if m.start() else "1e") + m[1], text)
+    match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", text).strip())
+    if not match:
+        return None
+    sign, whole, number, power, below = match.groups()
+    value = Decimal(number.replace(",", "")).scaleb(int(power or 0))
+    below = Decimal((below or "1").replace(",", ""))
+    return None if not below else (-1 if sign == "-" else 1) * (value / below + int(whole or 0))
+
+
+@lru_cache(4096)
+def read_quantity(text):
+    """(value, unit) of a text that is one number, (None, "") of any other."""
+    number, unit = split_unit(without_lead(plain(text))) if len(text) <= 200 else ("", "")
+    value = read_value(number)
+    return (None, "") if value is None else (value, unit)
 
 
 def read_number(text):
-    """The number that `text` is (as a Decimal), or None. Thousands commas, a currency sign, % and ° may be there.
+    """The number that `text` is (as a Decimal), or None. It may have a unit and stand in LaTeX.
 
     >>> read_number("1,234.50"), read_number("$-5$"), read_number("40%"), read_number("6.0e23")
-    (Decimal('1234.50'), Decimal('-5'), Decimal('40'), Decimal('6.0E+23'))
-    >>> [read_number(t) for t in ("nan", "1e400", "12 cats", "1,23", "9" * 5000, "")]
+    (Decimal("1234.50"), Decimal("-5"), Decimal("40"), Decimal("600000000000000000000000"))
+    >>> [read_number(t) for t in ("nan", "1e400", "5 or 6", "1,23", "9" * 5000, "5 million")]
     [None, None, None, None, None, None]
     """
-    text = plain(text.replace("−", "-")) if len(text) <= 200 else ""
-    digits = r"([+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?(?:e[+-]?\d{1,2})?)"
-    match = re.fullmatch(rf"\\?[$€£]? ?{digits} ?\\?[%°]?\$?", text, re.IGNORECASE | re.ASCII)
-    return Decimal(match[1].replace(",", "")) if match else None
+    return read_quantity(text)[0]
+
+
+_MARK = r"[)\]}]|[.:;!,]|\n| [-–—=(]"  # what may stand between a letter and more text
+_RIGHT = (
+    r" (?:is|was|seems)(?: (?:the|most|clearly|probably))*(?: (?:correct|right|best|true|answer))+"
+)
+_UNSURE = re.compile(
+    r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
+    r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
+    r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
+)
+
+
+def fold(text):
+    """How the texts of options are compared."""
+    return " ".join(text.split()).casefold().strip(" .!\"'")
+
+
+@lru_cache(256)
+def read_options(options):
+    """Tuple of options -> {letter: its text}, {text with or without the letter: letter}."""
+    bodies, names = {}, {}
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
+        whole = fold(plain(str(option)))
+        bodies[letter] = re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)
+        for name in {whole, bodies[letter]}:
+            names[name] = None if name in names else letter  # neither of two that are equal
+    return bodies, names
+
+
+def read_choice(text, options=()):
+    """The letter that `text` chooses, or None if it names none, several, or one beyond the options
+    (a list of "A. the cat" or "the cat").
+
+    >>> [read_choice(t) for t in ("B", "(b)", "B.", "Answer: B", "B is correct", "**B**", "答案是B")]
+    ['B', 'B', 'B', 'B', 'B', 'B', 'B']
+    >>> [read_choice(t) for t in ("Based on this, A", "A or B", "Not B", "B is wrong", "a dog", "")]
+    [None, None, None, None, None, None]
+    >>> read_choice("It is the dog.", ["A. the cat", "B. the dog"])
+    'B'
+    """
+    text = plain(text[:2000])
+    bodies, names = read_options(tuple(options or ()))
+    while True:
+        name = fold(text)
+        if len(name) > 1 and name in names:  # an option's text may itself look like a letter
+            return names[name]
+        lead = _LEAD.match(text)
+        if not lead:
+            break
+        text = text[lead.end() :].strip("*_\"' \n")
+    match = re.match(r"[(\[{]? ?([a-z])(?![\w'])", text, re.IGNORECASE)
+    letter = match and match[1].upper()
+    if not letter or bodies and letter not in bodies:
+        return names.get(name)
+    rest, own = text[match.end() :], bodies.get(letter)
+    said = re.sub(r"^\W+", "", rest)
+    if re.match(r"\W*(?:because|since|as|for)\b", rest):
+        return letter
+    if own and re.match(rf"{re.escape(own)}(?!\w)", said.casefold()):
+        rest = said[len(own) :]
+    elif right := re.match(_RIGHT, rest):
+        rest = rest[right.end() :]
+    elif said and not re.match(_MARK, rest) or fold(said) in names:
+        return None
+    return None if _UNSURE.search(rest) else letter
+
+
+_STATED = (
+    r"\b(?:answer|option|choice|letter|one|it is|it's|i (?:think|choose|pick|select))\b|答案|选"
+)
+_DENIED = (
+    r"\b(?i:not|never|cannot|n?or|n?either|both|except|maybe|perhaps|possibly|might|could|wrong|"
+)
+_DENIED += r"incorrect|unlikely|if|whether|and\s*$)\b|n't|\b[A-Z]\W*$"
+
+
+def stated_choice(text, options):
+    """The letter that prose comes to: the last that is stated, else the one that its sentences are.
+
+    >>> stated_choice("It barks. So, of A and B, the answer is (B).", []), stated_choice("A. B.", [])
+    ('B', None)
+    """
+    stated, alone = [], []
+    for sentence in re.split(r"(?<=[.!?。！？])\s+|\n+", text[-20_000:]):
+        alone.append(read_choice(sentence, options))
+        for start in re.finditer(_STATED, sentence, re.IGNORECASE):
+            before = re.split(
+                r"(?<!\b[A-Z])[,;]|\b(?:so|but|thus|hence)\b", sentence[: start.start()]
+            )
+            if not re.search(_DENIED, before[-1]):
+                stated.append(read_choice(sentence[start.start() :], options))
+    stated, alone = [c for c in stated if c], {c for c in alone if c}
+    return stated[-1] if stated else alone.pop() if len(alone) == 1 else None
+
+
+def answer_of(record, response):
+    """The answer that evaluation and inference grade: find_answer, and where training would not read
+    it, the letter that a prose comes to, or the one JSON answer in it.
+
+    >>> answer_of({"problem_type": "multiple choice"}, "It barks. So the answer is (B).")
+    'B'
+    >>> answer_of({"problem_type": "temporal grounding"}, "<think>.</think>From [1, 2.5].")
+    '{"time": [1, 2.5]}'
+    """
+    answer, kind = find_answer(response), record["problem_type"]
+    if answer and kind in JSON_TYPES:
+        return loose_json(record, answer) or answer
+    if answer and kind == "multiple choice" and not readable(record, answer):
+        return stated_choice(answer, record.get("options")) or answer
+    return answer
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,61 +528,104 @@ def mean_relative_accuracy(p, y):
 
 
 def word_error_rate(p, y):
-    """Word edits that turn text p into text y, per word of y (can exceed 1). Rows of the edit table are vectors.
+    """Word edits that turn text p into text y, per word of y (can exceed 1).
 
     >>> word_error_rate("the dark room", "the dog park")
     0.6666666666666666
     """
-    p, y = p.split(), y.split()
-    ids = {word: i for i, word in enumerate({*p, *y})}
-    p, steps = np.array([ids[word] for word in p]), np.arange(len(p) + 1)
-    row = steps
-    for i, word in enumerate(y):
-        change = np.minimum(
-            row[1:] + 1, row[:-1] + (p != ids[word])
-        )  # leave the word out, or put p's in its place
-        row = (
-            np.minimum.accumulate(np.concatenate(([i + 1], change)) - steps) + steps
-        )  # words of p too many: 1 each
-    return float(row[-1]) / max(1, len(y))
+    p, y = (_UNSPACED.sub(r" \g<0> ", text).split() for text in (p, y))
+    row = list(range(len(p) + 1))  # edits from each beginning of p to a beginning of y
+    for i, word in enumerate(y, 1):
+        above, row = row, [i]
+        for j, other in enumerate(p):
+            row.append(min(above[j] + (word != other), above[j + 1] + 1, row[j] + 1))
+    return row[-1] / max(1, len(y))
+
+
+# Thai, Lao, Burmese, Khmer, Japanese, Chinese: scripts without spaces between words
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
+)
+
+
+def ascii_words(text):
+    """What rouge-score, which sees ASCII only, reads for a text: words of letters and marks of any
+    script, single characters of scripts without spaces. ASCII stays as it is."""
+    if text.isascii():
+        return text
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
+    words = _UNSPACED.sub(r" \g<0> ", kept).split()
+    return " ".join(w if w.isascii() else w.encode().hex() + "0" for w in words)
 
 
 def rouge(p, y):
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. No pair of words in y means no ROUGE-2: one word scores
-    2/3 at most, as in the release. Bounded: reads 20,000 characters, and 40 letters of a word.
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. No pair of words in y means no ROUGE-2:
+    one word scores 2/3 at most, as in the release. Reads 20,000 characters, and 40 of a word.
 
-    >>> rouge("a dog runs", "A dog runs."), round(rouge("cat", "cat"), 4)
-    (1.0, 0.6667)
+    >>> rouge("a dog runs", "A dog runs."), round(rouge("cat", "cat"), 4), rouge("一只狗", "一只狗。")
+    (1.0, 0.6667, 1.0)
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    p, y = (re.sub(r"([A-Za-z0-9]{40})[A-Za-z0-9]+", r"\1", text[:20_000]) for text in (p, y))
-    scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(y, p)
+    p, y = (re.sub(r"([^\W_]{40})[^\W_]+", r"\1", text[:20_000]) for text in (p, y))
+    scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = scores.score(ascii_words(y), ascii_words(p))
     return sum(part.fmeasure for part in scores.values()) / 3
 
 
-def math_equal(p, y):
-    """Symbolic equivalence by math-verify, which gives up after 5 s where Python still listens (hence `Grader`).
-    Main thread of a process only, since it uses SIGALRM.
+_DOLLARS = re.compile(r"\$[^$]*\$(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]*\$)*")
 
-    >>> math_equal("0.5", "$\\\\frac{1}{2}$"), math_equal("30^\\\\circ", "30"), math_equal("2", "\\\\sqrt{3}")
+
+def math_side(text):
+    """What math-verify reads of a text, its unit, and its value if it is one number."""
+    short, unit = split_unit(without_lead(plain(text)))
+    value = None if "=" in short else read_value(short)  # x = 3 is not y = 3
+    dollars = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
+    around = _DOLLARS.sub(" ", dollars)
+    words = re.findall(r"[^\W\d_]+", around.lower())
+    if around != dollars and any(len(w) > 1 for w in words):  # prose around the result
+        if not {*words} & _NO_UNITS and not re.search(r"\d", around):
+            return dollars, unit, value
+    short = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)", short)
+    short = re.sub(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
+    return f"${short}$", unit, value
+
+
+def math_equal(p, y):
+    """Equality of numbers to six decimals, of words as text, of all else by math-verify, which gives
+    up after 5 s where Python still listens (hence `Grader`). Main thread of a process only, since it
+    uses SIGALRM. A percentage equals the number and its hundredth.
+
+    >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("ABC", "ACB")
     (True, True, False)
     """
     if p.split() == y.split():
         return True
     if max(len(p), len(y)) > 2000:
         return False
-    from math_verify import parse, verify
+    (p, p_unit, p_value), (y, y_unit, y_value) = math_side(p), math_side(y)
+    if p_unit and y_unit and p_unit != y_unit:
+        return False
+    if p_value is not None and y_value is not None:
+        scales = (1, 100) if p_unit != y_unit and "%" in (p_unit, y_unit) else (1,)
+        pairs = [(p_value * scale, y_value) for scale in scales]
+        pairs += [(p_value, y_value * scale) for scale in scales]
+        return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
+    words = [
+        re.fullmatch(r"\$[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$", side) for side in (p, y)
+    ]
+    if all(words):
+        p, y = (word[1].casefold() for word in words)
+        return p == y or {*p, *y} <= {*"xyz"} and sorted(p) == sorted(y)
+    names = [sorted(re.findall(r"(?<![\\a-zA-Z])[A-Z]{2,}(?![a-z])", side)) for side in (p, y)]
+    if all(names) and names[0] != names[1]:
+        return False
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig, parse, verify
 
-    parsed = []
-    for text in (y, p):
-        text = plain(text).replace("\\$", "")
-        if text.count("$") < 2 and "\\(" not in text and "\\[" not in text:
-            text = "$" + text.replace("$", "") + "$"
-        parsed.append(
-            parse(text)
-        )  # by a grammar; where that fails by sympy's eval, but digits and operators only
-    return bool(verify(*parsed))
+    rules = NormalizationConfig(malformed_operators=True, nits=True)  # units have been taken off
+    latex = [LatexExtractionConfig(normalization_config=rules)]
+    return bool(verify(parse(y, latex), parse(p, latex)))
 
 
 def is_number(x):
@@ -415,7 +794,8 @@ def polar_scores(url, pairs, seconds=60.0):
 
 
 def accuracy(record, answer):
-    """How right an answer (text inside the tags) is, in [0, 1]. Training and evaluation both grade with this.
+    """How right an answer (text inside the tags) is, in [0, 1]. Training and evaluation both grade
+    with this.
 
     >>> accuracy({"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}, '{"time": [0, 4]}')
     0.3333333333333333
@@ -425,23 +805,19 @@ def accuracy(record, answer):
         raise ValueError(f"problem_type is {kind!r}, expected one of {PROBLEM_TYPES}")
     if not isinstance(answer, str):
         return 0.0
+    answer = unicodedata.normalize("NFC", answer)
     if kind == "multiple choice":
         options = record.get("options")
         letter = read_choice(truth, options)
-        return float(
-            read_choice(answer, options) == letter
-            if letter
-            else answer.casefold() == truth.casefold()
-        )
+        same = read_choice(answer, options) == letter if letter else fold(answer) == fold(truth)
+        return float(same)
     if kind in ("numerical", "regression"):
-        p, y = read_number(answer), read_number(truth)
-        if p is None or y is None:
+        (p, p_unit), (y, y_unit) = read_quantity(answer), read_quantity(truth)
+        if p is None or y is None or (p_unit and y_unit and p_unit != y_unit):
             return 0.0
         if kind == "regression":
             return mean_relative_accuracy(p, y)
-        return float(
-            round(float(p), 2) == round(float(y), 2)
-        )  # rounds the binary float, as the release does
+        return float(round(float(p), 2) == round(float(y), 2))  # of binary floats, as released
     if kind == "math":
         return float(math_equal(answer, truth))
     if kind == "OCR":
@@ -450,16 +826,15 @@ def accuracy(record, answer):
         return rouge(answer, truth)
 
     p, y = read_json(answer), read_json(truth)
+    boxes, times = (p.get("boxes"), y.get("boxes")), (p.get("time"), y.get("time"))
     if kind == "temporal grounding":
-        return iou_1d(p.get("time"), y.get("time"))
+        return iou_1d(*times)
     if kind == "spatial grounding":
-        return iou_box(p.get("boxes"), y.get("boxes"))
+        return iou_box(*boxes)
     if kind == "spatial-temporal grounding":
-        return 0.5 * iou_1d(p.get("time"), y.get("time")) + 0.5 * mean_box_iou(
-            p.get("boxes"), y.get("boxes")
-        )
+        return 0.5 * iou_1d(*times) + 0.5 * mean_box_iou(*boxes)
     if kind == "tracking":
-        return mean_box_iou(p.get("boxes"), y.get("boxes"))
+        return mean_box_iou(*boxes)
     return segmentation_accuracy(p, y, video=record.get("data_type") != "image")
 
 
@@ -547,29 +922,6 @@ def gradable(record):
     places = boxes + y.get("positive_points", []) + y.get("negative_points", [])
     inside = all(0 <= v <= 1000 for place in places for v in place)
     return "" if inside else "has coordinates outside 0-1000"
-
-
-_STATED = re.compile(  # "the answer is (B)", "Option: B"; not "the answer is a dog", "answer A or B", "Answer: BC"
-    r"(?i:answer|option|choice)\b(?:(?!\b[A-Z]\b)[^.\n]){0,20}?[\s:*(\[{]([A-Z])(?![\w'])(?!\W{1,3}(?:(?:or|and)\b|[A-Z]\b))"
-    r"(?!(?<=[AI]) (?!because|since|as\b)[a-z])"
-)
-
-
-def answer_of(record, response):
-    """find_answer; in a multiple choice whose tags hold no choice, the last letter that is stated after the thinking.
-
-    >>> answer_of({"problem_type": "multiple choice", "options": ["A. a cat", "B. a dog"]}, "It barks. So the answer is (B).")
-    'B'
-    """
-    answer = find_answer(response)
-    if answer is None or record["problem_type"] != "multiple choice" or readable(record, answer):
-        return answer
-    stated = []
-    for line in response.rpartition("</think>")[2].splitlines():
-        stated += _STATED.findall(line)
-        bare = line.strip("*_$ ").removesuffix(".")
-        stated += [read_choice(line)] * bool(re.fullmatch(r"(?:\\boxed)?[({\[]?[A-Z][)}\]]?", bare))
-    return stated[-1] if stated else answer
 
 
 class Grader:
