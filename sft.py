@@ -1,28 +1,32 @@
-"""Supervised cold start: one pass over chain-of-thought data, and the forward that reinforcement learning shares.
+"""Supervised cold start: one pass over chain-of-thought data, and the forward that RL shares.
 
-    bash demo.sh                                                   # a laptop: its second part is this script on 2 CPU ranks
+    bash demo.sh                          # a laptop: its second part is this script on 2 CPU ranks
     torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct \\
-        --data onethinker_sft_image.json onethinker_sft_video.json --out runs/sft                             # 8 x 80 GB
+        --data onethinker_sft_image.json onethinker_sft_video.json --out runs/sft       # 8 x 80 GB
 
-A training sequence is a `Group`: one prompt and its n responses, packed as [prompt | R1 | ... | Rn]. The prompt, with its
-thousands of vision tokens, is computed once; response i attends to the prompt and to itself. SFT is n = 1, the rollouts
-of reinforcement learning are n = 8, and both take their log-probabilities from `response_logps`.
+A training sequence is a `Group`: one prompt and its n responses, packed as [prompt | R1 | ... | Rn].
+The prompt, with its thousands of vision tokens, is computed once. Response i attends to the prompt
+and to itself. SFT is n = 1, RL is n = 8; both take their log-probabilities from `response_logps`.
 
-Where this departs from the release: a plain loop over FSDP2 in place of a forked trainer; the loss is the mean over all
-response tokens of the global batch, whatever the rank they are on; prompts are skipped when too long, never cut.
+Where this departs from the release:
+ 1. A plain loop over FSDP2, no trainer.
+ 2. The loss is the mean over all response tokens of the global batch, whatever their rank.
+ 3. A prompt that is too long is skipped and counted, never cut.
+
+Letters of dimensions: T packed tokens, R response tokens, P patches, M media (images and videos),
+V vocabulary, E width of the model, H attention heads, D width of a head.
 """
 
-import argparse
-import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
-import threading
 import time
-from collections import Counter
+from argparse import BooleanOptionalAction
+from collections import Counter, deque
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,36 +38,37 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, Qwen3VLForConditionalGeneration
+from transformers import AutoConfig
+from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 import data
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The forward
 
 
 class Group(NamedTuple):
-    """One prompt and its responses: what is packed, trained, and kept together."""
+    """One prompt and its responses: what is packed and trained together."""
 
     prompt: data.Prompt
     responses: list  # n lists of token ids, each with its end-of-turn token if it has one
 
 
 def pack(groups, device):
-    """(prompt, responses) pairs -> one sequence of T tokens, [prompt | R1 | ... | Rn] after each other, as a dict of
+    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] one group after the other.
 
-    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the row of the sequence that predicts each
-    response token; targets (R,): that token; R counts the response tokens in the order of the groups and their responses;
-    sequences: what attention treats as one causal sequence, a tuple of (begin, end) spans of keys, the last of which holds
-    the queries. [prompt | R1] is such a sequence of one span; every other response has two, its prompt and itself.
+    Returns a dict: ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the
+    row that predicts each response token; targets (R,): that token; sequences: what attention treats
+    as one causal sequence, a tuple of (begin, end) spans of keys, the last of which has the queries.
+    [prompt | R1] is one such span. Every other response has two, its prompt and itself.
     """
     ids, positions, rows, targets, sequences = [], [], [], [], []
     for prompt, responses in groups:
@@ -78,45 +83,33 @@ def pack(groups, device):
             ids += response
             targets += response
             positions.append((first + torch.arange(len(response))).expand(3, -1))
-    patches, grids = (
-        torch.cat([getattr(prompt, name) for prompt, _ in groups]) for name in ("patches", "grids")
-    )
-    batch = dict(
-        ids=torch.tensor(ids), positions=torch.cat(positions, dim=1), patches=patches, grids=grids
-    )
-    batch |= dict(rows=torch.tensor(rows), targets=torch.tensor(targets))
-    return {name: tensor.to(device) for name, tensor in batch.items()} | dict(
-        sequences=tuple(sequences)
-    )
+    batch = dict(ids=ids, rows=rows, targets=targets)
+    batch = {name: torch.tensor(values) for name, values in batch.items()}
+    batch["positions"] = torch.cat(positions, dim=1)
+    for name in ("patches", "grids"):
+        batch[name] = torch.cat([getattr(prompt, name) for prompt, _ in groups])
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    return batch | dict(sequences=tuple(sequences))
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, sequences, **_):
-    """Causal attention in which the responses of a group see their prompt and themselves, not each other.
+    """Causal attention in which the responses of a group see their prompt and themselves only.
 
-    query (1, H, T, D); key, value (1, Hkv, T, D); sequences as `pack` gives them. Returns (1, T, H, D) and None.
-    One varlen call on CUDA, SDPA sequence by sequence on a CPU.
+    query (1, H, T, D); key, value (1, Hkv, T, D); sequences: see `pack`. Returns (1, T, H, D), None.
+    One varlen call on CUDA; SDPA sequence by sequence on a CPU.
     """
-    if query.is_cuda and query.dtype != torch.float32:  # the kernel knows 16 bits only
+    if query.is_cuda and query.dtype != torch.float32:  # the varlen kernel takes 16 bits only
         return varlen_attention(query, key, value, scaling, sequences), None
     out = []
     for spans in sequences:
         begin, end = spans[-1]
-        q, (k, v) = (
-            query[:, :, begin:end],
-            (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (key, value)),
-        )
-        # Causal from the bottom right corner: every query sees the `before` keys that stand before them all.
+        q = query[:, :, begin:end]
+        k, v = (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (key, value))
+        # Causal from the bottom right corner: `before` keys stand before the first query.
         before = k.shape[2] - q.shape[2]
-        mask = (
-            torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(before)
-            if before
-            else None
-        )
-        out += [
-            F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=not before, scale=scaling, enable_gqa=True
-            )
-        ]
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before) if before else None
+        settings = dict(is_causal=not before, scale=scaling, enable_gqa=True)
+        out.append(F.scaled_dot_product_attention(q, k, v, mask, **settings))
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -125,105 +118,77 @@ def varlen_attention(query, key, value, scaling, sequences):
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     key_rows, *plan = varlen_plan(sequences, query.device)
     key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
-    # The queries stand in the order of the sequences already. (-1, 0) is causal, aligned at the bottom right.
-    return varlen_attn(
-        query, key, value, *plan, scale=scaling, window_size=(-1, 0), enable_gqa=True
-    )[None]
+    # Queries are in the order of the sequences already. (-1, 0): causal from the bottom right.
+    settings = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
+    return varlen_attn(query, key, value, *plan, **settings)[None]
 
 
-@lru_cache(2)  # all layers of a micro-batch ask for the same
+@lru_cache(2)  # all layers of a micro-batch ask for the same plan
 def varlen_plan(sequences, device):
-    """The rows of all keys; where the queries and the keys of each sequence begin; the most queries and keys of one."""
+    """Rows of all keys; offsets of the queries and keys of each sequence; longest of each."""
     key_rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
     queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
     keys = [sum(end - begin for begin, end in spans) for spans in sequences]
-    offsets = [
-        torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32) for lengths in (queries, keys)
-    ]
+    offsets = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
+    offsets = [offset.to(device, torch.int32) for offset in offsets]
     return key_rows.to(device), *offsets, max(queries), max(keys)
 
 
-def frame_attention(
-    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **_
-):
-    """The vision tower's attention on CUDA: every frame attends to itself, all frames of all media in one call.
+def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max_length_q, **_):
+    """The vision tower's attention on CUDA: each frame attends to itself, all frames in one call.
 
     query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D) and None.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    offsets, longest = cu_seq_lens_q, int(max_length_q)
-    return varlen_attn(query, key, value, offsets, offsets, longest, longest, scale=scaling)[
-        None
-    ], None
+    plan = cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q)
+    return varlen_attn(query, key, value, *plan, scale=scaling)[None], None
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register(
-    "shared_prefix", lambda *args, **kwargs: None
-)  # the sequences say all there is to mask
-AttentionInterface.register(
-    "flash_frames", frame_attention
-)  # transformers passes whole films to names with "flash"
+AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # sequences say it
+AttentionInterface.register("flash_frames", frame_attention)  # "flash": all frames in one call
 
 
 class ChunkedLogps(torch.autograd.Function):
-    """See `chunked_logps`. Logits live for one chunk at a time; the backward pass computes them again, and turns them in
-    place into -d log p(token) / d logits = softmax(logits) - onehot(token)."""
+    """See `chunked_logps`. The backward pass computes the logits again, and turns them in place into
+    -d log p(token) / d logits = softmax(logits) - onehot(token)."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, entropy):
+    def forward(ctx, hidden, weight, targets, chunk):
         wide = weight.float()
-        logps, normalisers, entropies = [], [], []
+        logps, normalisers = [], []
         for rows, tokens in zip(hidden.split(chunk), targets.split(chunk)):
             logits = rows.float() @ wide.T  # (chunk, V)
-            normaliser = logits.logsumexp(-1)  # (chunk,)
-            logps.append(logits.gather(-1, tokens[:, None])[:, 0] - normaliser)
-            normalisers.append(normaliser)
-            if entropy:
-                probabilities = (logits - normaliser[:, None]).exp_()
-                entropies.append(normaliser - torch.linalg.vecdot(probabilities, logits))
+            normalisers.append(logits.logsumexp(-1))  # (chunk,)
+            logps.append(logits.gather(-1, tokens[:, None])[:, 0] - normalisers[-1])
         ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
         ctx.chunk = chunk
-        entropies = torch.cat(entropies) if entropy else torch.empty(0, device=hidden.device)
-        ctx.mark_non_differentiable(entropies)
-        return torch.cat(logps), entropies
+        return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad):
         hidden, weight, targets, normalisers = ctx.saved_tensors
         wide = weight.float()
-        grad_hidden, grad_weight = (
-            torch.empty_like(hidden),
-            torch.zeros_like(wide),
-        )  # all chunks add up in float32
-        chunks = zip(
-            *(x.split(ctx.chunk) for x in (hidden, targets, normalisers, grad, grad_hidden))
-        )
-        for rows, tokens, normaliser, scale, out in chunks:
-            slope = torch.addmm(
-                -normaliser[:, None], rows.float(), wide.T
-            ).exp_()  # the probabilities
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)
+        columns = (hidden, targets, normalisers, grad, grad_hidden)
+        for rows, tokens, normaliser, scale, out in zip(*(x.split(ctx.chunk) for x in columns)):
+            slope = torch.addmm(-normaliser[:, None], rows.float(), wide.T).exp_()  # softmax
             slope.scatter_add_(1, tokens[:, None], slope.new_full((len(tokens), 1), -1.0))
             out.copy_((slope @ wide) * -scale[:, None])
-            grad_weight.addmm_(slope.T, rows.float() * -scale[:, None])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
+            grad_weight.addmm_(slope.T, rows.float() * -scale[:, None])  # sums up in float32
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
-def chunked_logps(hidden, weight, targets, chunk=1024, entropy=False):
-    """Log-probability of each target token, in float32, with `chunk` rows of logits in memory at a time, forward and backward.
-
-    hidden (R, E), weight (V, E), targets (R,). Returns (R,); with `entropy` also the entropy of each row's distribution in
-    nats, (R,), which carries no gradient.
-    """
-    logps, entropies = ChunkedLogps.apply(hidden, weight, targets, chunk, entropy)
-    return (logps, entropies) if entropy else logps
+def chunked_logps(hidden, weight, targets, chunk=1024):
+    """Log-probability of each target token in float32, with `chunk` rows of logits in memory at a
+    time, forward and backward. hidden (R, E), weight (V, E), targets (R,). Returns (R,)."""
+    return ChunkedLogps.apply(hidden, weight, targets, chunk)
 
 
-def response_logps(model, batch, entropy=False):
-    """log p(response token | prompt, response so far) for all R response tokens of a packed batch. Returns (R,) float32; with
-    `entropy` a second (R,), see `chunked_logps`.
+def response_logps(model, batch):
+    """log p(response token | prompt, response so far) for the R response tokens of a packed batch.
 
-    The vision tower runs exactly once, also when there is nothing to see: under FSDP every rank must make the same calls.
+    Returns (R,) float32. The vision tower runs exactly once, also without media: see DUMMY.
     """
     visual, language = model.model.visual, model.model.language_model
     ids, patches, grids = batch["ids"], batch["patches"], batch["grids"]
@@ -231,468 +196,321 @@ def response_logps(model, batch, entropy=False):
     is_vision = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)  # (T,)
 
     blind = len(patches) == 0
-    if blind:  # a grey picture of one token, whose features are multiplied by zero below
-        patches, grids = patches.new_full((4, patches.shape[1]), 128), grids.new_tensor([[1, 2, 2]])
+    if blind:  # a grey image of one token, whose features are multiplied by zero below
+        patches = patches.new_full((4, patches.shape[1]), 128)
+        grids = grids.new_tensor([[1, 2, 2]])
     pixels = patches.float() / 127.5 - 1  # Qwen3-VL's normalisation: mean 0.5, std 0.5
     features = visual(pixels.to(embeddings.dtype), grid_thw=grids, return_dict=True)
-    tokens, deepstack = features.pooler_output, features.deepstack_features  # (V, E), [(V, E)]
+    tokens, levels = features.pooler_output, features.deepstack_features  # (P / 4, E), and a list
+    inputs = dict(position_ids=batch["positions"][:, None], sequences=batch["sequences"])
     if blind:
-        embeddings, seen = (
-            embeddings + 0 * (tokens.sum() + sum(level.sum() for level in deepstack)),
-            {},
-        )
+        embeddings = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in levels))
     else:
-        assert is_vision.sum() == len(tokens), (
-            f"{is_vision.sum()} vision tokens, {len(tokens)} vision features"
-        )
+        assert is_vision.sum() == len(tokens), "vision tokens and vision features differ in number"
         embeddings = embeddings.masked_scatter(is_vision[:, None], tokens.to(embeddings.dtype))
-        seen = dict(visual_pos_masks=is_vision[None], deepstack_visual_embeds=deepstack)
-
-    text = dict(
-        inputs_embeds=embeddings[None],
-        position_ids=batch["positions"][:, None],
-        sequences=batch["sequences"],
-    )
-    hidden = language(**text, **seen, use_cache=False).last_hidden_state[0]  # (T, E)
-    return chunked_logps(
-        hidden[batch["rows"]], model.lm_head.weight, batch["targets"], entropy=entropy
-    )
+        inputs |= dict(visual_pos_masks=is_vision[None], deepstack_visual_embeds=levels)
+    hidden = language(inputs_embeds=embeddings[None], **inputs, use_cache=False)
+    rows = hidden.last_hidden_state[0, batch["rows"]]  # (R, E)
+    return chunked_logps(rows, model.lm_head.weight, batch["targets"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Micro-batches
 
-PAIRS_PER_TOKEN = (
-    20_000  # that cost as much as one token's matrices: 2 * 193e6 / (4 * 4096) in a layer of the 8B
-)
-
-
-def attended_pairs(queries, keys):
-    """Query-key pairs of a causal sequence in which the last of `keys` tokens ask.
-
-    >>> attended_pairs(6, 6), attended_pairs(2, 6)  # 1 + 2 + 3 + 4 + 5 + 6, 5 + 6
-    (21, 11)
-    """
-    return queries * keys - queries * (queries - 1) // 2
+# FSDP gathers and reduces each layer by collectives, so every rank must make the same forward and
+# backward calls, the vision tower included. A rank that has fewer micro-batches than another runs
+# this dummy in their place, with its loss multiplied by zero.
+NO_MEDIA = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
+ORIGIN = torch.zeros(3, 1, dtype=torch.int64).numpy()
+DUMMY = Group(data.Prompt({}, [0], ORIGIN, *NO_MEDIA, vllm={}), [[0]])
 
 
 def microbatches(groups, tokens_per_microbatch):
-    """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens and of like cost; as many on every rank.
+    """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens, first fit, longest
+    first; equally many on every rank (all ranks call this, see DUMMY).
 
-    Returns a list of ([Group], positions (R,)): where the response tokens of these groups stand among all response tokens of
-    `groups`, so that values per token find their way. A group too large by itself is split by responses, and each part
-    computes the prompt once. FSDP's collectives must match, so a rank with little to do spreads it thin; one with fewer parts
-    than another has micro-batches gets ([], []), which `update` runs as a dummy.
+    Returns a list of ([Group], positions (R,)): where their response tokens stand among those of all
+    `groups`. ([], []) stands for a dummy. A group that is too long is split by responses; each part
+    computes the prompt once more.
     """
-    parts, position = [], 0  # (cost, tokens, Group, positions of its response tokens)
+    parts, position = [], 0  # (tokens, Group, positions of its response tokens)
     for prompt, responses in groups:
-        shares, length = [[]], len(prompt.token_ids)
+        start, shares = len(prompt.token_ids), [[]]
         for response in responses:
-            if (
-                shares[-1]
-                and length + sum(map(len, shares[-1])) + len(response) > tokens_per_microbatch
-            ):
+            length = start + sum(map(len, shares[-1])) + len(response)
+            if shares[-1] and length > tokens_per_microbatch:
                 shares.append([])
             shares[-1].append(response)
         for share in shares:
-            lengths = [len(response) for response in share]
-            tokens, at = length + sum(lengths), torch.arange(position, position + sum(lengths))
-            pairs = attended_pairs(length, length) + sum(
-                attended_pairs(n, length + n) for n in lengths
-            )
-            parts.append((tokens + pairs / PAIRS_PER_TOKEN, tokens, Group(prompt, share), at))
-            position += sum(lengths)
-    parts.sort(key=lambda part: -part[0])
-    count = max(1, *gather(math.ceil(sum(part[1] for part in parts) / tokens_per_microbatch)))
-    while any(gather((bins := spread(parts, count, tokens_per_microbatch)) is None)):
-        count += 1  # on all ranks
-    bins.sort(key=lambda members: -sum(part[0] for part in members))  # heavy ones meet heavy ones
-    none = torch.arange(0)
-    return [
-        ([group for *_, group, _ in members], torch.cat([none, *(at for *_, at in members)]))
-        for members in bins
-    ]
+            length = sum(map(len, share))
+            parts.append((start + length, Group(prompt, share), range(position, position + length)))
+            position += length
+    bins = []
+    for part in sorted(parts, key=lambda part: -part[0]):
+        for members in bins:
+            if sum(member[0] for member in members) + part[0] <= tokens_per_microbatch:
+                members.append(part)
+                break
+        else:
+            bins.append([part])
+    bins += [[]] * (max(1, *gather(len(bins))) - len(bins))
+    result = []
+    for members in bins:
+        at = [i for *_, positions in members for i in positions]
+        result.append(([group for _, group, _ in members], torch.tensor(at, dtype=torch.int64)))
+    return result
 
 
-def spread(parts, count, most_tokens):
-    """Deals parts (cost, tokens, ...), costliest first, each to the bin with the least work so far that has room.
-
-    Returns `count` lists of parts, or None where they do not fit. A part over `most_tokens` gets a bin of its own.
-
-    >>> spread([(5, 5, "a"), (3, 3, "b"), (2, 2, "c")], 2, most_tokens=6)
-    [[(5, 5, 'a')], [(3, 3, 'b'), (2, 2, 'c')]]
-    """
-    bins = [[] for _ in range(count)]
-    for part in parts:
-        fitting = [
-            members
-            for members in bins
-            if not members or sum(m[1] for m in members) + part[1] <= most_tokens
-        ]
-        if not fitting:
-            return None
-        min(fitting, key=lambda members: sum(m[0] for m in members)).append(part)
-    return bins
-
-
-NO_MEDIA = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
-DUMMY = Group(
-    data.Prompt({}, [0], torch.zeros(3, 1, dtype=torch.int64).numpy(), *NO_MEDIA, vllm={}), [[0]]
-)
-
-
-def count_parameters(module):
-    return sum(param.numel() for param in module.parameters())
-
-
-def training_flops(model, batch, recompute):
-    """FLOPs that forward and backward of a packed batch execute: 2 per weight and row that meets it, 4 * width per
-    query-key pair and layer; the backward pass costs two forwards, recomputation a third, and the head always recomputes.
-    """
-    text, vision = model.config.text_config, model.config.vision_config
-    visual, tower = model.model.visual, model.model.language_model
-    sequences = [
-        [end - begin for begin, end in spans] for spans in batch["sequences"]
-    ]  # the queries of each come last
-    pairs = sum(attended_pairs(lengths[-1], sum(lengths)) for lengths in sequences)
-    body = 2 * count_parameters(tower.layers) * len(batch["ids"])
-    body += 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
-    frames = [
-        height * width for time, height, width in batch["grids"].tolist() for _ in range(time)
-    ]  # patches each
-    blocks = count_parameters(visual.blocks)
-    body += 2 * blocks * sum(frames) + 2 * (count_parameters(visual) - blocks) * sum(frames) // 4
-    body += 4 * vision.hidden_size * vision.depth * sum(patches**2 for patches in frames)
-    head = 2 * model.lm_head.weight.numel() * len(batch["rows"])
-    return (4 if recompute else 3) * body + 4 * head
-
-
-def reset_peak_memory():
-    """From here on `peak_memory_gb` counts anew."""
-    if torch.cuda.is_available():
-        return torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # some sandboxes have no such file
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_gb():
-    """Largest memory since `reset_peak_memory`: what PyTorch took of the GPU, or this process of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e6
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Distributed: one process per device, FSDP2. A single process is a group of one, so there is no other code path.
+# --------------------------------------------------------------------------------------------------
+# Distributed: one process per device, FSDP2. A single process is a group of one.
 
 
 def init_distributed():
     """Joins torchrun's process group (or makes a group of one). Returns rank, world size, device."""
-    for name, value in dict(
-        RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
-    ).items():
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    for name, value in alone.items():
         os.environ.setdefault(name, value)
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
         if local >= (count := torch.cuda.device_count()):
-            raise SystemExit(
-                f"rank {rank} wants GPU {local}, but this machine has {count}: lower --nproc-per-node"
-            )
+            raise SystemExit(f"rank {rank} has no GPU, there are {count}: lower --nproc-per-node")
+        # Micro-batches differ in size: less fragmentation. vLLM's pool switches it off for itself.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    patience = timedelta(minutes=60)  # a rank may roll out long after the others are done
-    store, *_ = next(dist.rendezvous("env://", timeout=patience))
-    # A restart by torchrun finds the store of the run before: the addresses of dead ranks must not be taken for living ones.
+    timeout = timedelta(minutes=60)  # a rank may roll out long after the others are done
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+    # After a restart by torchrun the store still has the addresses of the ranks that died.
     store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return rank, world, device
 
 
 def gather(value):
-    """One small Python object per rank -> the list of all, on every rank."""
+    """One small Python object per rank -> the list of all, on every rank. All ranks call this."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
 
 
 def global_sum(*values):
-    """Sums numbers over all ranks. One number in, one out; several in, a list out."""
+    """Sums numbers over all ranks: one number in, one out; several in, a list out. All call this."""
     totals = [sum(column) for column in zip(*gather(values))]
     return totals if len(values) > 1 else totals[0]
 
 
-def load_model(path, device, dtype, trainable=True, shard_size=None):
-    """A Hugging Face Qwen3-VL folder -> FSDP2-sharded model with float32 master weights that computes in `dtype`.
+def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=False):
+    """A Hugging Face Qwen3-VL -> FSDP2-sharded model, float32 weights, that computes in `dtype`.
 
-    Only rank 0 reads the weights, the others receive their shards by broadcast: host memory holds one copy, not one per rank.
-    trainable=False: frozen, weights kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer
-    (default: all); with the GPUs of one node, gathers stay inside it and only gradients cross the network.
+    Rank 0 reads the weights and broadcasts the shards, so host memory holds one copy, not one per
+    rank. trainable=False: frozen, kept in `dtype` (the KL reference). shard_size: ranks that share
+    one copy of the trainer (default: all); with the GPUs of one node, gathers stay inside it and only
+    gradients cross the network. recompute: activations of a layer are computed again in backward.
     """
-    if (
-        dtype == torch.bfloat16
-    ):  # TF32 for the head: its operands are bfloat16 values, and its gradient becomes one
+    if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values anyway
         torch.set_float32_matmul_precision("high")
-    master = torch.float32 if trainable else dtype
-    weights, generation = {}, None
+    master, weights, generation = torch.float32 if trainable else dtype, {}, None
     if dist.get_rank() == 0:
-        whole = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=master, use_safetensors=True
-        )
+        whole = Qwen3VL.from_pretrained(path, dtype=master, use_safetensors=True)
         weights, generation = whole.state_dict(), whole.generation_config
     with torch.device("meta"):
-        model = Qwen3VLForConditionalGeneration(AutoConfig.from_pretrained(path)).to(master)
-    vision_attention = (
-        "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
-    )
-    model.set_attn_implementation(
-        {"text_config": "shared_prefix", "vision_config": vision_attention}
-    )
+        model = Qwen3VL(AutoConfig.from_pretrained(path)).to(master)
+    data.one_matrix_patch_embedding(model.model.visual)
+    vision = "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
+    model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision})
     model.requires_grad_(trainable)
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
     world = dist.get_world_size()
     shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
-    # Inputs are left as they are: patches arrive as uint8, and the rotary tables of the vision tower stay in float32.
-    precision = MixedPrecisionPolicy(
-        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-    )
+    # Inputs stay as they are: patches are uint8, and rotary tables stay in float32.
+    precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     model.response_logps = partial(response_logps, model)
-    register_fsdp_forward_method(
-        model, "response_logps"
-    )  # enters through the root, which gathers embeddings and head
+    register_fsdp_forward_method(model, "response_logps")  # the root gathers embeddings and head
 
     model.to_empty(device=device)
-    for (
-        module
-    ) in model.modules():  # rotary tables are in no checkpoint: to_empty leaves garbage in them
+    for module in model.modules():  # rotary tables are in no checkpoint, to_empty left garbage
         if hasattr(module, "original_inv_freq"):
-            fresh = type(module)(module.config)
-            module.inv_freq, module.original_inv_freq = (
-                fresh.inv_freq.to(device),
-                fresh.original_inv_freq.to(device),
-            )
+            fresh = type(module)(module.config).inv_freq.to(device)
+            module.inv_freq, module.original_inv_freq = fresh, fresh.clone()
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(model, weights, options=options)
     model.tie_weights()
-    model.generation_config = generation  # stop tokens, which `export_model` passes on
+    model.generation_config = generation
     return model.train()
 
 
 def adamw(model, lr, weight_decay):
     params = [param for param in model.parameters() if param.requires_grad]
-    optimizer = torch.optim.AdamW(
-        params, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999), fused=True
-    )
-    states.get_state_dict(
-        model, optimizer
-    )  # makes the moments, by a step without gradient that Adam must not count:
-    for state in optimizer.state.values():
-        state["step"].zero_()
-    return optimizer
+    return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(model, optimizer, grad_clip, loss):
-    """Clips the global gradient norm and steps. Where the norm or the loss (of all ranks) is not finite nothing moves, on
-    all ranks alike. Returns the norm before clipping (float; nan when the step was skipped)."""
+    """Clips the global gradient norm and steps. Nothing moves, on any rank, where the norm or the
+    loss of all ranks is not finite. Returns the norm before clipping; nan if the step was skipped."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).full_tensor().item()
-    if finite := math.isfinite(norm + loss):
+    finite = math.isfinite(norm + loss)
+    if finite:
         optimizer.step()
     optimizer.zero_grad()
     return norm if finite else math.nan
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
-def published(out):
-    """The folders of a run's checkpoints, oldest first."""
+def start_run(args, may_change=()):
+    """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, {} if
+    there is none. All ranks call this before a model is loaded. Refuses to resume with settings that
+    the run did not begin with, but for those in `may_change`; --force takes the new ones."""
+    folders = list_checkpoints(args.out)
+    state = json.loads((folders[-1] / "state.json").read_text()) if folders else {}
+    old, new = state.get("args", {}), vars(args)
+    changed = {name for name in new if old.get(name, new[name]) != new[name]} - {*may_change}
+    if changed and not args.force:
+        said = [f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}" for name in changed]
+        data.refuse(f"{args.out}: other settings than before: {'; '.join(said)} (see --force)")
+    if dist.get_rank() == 0:
+        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        noted = dict(commit=commit, torch=torch.__version__, transformers=transformers.__version__)
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            Path(args.out, "args.json").write_text(json.dumps(new | noted, indent=1))
+        except OSError as error:
+            data.refuse(f"--out {args.out} cannot be written: {error}")
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            truncate_log(Path(args.out, name), state.get("step", 0))
+    dist.barrier()
+    return state
+
+
+def list_checkpoints(out):
+    """The folders of a run's checkpoints, oldest first. One that is not whole has another name."""
     return sorted(Path(out, "checkpoints").glob("step-*[0-9]"))
 
 
-def save_checkpoint(out, model, optimizer, state, group, keep, tally):
-    """Copies weights and optimiser state; returns a thread that writes the copy (see `publish`) while training goes on: join it
-    before the next save, and at the end.
+def save_checkpoint(args, model, optimizer, state):
+    """Writes weights, optimiser and `state` (JSON, with "step") to checkpoints/step-*. All ranks call.
 
-    state: JSON (step, cursor, ...). group: a gloo process group for nothing but this. keep: how many checkpoints stay.
+    Written aside, then renamed: a checkpoint is there whole or not at all. A save that fails raises
+    OSError, and the older checkpoints stay.
     """
-    folder = Path(out, "checkpoints", f"step-{state['step']:06d}.tmp")
+    folder = Path(args.out, "checkpoints", f"step-{state['step']:06d}")
+    aside = folder.with_suffix(".tmp")
     if dist.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed while it wrote
+        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it wrote
     dist.barrier()
-    state = state | dict(parameters=count_parameters(model))
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
-    content = dict(model=model_state, optimizer=optimizer_state)
-    writing = dcp.async_save(content, checkpoint_id=folder, process_group=group)
-    thread = threading.Thread(
-        target=publish, args=(writing, folder, state, keep, tally), daemon=True
-    )
-    thread.start()
-    return thread
-
-
-def publish(writing, folder, state, keep, tally):
-    """Waits until all ranks have written, then renames: a checkpoint is there as a whole or not at all, `latest` comes last.
-
-    A save that fails is said loudly, counted (tally["failed_saves"]) and cleared away; the run and older checkpoints go on.
-    """
-    error = writing.exception()
-    if dist.get_rank() > 0:
-        return
     try:
-        if error:
-            raise OSError(error)
-        files = {path.name: path.stat().st_size for path in folder.iterdir()}
-        (folder / "trainer_state.json").write_text(json.dumps(state | dict(files=files), indent=1))
-        whole, latest = folder.with_suffix(""), folder.with_name("latest")
-        shutil.rmtree(whole, ignore_errors=True)
-        folder.rename(whole)
-        latest.with_suffix(".tmp").write_text(whole.name)
-        latest.with_suffix(".tmp").replace(latest)
-        for old in published(whole.parents[1])[:-keep]:
-            shutil.rmtree(old)
-    except OSError as failure:
-        tally["failed_saves"] += 1
+        dcp.save(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=aside)
+    except dcp.api.CheckpointException as error:
+        raise OSError(f"{folder} could not be saved, older ones are whole: {error}") from error
+    if dist.get_rank() == 0:
+        with open(aside / "state.json", "w") as file:
+            json.dump(state | dict(args=vars(args)), file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())  # dcp.save has done so with its own files
         shutil.rmtree(folder, ignore_errors=True)
-        print(
-            f"WARNING: step {state['step']} could not be saved, the run goes on: {failure}",
-            flush=True,
-        )
+        aside.rename(folder)
+        for old in list_checkpoints(args.out)[: -args.keep]:
+            shutil.rmtree(old)
+    dist.barrier()
 
 
-def find_checkpoint(out):
-    """The newest complete checkpoint of a run -> its folder and its state; (None, {}) for a run that has none yet.
-
-    A damaged one (a file is missing or has another size than when it was published) is named and passed over; when all are,
-    the run does not begin anew by itself.
-    """
-    folders, found = published(out), [None, {}]
-    for folder in reversed(folders) if dist.get_rank() == 0 else ():
-        try:
-            state = json.loads((folder / "trainer_state.json").read_text())
-            if cut := [
-                name
-                for name, size in state["files"].items()
-                if (folder / name).stat().st_size != size
-            ]:
-                raise ValueError(f"{cut[0]} has another size than when it was saved")
-            found = [folder, state]
-            break
-        except (OSError, ValueError, KeyError) as error:
-            print(
-                f"WARNING: the checkpoint {folder} is damaged ({error}); trying the one before",
-                flush=True,
-            )
-    dist.broadcast_object_list(found)
-    if folders and found[0] is None:
-        data.refuse(f"all checkpoints under {out} are damaged: remove the folder to begin anew")
-    return tuple(found)
-
-
-def check_resume(state, args, may_change):
-    """Refuses to go on with other settings than a run began with, `may_change` aside; --force takes the new ones."""
-    new, old = vars(args), state.get("args", {})
-    changed = [
-        name for name in new if name in old and old[name] != new[name] and name not in may_change
-    ]
-    if changed and not args.force:
-        differences = "; ".join(
-            f"--{name.replace('_', '-')} was {old[name]}, is now {new[name]}" for name in changed
-        )
-        data.refuse(
-            f"{args.out} was begun with other settings: {differences}. --force goes on with the new ones"
-        )
-
-
-def load_checkpoint(folder, state, model, optimizer):
-    """Restores weights and optimiser state in place, on any number of ranks."""
-    if state["parameters"] != (count := count_parameters(model)):
-        data.refuse(
-            f"{folder} holds a model of {state['parameters']} parameters, --model has {count}"
-        )
+def load_checkpoint(args, model, optimizer):
+    """Restores weights and optimiser from the newest checkpoint, if any, on any number of ranks."""
+    folders = list_checkpoints(args.out)
+    if not folders:
+        return
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
-    dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folder)
-    states.set_state_dict(
-        model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state
-    )
-
-
-def check_room(out, model, keep, exports=1):
-    """Refuses a disk without room for the checkpoints to come (weights and two Adam moments in float32; one more than is kept,
-    since the newest is written before the oldest goes) and for so many exported models (bfloat16)."""
-    needed = (
-        count_parameters(model) * (12 * max(keep + 1 - len(published(out)), 1) + 2 * exports) / 1e9
-    )
-    free = min(gather(shutil.disk_usage(out).free)) / 1e9  # of the node that has least
-    if free < needed:
-        data.refuse(
-            f"--out {out} has {free:.2f} GB free, checkpoints and exported models need {needed:.2f} GB more"
-        )
+    dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folders[-1])
+    states.set_model_state_dict(model, model_state)
+    states.set_optimizer_state_dict(model, optimizer, optimizer_state)
+    for group in optimizer.param_groups:  # the old ones came with the checkpoint
+        group.update(lr=args.lr, weight_decay=args.weight_decay)
 
 
 def full_weights(model, dtype):
-    """(Hugging Face name, whole tensor in `dtype`) of every weight, one at a time, on every rank.
+    """(Hugging Face name, whole tensor in `dtype`) of every weight, one at a time. All ranks call it.
 
-    Cast before the gather: half the traffic. A tied head comes under both its names: vLLM packs the head separately.
+    Cast before the gather: half the traffic. A tied head comes under both its names: vLLM on a CPU
+    packs the head separately.
     """
     for name, shard in model.state_dict().items():
         yield name, shard.to(dtype).full_tensor()
 
 
-def export_model(model, processor, out):
-    """Writes a folder that transformers and vLLM load as it is: bfloat16 safetensors, config, processor, chat template."""
-    rank0, weights = dist.get_rank() == 0, {}
+NOT_COPIED = ("safetensors", "index.json", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx")
+NOT_COPIED += ("metrics.jsonl", "rollouts.jsonl", "args.json")  # ours: RL starts from an SFT run
+
+
+def export_model(model, source, out):
+    """Writes a folder that transformers and vLLM load as it is. All ranks call this.
+
+    bfloat16 safetensors, and all other files of the input folder or hub id `source` as they are: what
+    a newer transformers writes, an older one may not read. Of the config only the dtype is changed.
+    """
+    weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
-        if rank0 and not (name == "lm_head.weight" and model.config.tie_word_embeddings):
-            weights[name] = tensor.cpu().clone()  # a gathered tensor may be a view of a padded one
-    if rank0:
+        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
+        if dist.get_rank() == 0 and not tied:
+            weights[name] = tensor.cpu().clone()  # it may be a view of a padded tensor
+    if dist.get_rank() == 0:
+        if not os.path.isdir(source):
+            source = snapshot_download(source, ignore_patterns=["*." + end for end in NOT_COPIED])
         os.makedirs(out, exist_ok=True)
         save_torch_state_dict(weights, out)
-        model.config.dtype = torch.bfloat16
-        for part in (model.config, model.generation_config, processor):
-            part.save_pretrained(out)
+        for path in Path(source).iterdir():
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copyfile(path, Path(out, path.name))
+        config = json.loads(Path(source, "config.json").read_text())
+        for part in [config, *config.values()]:
+            for key in {"dtype", "torch_dtype"} & set(part if isinstance(part, dict) else ()):
+                part[key] = "bfloat16"
+        Path(out, "config.json").write_text(json.dumps(config, indent=2))
     dist.barrier()
 
 
 def log_metrics(out, row):
-    """Appends one line to metrics.jsonl (rank 0)."""
+    """Appends one line to metrics.jsonl (rank 0). A number that is not finite becomes null."""
     if dist.get_rank() == 0:
-        with open(os.path.join(out, "metrics.jsonl"), "a") as file:
+        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        with open(Path(out, "metrics.jsonl"), "a") as file:
             file.write(json.dumps(row) + "\n")
 
 
-def forget_after(step, path):
-    """Drops the lines of a log that a killed run wrote for steps it did not save; they will be run, and logged, again."""
-    if dist.get_rank() == 0 and os.path.exists(path):
-        with open(path) as file:
-            lines = [
-                line for line in file if line.endswith("\n") and json.loads(line)["step"] <= step
-            ]
-        Path(f"{path}.tmp").write_text("".join(lines))
-        os.replace(f"{path}.tmp", path)
+def truncate_log(path, step):
+    """Drops the lines of steps after the last checkpoint: they will be run, and logged, again."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
 
 
-def start_run(args):
-    """Makes the run folder and notes what reruns it: arguments, versions, commit. Refuses a folder it cannot write to."""
-    if dist.get_rank() == 0:
-        commit = subprocess.getoutput(f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD")
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            noted = vars(args) | dict(
-                commit=commit, torch=torch.__version__, transformers=transformers.__version__
-            )
-            Path(args.out, "args.json").write_text(json.dumps(noted, indent=1))
-        except OSError as error:
-            data.refuse(f"--out {args.out} cannot be written: {error}")
-    dist.barrier()
+def peak_gb():
+    """Largest memory since the last call: of the GPU, or, since the start, of this CPU process."""
+    if not torch.cuda.is_available():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
+def where_it_is(out, step, steps):
+    """The last line of a run."""
+    more = "; the same command goes on from here" if step < steps else ""
+    return f"step {step} of {steps}: model in {out}{more}. Curves: python tests/curves.py {out}"
 
 
 class Stop:
-    """Notices SIGTERM, Ctrl-C and the end of --minutes. `now()` is the same on all ranks; ask it once a step."""
+    """Notices SIGTERM, Ctrl-C and the end of --minutes, which count from here."""
 
     def __init__(self, minutes=None):
         self.deadline, self.signals = time.time() + 60 * (minutes or math.inf), []
@@ -700,30 +518,29 @@ class Stop:
             signal.signal(number, lambda number, _: self.signals.append(number))
 
     def now(self):
+        """Whether any rank was asked to stop. All ranks call this; all get the same answer."""
         return any(gather(bool(self.signals) or time.time() > self.deadline))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Supervised fine-tuning
 
 
-def training_pair(record, processor, limits):
-    """A record -> Group of its prompt and its one response: what it demonstrates, and the end-of-turn token."""
-    prompt, tokenizer = data.encode(record, processor, limits), processor.tokenizer
+def training_pair(record, processor, limits, prompts=data.PROMPTS):
+    """A record -> Group of its prompt and one response: its demonstration and the end of the turn."""
+    prompt = data.encode(record, processor, limits, prompts)
     prompt.vllm = None
-    response = tokenizer(data.demonstration(record), add_special_tokens=False)["input_ids"] + [
-        tokenizer.eos_token_id
-    ]
-    length = len(prompt.token_ids) + len(response)
-    if length > (most := limits.max_prompt_tokens):
-        raise data.MediaError("too_long", f"{length} tokens with the response, the limit is {most}")
+    response = data.target_ids(prompt, processor.tokenizer)
+    length, limit = len(prompt.token_ids) + len(response), limits.max_prompt_tokens
+    if length > limit:
+        raise data.MediaError("too_long", f"{length} tokens with the response, limit {limit}")
     return Group(prompt, [response])
 
 
 def learning_rate(step, steps, peak, warmup_share):
     """Cosine with a linear warm-up.
 
-    >>> [round(learning_rate(step, steps=10, peak=1.0, warmup_share=0.2), 2) for step in range(0, 11, 2)]
+    >>> [round(learning_rate(step, 10, 1.0, warmup_share=0.2), 2) for step in (0, 2, 4, 6, 8, 10)]
     [0.5, 1.0, 0.85, 0.5, 0.15, 0.0]
     """
     warmup = max(1, round(steps * warmup_share))
@@ -733,151 +550,139 @@ def learning_rate(step, steps, peak, warmup_share):
 
 
 def update(model, optimizer, groups, args, device):
-    """One optimiser step on this rank's groups. Returns loss per token, tokens of the global batch, gradient norm (nan: the
-    step was skipped, since loss or gradient were not finite)."""
+    """One optimiser step on this rank's groups. All ranks call this.
+
+    Returns the loss per token, the response tokens of the global batch, and the gradient norm.
+    """
     tokens = global_sum(sum(len(response) for group in groups for response in group.responses))
     total = 0.0
     for members, _ in microbatches(groups, args.tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
         loss = -logps.sum() / max(tokens, 1) * bool(members)
-        (
-            loss * dist.get_world_size()
-        ).backward()  # FSDP averages gradients over ranks, the loss is a sum over them
+        # FSDP averages gradients over ranks; the loss is a sum over them.
+        (loss * dist.get_world_size()).backward()
         total += loss.item()
     loss = global_sum(total)
     return loss, tokens, optimizer_step(model, optimizer, args.grad_clip, loss)
 
 
 # fmt: off
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def new_parser(doc, lr, weight_decay, save_every):
+    """A parser with the options that sft.py and rl_ema_grpo.py share."""
+    parser, positive, number = data.new_parser(doc), data.at_least(1), data.at_least(0, float)
     group = parser.add_argument_group("what")
     group.add_argument("--model", required=True, help="Hugging Face folder or hub id of a Qwen3-VL")
-    group.add_argument("--data", nargs="+", required=True, help="SFT record files (JSON or JSONL)")
+    group.add_argument("--data", nargs="+", required=True, help="record files (JSON or JSONL)")
     group.add_argument("--media-root", help="folder of the media paths (default: each file's own folder)")
+    group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
     group.add_argument("--out", required=True, help="run folder; the same command resumes from it")
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=float, default=1.0, help="passes over the data (%(default)s)")
-    group.add_argument("--steps", type=int, help="optimiser steps, in place of --epochs")
-    group.add_argument("--minutes", type=float, help="stop and save after this time")
-    group.add_argument("--sequences-per-step", type=int, default=32, help="sequences per optimiser step, all ranks (%(default)s)")
-    group.add_argument("--tokens-per-microbatch", type=int, default=32768, help="tokens per forward and rank (%(default)s)")
-    group.add_argument("--lr", type=float, default=1e-5, help="peak learning rate (%(default)s)")
-    group.add_argument("--warmup-share", type=float, default=0.02, help="share of the steps (%(default)s)")
-    group.add_argument("--weight-decay", type=float, default=1e-6)
-    group.add_argument("--grad-clip", type=float, default=1.0, help="largest global gradient norm (%(default)s)")
-    group.add_argument("--train-vision", action="store_true", help="train the vision tower too (the paper freezes it)")
+    group.add_argument("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
+    group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints (%(default)s)")
+    group.add_argument("--keep", type=positive, default=2, help="checkpoints that stay (%(default)s)")
+    group.add_argument("--force", action="store_true", help="resume although a setting has changed")
+    group = parser.add_argument_group("optimiser")
+    group.add_argument("--lr", type=number, default=lr, help="learning rate (%(default)s)")
+    group.add_argument("--weight-decay", type=number, default=weight_decay, help="(%(default)s)")
+    group.add_argument("--grad-clip", type=number, default=1.0, help="largest global gradient norm (%(default)s)")
     group.add_argument("--seed", type=int, default=0)
     group = parser.add_argument_group("machine")
-    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are always float32")
-    group.add_argument("--shard-size", type=int, help="ranks that share one copy of the trainer (default: all); with several nodes, the GPUs of one")
-    group.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass: less memory")
-    group.add_argument("--workers", type=int, default=4, help="decoding processes per rank (%(default)s)")
-    group.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (%(default)s)")
-    group.add_argument("--keep", type=int, default=2, help="checkpoints that stay (%(default)s)")
-    group.add_argument("--export-saves", action="store_true", help="with each checkpoint also write a Hugging Face folder, OUT/step-*")
-    group.add_argument("--force", action="store_true", help="resume although a setting has changed")
-    group.add_argument("--max-bad-share", type=float, default=0.05, help="largest share of unusable records (%(default)s)")
+    group.add_argument("--tokens-per-microbatch", type=positive, default=16384, help="per forward and rank (%(default)s)")
+    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are float32")
+    group.add_argument("--shard-size", type=positive, help="ranks that share one copy of the trainer (default: all)")
+    group.add_argument("--recompute", action=BooleanOptionalAction, default=True, help="layers again in backward: less memory")
+    group.add_argument("--workers", type=data.at_least(0), default=min(4, os.cpu_count()), help="decoding processes per rank (%(default)s)")
+    group.add_argument("--max-bad-share", type=number, default=0.05, help="largest share of unusable records (%(default)s)")
+    return parser
+
+
+def parse_args():
+    parser, positive, number = new_parser(__doc__, 1e-5, 1e-6, save_every=500), data.at_least(1), data.at_least(0, float)
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=data.at_least(0.001, float), default=1.0, help="passes over the data (%(default)s)")
+    group.add_argument("--steps", type=positive, help="optimiser steps, in place of --epochs")
+    group.add_argument("--sequences-per-step", type=positive, default=32, help="per optimiser step, all ranks (%(default)s)")
+    group.add_argument("--warmup-share", type=number, default=0.02, help="of the steps (%(default)s)")
+    group.add_argument("--train-vision", action="store_true", help="train the vision tower too (the paper freezes it)")
     data.add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
     return parser.parse_args()
 # fmt: on
 
 
-MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every keep export_saves force
-    max_bad_share cache cache_gb""".split()  # a resumed run may: they change nothing but the order of sums
+# A resumed run may change these: they change nothing but the order of sums.
+MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every
+    keep force max_bad_share""".split()
+
+
+def load_inputs(args, world):
+    """All that can be wrong with the input, before a model is loaded. Returns records, processor."""
+    if args.shard_size and world % args.shard_size:
+        data.refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
+    try:
+        files = [data.load_records(path, args.media_root, args.max_bad_share) for path in args.data]
+        data.load_prompts(args.prompts)
+        return [record for file in files for record in file], data.load_processor(args.model)
+    except (OSError, ValueError) as error:
+        data.refuse(error)
 
 
 def main():
     args = parse_args()
+    stop = Stop(args.minutes)
     rank, world, device = init_distributed()
-
-    # Everything that can be wrong with the input is found before a model is loaded.
-    if args.sequences_per_step % world:
-        data.refuse(
-            f"--sequences-per-step {args.sequences_per_step} does not divide among {world} ranks"
-        )
-    if args.shard_size is not None and (args.shard_size < 1 or world % args.shard_size):
-        data.refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
-    if args.keep < 1:
-        data.refuse(f"--keep {args.keep} must be at least 1")
-    try:
-        records = [
-            record for path in args.data for record in data.load_records(path, args.media_root)
-        ]
-        processor = AutoProcessor.from_pretrained(args.model)
-    except (OSError, ValueError) as error:
-        data.refuse(error)
-    if lost := [record for record in records if data.demonstration(record) is None]:
-        where = f"{lost[0]['file']}: record {lost[0]['index']}"
-        data.refuse(f"{where}: no messages and no process, so there is nothing to imitate")
-    steps = args.steps or math.ceil(args.epochs * len(records) / args.sequences_per_step)
-    checkpoint, state = find_checkpoint(args.out)
-    check_resume(state, args, MAY_CHANGE)
-    start_run(args)
-
-    model = load_model(args.model, device, getattr(torch, args.dtype), shard_size=args.shard_size)
-    model.model.visual.requires_grad_(args.train_vision)
-    if args.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = adamw(model, args.lr, args.weight_decay)
-    step, cursor = state.get("step", 0), state.get("cursor", 0)
-    check_room(
-        args.out, model, args.keep, 1 + args.export_saves * (steps - step) // args.save_every
-    )
-    if checkpoint:
-        load_checkpoint(checkpoint, state, model, optimizer)
-    forget_after(step, os.path.join(args.out, "metrics.jsonl"))
+    records, processor = load_inputs(args, world)
+    size = args.sequences_per_step
+    if size % world:
+        data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
+    for record in records:
+        if data.demonstration(record) is None:
+            where = f"{record['file']}: record {record['index']}"
+            data.refuse(f"{where}: no messages and no process, so there is nothing to imitate")
+    steps = args.steps or math.ceil(args.epochs * len(records) / size)
+    state = start_run(args, MAY_CHANGE)
+    step = state.get("step", 0)
     if rank == 0:
-        print(
-            f"{len(records)} records; {steps} steps of {args.sequences_per_step} on {world} ranks, from step {step}"
-        )
+        print(f"{len(records)} records; {steps} steps of {size} on {world} ranks, from {step}")
 
-    make_pair = partial(training_pair, processor=processor, limits=data.limits_of(args))
-    order = data.data_order(len(records), args.seed, cursor, rank, world)
+    settings = dict(shard_size=args.shard_size, recompute=args.recompute)
+    model = load_model(args.model, device, getattr(torch, args.dtype), **settings)
+    model.model.visual.requires_grad_(args.train_vision)
+    optimizer = adamw(model, args.lr, args.weight_decay)
+    load_checkpoint(args, model, optimizer)
+
+    limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
+    make_pair = partial(training_pair, processor=processor, limits=limits, prompts=prompts)
+    order = data.data_order(len(records), args.seed, step * size, rank, world)
     stream = data.prefetch(records, make_pair, order, args.workers)
-    tally, stop = Counter(state.get("counts", {}) if rank == 0 else {}), Stop(args.minutes)
-    saving, saving_group = None, dist.new_group(backend="gloo")
+    tally, losses = Counter(state.get("counts") if rank == 0 else {}), deque(maxlen=50)
     bar = tqdm(initial=step, total=steps, disable=rank > 0, mininterval=2)
     stopping = False
     while step < steps and not stopping:
         begin = time.time()
+        groups = data.next_items(stream, size // world, tally, args.max_bad_share)
+        waited = time.time() - begin
         rate = learning_rate(step, steps, args.lr, args.warmup_share)
         for group in optimizer.param_groups:
-            group.update(lr=rate, weight_decay=args.weight_decay)
-        groups = data.next_items(
-            stream, args.sequences_per_step // world, tally, args.max_bad_share
-        )
-        waited = time.time() - begin
+            group["lr"] = rate
         loss, tokens, norm = update(model, optimizer, groups, args, device)
-        step, cursor = step + 1, cursor + args.sequences_per_step
-        tally["skipped_updates"] += math.isnan(norm) and rank == 0
+
+        step += 1
+        tally["skipped/update"] += math.isnan(norm) and rank == 0
         counts = sum(gather(tally), Counter())
         seconds = time.time() - begin
-        row = dict(
-            step=step,
-            loss=loss,
-            tokens=tokens,
-            lr=rate,
-            grad_norm=norm,
-            tokens_per_second=tokens / seconds,
-        )
-        log_metrics(args.out, row | {"seconds/step": seconds, "seconds/data": waited} | counts)
+        row = dict(step=step, loss=loss, tokens=tokens, lr=rate, grad_norm=norm, gb=peak_gb())
+        row |= {"tokens_per_second": tokens / seconds, "seconds/data": waited}
+        log_metrics(args.out, row | {"seconds/step": seconds} | counts)
+        losses.append(loss)
+        bar.set_postfix_str(f"loss {loss:.3f}, mean of 50 {sum(losses) / len(losses):.3f}")
         bar.update()
         stopping = stop.now()
-        if step % args.save_every == 0 or stopping or step == steps:
-            if saving:
-                saving.join()
-            state = dict(step=step, cursor=cursor, counts=counts, args=vars(args))
-            saving = save_checkpoint(
-                args.out, model, optimizer, state, saving_group, args.keep, tally
-            )
-            if args.export_saves:
-                export_model(model, processor, os.path.join(args.out, f"step-{step:06d}"))
-    export_model(model, processor, args.out)
-    if saving:
-        saving.join()
+        if step % args.save_every == 0 or step == steps or stopping:
+            save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
+
+    bar.close()
+    export_model(model, args.model, args.out)
     if rank == 0:
-        print(f"step {step} of {steps}; model in {args.out}")
+        print(where_it_is(args.out, step, steps))
     dist.destroy_process_group()
 
 
