@@ -30,7 +30,6 @@ import types
 from collections import Counter, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import av
@@ -56,9 +55,10 @@ def refuse(message):
     if FIRST_RANK:
         text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
         print(text, file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints it at its end
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            first = dict(message=text, extraInfo=dict(timestamp=0))  # torchrun prints it last
             with open(report, "w") as file:
-                json.dump({"message": text}, file)
+                json.dump(dict(message=first), file)
     sys.exit(2)
 
 
@@ -95,14 +95,15 @@ def load_processor(path):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
         found = AutoConfig.from_pretrained(path).model_type
-        if found != "qwen3_vl":
-            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
-        processor = AutoProcessor.from_pretrained(path)
-        if not hasattr(processor, "video_processor"):
-            raise ValueError("no processor of images and videos")
+        processor = AutoProcessor.from_pretrained(path) if found == "qwen3_vl" else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
+    if not hasattr(processor, "video_processor"):
+        known = (
+            f"model_type is {found!r}, expected 'qwen3_vl' with a processor of images and videos"
+        )
+        raise ValueError(f"{path} is no Qwen3-VL model: {known}")
     return processor
 
 
@@ -153,8 +154,7 @@ PROMPTS = {task: THINK + instruction for task, instruction in PROMPTS.items()}
 
 def task_of(record):
     """The key of a record's prompt and moving averages: problem_type, segmentation by medium."""
-    medium = "image" if record["data_type"] == "image" else "video"
-    kind = record["problem_type"]
+    kind, medium = record["problem_type"], "image" if record["data_type"] == "image" else "video"
     return f"segmentation-{medium}" if kind == "segmentation" else kind
 
 
@@ -170,18 +170,15 @@ def load_prompts(path):
         return PROMPTS
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
-    texts = prompts if isinstance(prompts, dict) else {}
-    if lacking := [task for task in PROMPTS if not isinstance(texts.get(task), str)]:
-        raise ValueError(f"{path}: expected an object with an instruction for each of {lacking}")
+    for task in PROMPTS:
+        if not isinstance(prompts, dict) or not isinstance(prompts.get(task), str):
+            raise ValueError(f"{path}: expected an object with an instruction for {task!r}")
     return prompts
 
 
 def release_prompts(clone):
-    """The instructions that the released checkpoints were trained with, from a clone of the release.
-
-    Each is its QUESTION_TEMPLATE without the question and its TYPE_TEMPLATE of the task. The source
-    is parsed, not run.
-    """
+    """The released checkpoints' own instructions: two tables in the source of a clone, which is
+    parsed and not run. QUESTION_TEMPLATE without the question comes before TYPE_TEMPLATE."""
     for path in sorted(glob.glob(f"{clone}/**/*.py", recursive=True)) or [clone]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -197,13 +194,19 @@ def release_prompts(clone):
 # --------------------------------------------------------------------------------------------------
 # Records: three forms, as a JSON list or JSONL, become one.
 
-DATA_TYPES = ("image", "video", "video-image", "text")
-ROLES = ("system", "user", "assistant")
 FORMS = (
     "one of three forms: problem, problem_type, answer and images or videos (RL); messages with "
 )
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
-FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
+TURNS = ("system", "user", "assistant")
+DATA_TYPES = ("image", "video", "video-image", "text")
+FIELDS = {
+    "options": (list, "a list"),
+    "process": (str, "a text"),
+    "path": (str, "a text"),
+    "additional_path": (str, "a text"),
+    "fps": ((int, float), "a number"),
+}
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
@@ -213,9 +216,9 @@ def load_records(path, media_root=None, max_bad_share=0.0):
     medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
     (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
     only), file and index (where it stood). Paths are relative to media_root, by default the file's
-    folder, and must stay below it as written; links are followed.
-    Raises ValueError naming file, record, field and value when a record is malformed, or when more
-    than max_bad_share of the records cannot be graded, see `gradable`.
+    folder, and must stay below it as written; links are followed. Raises ValueError naming file,
+    record, field and value when a record is malformed, or when more than max_bad_share of them
+    cannot be graded.
     """
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
     gc.disable()  # a million new objects and nothing to collect: saves a third of the time
@@ -230,24 +233,16 @@ def gradable(records, max_bad_share=0.0):
     """The records without those whose truth no answer could match, which are printed and counted."""
     reasons = [record["answer"] and rewards.gradable(record) for record in records]
     bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
-    if not bad:
-        return records
-    named = []
-    for record, reason in bad[:5]:
-        field = "solution" if "solution" in record else "answer"
-        named.append(f"record {record['index']}: {field} {short(record['answer'])!r} {reason}")
-    message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded: "
-    message += "; ".join(named) + "; ..." * (len(bad) > 5)
-    if len(bad) > max_bad_share * len(records):
-        raise ValueError(message)
-    if FIRST_RANK:
-        print(f"left out: {message}")
+    if bad:
+        message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded"
+        for record, reason in bad[:5]:
+            field = "solution" if "solution" in record else "answer"
+            message += f"; record {record['index']}: {field} {record['answer'][:100]!r} {reason}"
+        if len(bad) > max_bad_share * len(records):
+            raise ValueError(message)
+        if FIRST_RANK:
+            print(f"left out: {message}")
     return [record for record, reason in zip(records, reasons) if not reason]
-
-
-def short(value, most=100):
-    text = str(value)
-    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def read_values(path):
@@ -259,10 +254,8 @@ def read_values(path):
         if text.lstrip().startswith("["):
             values = json.loads(text)
         else:
-            for number, content in enumerate(
-                text.split("\n"), 1
-            ):  # a text may hold other line ends
-                line = f"line {number}: "
+            for i, content in enumerate(text.split("\n")):  # other line ends may be in a text
+                line = f"line {i + 1}: "
                 values += [json.loads(content)] if content.strip() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {line}not JSON in UTF-8: {error}") from error
@@ -272,107 +265,97 @@ def read_values(path):
 
 
 def normalise(raw, file, index, root):
-    """One raw record -> the form that load_records describes. Whether it can be graded is not asked."""
+    """One raw record -> the form that load_records describes. Its truth is not graded here."""
 
-    def fail(field, expected):
-        value = short(raw.get(field) if isinstance(raw, dict) else raw)
-        raise ValueError(f"{file}: record {index}: {field} is {value!r}, expected {expected}")
+    def need(right, field, expected):
+        if not right:
+            value = str(raw.get(field) if isinstance(raw, dict) else raw)[:100]
+            raise ValueError(f"{file}: record {index}: {field} is {value!r}, expected {expected}")
 
-    if not isinstance(raw, dict):
-        fail("record", "an object")
+    need(isinstance(raw, dict), "record", "an object")
     raw = {field: value for field, value in raw.items() if value is not None}
-    for field, kind in FIELDS.items():
-        if raw.get(field) and not isinstance(raw[field], kind):
-            fail(field, {list: "a list", str: "a text"}.get(kind, "a number"))
-    if raw.get("fps", 1) <= 0:
-        fail("fps", "a number above 0")
-    media = find_media(raw, fail)
+    for field, (kind, expected) in FIELDS.items():
+        need(not raw.get(field) or isinstance(raw[field], kind), field, expected)
+    need(raw.get("fps", 1) > 0, "fps", "a number above 0")
+    media = find_media(raw, need)
     for medium in media:
         medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
         if not medium["path"].startswith(root + os.sep):
-            where = f"{short(medium['path'])!r} is outside the media folder {root!r}"
+            where = f"{medium['path'][:100]!r} is outside the media folder {root!r}"
             raise ValueError(f"{file}: record {index}: {where}")
     kinds = [medium["type"] for medium in media]
     found = "-".join(sorted({*kinds}, reverse=True)) or "text"
     record = {"data_type": found, "problem_type": None, **raw, "file": file, "index": index}
     record["problem_id"] = str(raw.get("problem_id", index))
     record["options"] = [str(option) for option in raw.get("options", [])]
-    if record["data_type"] not in DATA_TYPES:
-        fail("data_type", f"one of {', '.join(DATA_TYPES)}")
-    if record["data_type"] != found:
-        fail("data_type", f"{found!r}, by the media in images, videos or path")
+    kind, expected = record["data_type"], f"{found!r}, by the media in images, videos or path"
+    known = f"one of {', '.join(DATA_TYPES)}"
+    need(kind == found, "data_type", expected if kind in DATA_TYPES else known)
 
     if "messages" in raw:
         turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
         for turn in turns:
-            known = isinstance(turn, dict) and turn.get("role") in ROLES
-            if not known or not isinstance(turn.get("content"), str):
-                fail("messages", f"a list of turns with a role ({', '.join(ROLES)}) and a text")
+            known = isinstance(turn, dict) and turn.get("role") in TURNS
+            known = known and isinstance(turn.get("content"), str)
+            need(known, "messages", f"a list of turns with a role of {TURNS} and a text as content")
         asked = [turn for turn in turns if turn["role"] == "user"]
-        if not asked or turns[-1]["role"] != "assistant":
-            fail("messages", "a turn of the user, and a last turn of the assistant")
+        ended = asked and turns[-1]["role"] == "assistant"
+        need(ended, "messages", "a turn of the user, and a last turn of the assistant")
         text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
-        record["problem"], record["answer"] = place_media(text, kinds, fail, "messages"), None
-        asked[0]["content"] = record["problem"].removesuffix(text) + asked[0]["content"]
+        field, record["answer"] = "messages", None
     else:
-        if not isinstance(raw.get("problem"), str):
-            fail("problem", "a text" if "problem" in raw else FORMS)
-        if record["problem_type"] not in PROBLEM_TYPES:
-            fail("problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-        if record["problem_type"] in JSON_TYPES and not media:
-            fail("images", "an image or a video for this problem_type")
-        record["problem"] = place_media(raw["problem"], kinds, fail, "problem")
-        record["answer"] = read_truth(raw, fail)
-    order = re.findall("<(image|video)>", record["problem"])  # pixels and tokens in this order
+        kind, text, field = record["problem_type"], raw.get("problem"), "problem"
+        need(isinstance(text, str), "problem", "a text" if "problem" in raw else FORMS)
+        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        need(media or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
+        record["answer"] = read_truth(raw, need)
+    missing = {kind: kinds.count(kind) - text.count(f"<{kind}>") for kind in ("image", "video")}
+    for kind, number in missing.items():
+        need(number >= 0, field, f"{kinds.count(kind)} <{kind}> placeholders, one per {kind}")
+    lead = "".join(f"<{kind}>" * number for kind, number in missing.items())
+    if "messages" in raw:
+        asked[0]["content"] = lead + asked[0]["content"]
+    record["problem"] = lead + text
+    order = re.findall("<(image|video)>", lead + text)  # pixels and tokens in this order
     record["media"] = [media.pop([m["type"] for m in media].index(kind)) for kind in order]
     return record
 
 
-def find_media(raw, fail):
+def find_media(raw, need):
     """The media of a raw record, [{"type", "path"}], with their paths as written."""
     media = []
     for field in ("images", "image", "videos", "video"):
         paths = [raw[field]] if isinstance(raw.get(field), str) else raw.get(field, [])
-        if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
-            fail(field, "a list of paths")
+        texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        need(texts, field, "a list of paths")
         media += [{"type": field.rstrip("s"), "path": path} for path in paths]
     if not media and raw.get("path"):
-        kind = "image" if raw.get("data_type") == "image" else "video"
+        kind, field = "image" if raw.get("data_type") == "image" else "video", "path"
         paths = {raw["path"]: kind, raw.get("additional_path"): "image"}
         media = [{"type": kind, "path": path} for path, kind in paths.items() if path]
     for medium in media:
-        if "://" in medium["path"] or medium["path"].startswith("data:"):
-            fail(f"{medium['type']} path", "files on this machine, not " + short(medium["path"]))
+        remote = "://" in medium["path"] or medium["path"].startswith("data:")
+        field = next(f for f in (medium["type"] + "s", medium["type"], "path") if f in raw)
+        need(not remote, field, "paths of files on this machine")
     unread = [field for field in raw if re.search("image|img|video|media|frames", field)]
-    if not media and unread and "data_type" not in raw:
-        fail(unread[0], "images, videos or path, or data_type 'text'")
+    lost = not media and unread and "data_type" not in raw
+    need(not lost, unread[0] if lost else "", "images, videos or path, or data_type 'text'")
     return media
 
 
-def read_truth(raw, fail):
+def read_truth(raw, need):
     """The true answer as text without tags, of a choice its letter; "" where masks are the truth."""
     field = "answer" if "answer" in raw or "solution" not in raw else "solution"
     answer, kind, text = raw.get(field), raw["problem_type"], rewards.truth_of(raw)
     if not answer and raw.get("segmentation_output"):
         return ""
-    if isinstance(answer, (dict, list)) and kind not in JSON_TYPES:
-        fail(field, "a text or a number")
-    if answer is None or answer != answer or not text:  # NaN is not itself
-        fail(field, "the true answer")
-    if kind in JSON_TYPES and not rewards.read_json(text) and text != "{}":
-        fail(field, "JSON, an object of finite numbers")
+    nested = isinstance(answer, (dict, list))
+    need(kind in JSON_TYPES or not nested, field, "a text or a number")
+    need(answer == answer and text, field, "the true answer")  # NaN is not itself
+    if kind in JSON_TYPES:
+        need(rewards.read_json(text) or text == "{}", field, "JSON, an object of finite numbers")
     if kind == "multiple choice":
         return rewards.read_choice(text, raw.get("options")) or text
-    return text
-
-
-def place_media(text, kinds, fail, field):
-    """Puts the placeholders that are missing in front of the text; too many are an error."""
-    for kind in ("video", "image"):
-        missing = kinds.count(kind) - text.count(f"<{kind}>")
-        if missing < 0:
-            fail(field, f"{kinds.count(kind)} <{kind}> placeholders, one per {kind}")
-        text = f"<{kind}>" * missing + text
     return text
 
 
@@ -520,23 +503,20 @@ def read_video(
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    First all packets are listed, without decoding, for the true time of every frame, in seconds
-    after the first. Then the decoder visits the wanted frames and jumps to a key frame whenever one
-    is on the way. Where time stamps do not tell the order of the frames, all are decoded: the n-th
-    frame out has the n-th time stamp. With a variable frame rate the positions are spread evenly in
-    time, and indices are milliseconds at 1000 fps.
+    All packets are listed first, without decoding, for the true time of every frame in seconds after
+    the first. Then the decoder jumps from key frame to key frame for the wanted ones. Where time
+    stamps do not tell the order of the frames, all are decoded: the n-th one has the n-th stamp.
+    With a variable frame rate the wanted frames are spread evenly in time, and indices are
+    milliseconds at 1000 fps. total_pixels: bound over all frames, 0: none.
     Raises MediaError, also where a file ends before its header says or a wanted frame is missing.
     """
-    sized = lambda count: (
-        min_pixels,
-        max_pixels,
-        total_pixels / count if total_pixels else math.inf,
-    )
+    share = lambda count: total_pixels / count if total_pixels else math.inf
     try:
         if os.path.isdir(path):
-            return read_folder(path, fps, max_frames, folder_fps or fps, sized)
-        with av.open(path, metadata_errors="ignore") as container:
-            stream = video_stream(container)
+            bounds = fps, max_frames, min_pixels, max_pixels
+            return read_folder(path, folder_fps or fps, *bounds, share)
+        with open_video(path) as container:
+            stream = container.streams.best("video")
             pts, keys = list_frames(container, stream)
             seconds = (pts - pts[0]) * float(stream.time_base)
             step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean, in seconds
@@ -549,14 +529,15 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            frames = None
+            wanted, pixels_of = (
+                pts[positions],
+                resizer(min_pixels, max_pixels, share(len(positions))),
+            )
+            found = None
             with suppress(MediaError, av.FFmpegError):
-                found = seek_frames(container, stream, pts[positions], keys)
-                frames = to_pixels(found, sized(len(positions)))
-        if frames is None:
-            with av.open(path, metadata_errors="ignore") as container:
-                found = walk_frames(container, video_stream(container), pts, positions)
-                frames = to_pixels(found, sized(len(positions)))
+                found = seek_frames(container, stream, wanted, keys, pixels_of)
+        found = found or walk_frames(path, pts, wanted, pixels_of)
+        frames = np.stack([found[stamp] for stamp in wanted])
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
     except MediaError as error:
@@ -564,19 +545,20 @@ def read_video(
     return Video(frames, indices.tolist(), float(rate), total)
 
 
-def video_stream(container):
+def open_video(path):
+    container = av.open(path, metadata_errors="ignore")
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
         raise MediaError("unreadable_video", "no video stream")
     stream.thread_type = "AUTO"
-    return stream
+    return container
 
 
 def list_frames(container, stream):
     """Time stamps of the frames that are shown, ascending (total,), and where decoding may start.
 
-    keys: of each key frame the time stamp and the place in decoding order, (keys, 2); empty where
-    the stamps do not tell which frame is which. All in units of the stream's time_base.
+    keys: time stamp and place in decoding order of each key frame, (keys, 2); empty where the stamps
+    do not tell which frame is which. All in units of the stream's time_base.
     """
     whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
     shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
@@ -591,13 +573,17 @@ def list_frames(container, stream):
             shown.append((pts, dts))
         if stamp is None:
             continue
-        dts = stamp if dts is None or whole else dts  # Matroska stores none
-        if packet.is_keyframe and stamp <= newest or not whole and dts < last:
+        place = stamp if dts is None or whole else dts
+        if packet.is_keyframe and stamp <= newest or place < last and not whole:
             raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         if packet.is_keyframe:
-            keys.append((stamp, dts))
-        newest, last = max(newest, stamp), dts
-    check_length(container, stream, ends, keys[0][0] if keys else 0)
+            keys.append((stamp, place))
+        newest, last = max(newest, stamp), place
+    ticks = stream.frames if container.format.name == "avi" else stream.frames and stream.duration
+    said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
+    reached = max([float(end * container.streams[i].time_base) for i, end in ends.items()] or [0])
+    if reached < 0.95 * said:  # other formats have no length in their header
+        raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
     stamps = [pts for pts, _ in shown if pts is not None and pts >= keys[0][0]]
     if 2 * len(stamps) < len(shown):  # AVI may have places in decoding order alone
         stamps, keys = [dts for _, dts in shown if dts is not None], []
@@ -608,106 +594,82 @@ def list_frames(container, stream):
     return np.array(sorted({*stamps})), np.array(keys).reshape(-1, 2)
 
 
-def check_length(container, stream, ends, first):
-    """Raises MediaError where a file ends before its header says. ends: {stream index: ticks}."""
-    seconds = lambda index, ticks: float(ticks * container.streams[index].time_base)
-    if container.format.name == "avi":  # a tick per frame
-        reached, said = seconds(stream.index, ends[stream.index]), stream.frames * stream.time_base
-    elif container.format.name in ("matroska,webm", "flv"):
-        reached = max(seconds(*end) for end in ends.items())
-        said = (container.duration or 0) / av.time_base
-    else:  # MP4; others guess the length, and do not count their frames
-        reached = seconds(stream.index, ends[stream.index] - first)
-        said = (stream.duration or 0) * stream.time_base if stream.frames else 0
-    if reached < 0.95 * said:
-        message = f"ends after {reached:.1f} s of {float(said):.1f} s"
-        raise MediaError("truncated_video", message)
-
-
-def seek_frames(container, stream, wanted, keys):
-    """Yields the frames at the time stamps `wanted` (ascending, repeats allowed)."""
-    decoder, frame = None, None
-    if not len(keys):
-        raise MediaError("unreadable_video", "its time stamps are not in order")
-    for target in wanted.tolist():
-        last = max(0, int(np.searchsorted(keys[:, 0], target, side="right")) - 1)
+def seek_frames(container, stream, wanted, keys, pixels_of):
+    """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
+    found, groups = {}, np.searchsorted(keys[:, 0], wanted, side="right") - 1
+    for last in sorted({*groups.tolist()}) if len(keys) else ():
+        targets = {*wanted[groups == last].tolist()}
         # MP4 and Matroska seek by time, others by place in decoding order; should that be late too,
         # the key frame before.
-        places = [*keys[last].tolist(), int(keys[max(0, last - 1), 1])]
-        if frame is not None and keys[last, 0] <= frame.pts:
-            places.insert(0, None)  # no key frame is on the way: first just go on
-        for place in places if frame is None or frame.pts != target else ():
-            if place is not None:
-                container.seek(place, stream=stream)
-                decoder, frame = container.decode(stream), None
-            frame = next_frame(decoder, target, -math.inf if frame is None else frame.pts)
-            if frame is not None and frame.pts == target:
+        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
+            container.seek(place, stream=stream)
+            reached = -math.inf
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts <= reached:
+                    raise MediaError("unreadable_video", "its time stamps are not in order")
+                reached = frame.pts
+                if reached in targets:
+                    found[reached] = pixels_of(frame)
+                if reached >= max(targets):
+                    break
+            if targets <= found.keys():
                 break
-        if frame is None or frame.pts != target:
-            second = float(target * stream.time_base)
-            raise MediaError("unreadable_video", f"no frame can be decoded at {second:.2f} s")
-        yield frame
+        else:
+            raise MediaError("unreadable_video", "a frame cannot be decoded")
+    return found
 
 
-def next_frame(decoder, target, reached):
-    """The next frame not before `target`, or None. Frames must come in the order of their times."""
-    for frame in decoder:
-        if frame.pts is None or frame.pts <= reached:
-            raise MediaError("unreadable_video", "its time stamps are not in order")
-        reached = frame.pts
-        if reached >= target:
-            return frame
-    return None
-
-
-def walk_frames(container, stream, pts, positions):
-    """Yields the frames at `positions` by decoding all: the n-th frame has the n-th time stamp."""
-    times, place, begun = Counter(positions.tolist()), 0, False
-    for packet in container.demux(stream):
-        begun = begun or packet.is_keyframe
-        for frame in packet.decode() if begun else ():
-            if frame.pts is None or frame.pts >= pts[0]:
-                yield from [frame] * times[place]
-                place += 1
+def walk_frames(path, pts, wanted, pixels_of):
+    """The same by decoding all frames: the n-th one has the n-th time stamp of `pts`."""
+    found, place, begun = {}, 0, False
+    with open_video(path) as container:
+        for packet in container.demux(container.streams.best("video")):
+            begun = begun or packet.is_keyframe
+            for frame in packet.decode() if begun else ():
+                if frame.pts is None or frame.pts >= pts[0]:
+                    if place < len(pts) and pts[place] in wanted:
+                        found[pts[place]] = pixels_of(frame)
+                    place += 1
     if place != len(pts):
-        raise MediaError("unreadable_video", f"{place} frames for {len(pts)} time stamps")
+        raise MediaError("unreadable_video", f"{place} frames can be decoded of {len(pts)}")
+    return found
 
 
-def to_pixels(frames, bounds):
-    """av.VideoFrames -> uint8 (T, H, W, 3), resized and upright."""
-    scaler, pixels = VideoReformatter(), []  # one scaler for all frames: it keeps its tables
-    for frame in frames:
+def resizer(min_pixels, max_pixels, share):
+    """A function that gives an av.VideoFrame's pixels, resized by `fit` and upright."""
+    scaler = VideoReformatter()  # one for all frames: it keeps its tables
+
+    def pixels_of(frame):
         if frame.is_corrupt:
-            raise MediaError("unreadable_video", f"the frame at {frame.time} s is damaged")
-        if not pixels:
-            height, width = fit(frame.height, frame.width, *bounds)
+            raise MediaError("unreadable_video", f"the frame at {frame.time:.2f} s is damaged")
+        height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
         image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        pixels.append(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
-    return np.stack(pixels)
+        return np.ascontiguousarray(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
+
+    return pixels_of
 
 
-def read_folder(path, fps, max_frames, folder_fps, sized):
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-    names = [name for name in os.listdir(path) if name.lower().endswith(endings)]
-    names = [name for name in names if not name.startswith(".")]
+def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
+    endings, frames = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), []
+    names = [name for name in os.listdir(path) if name.lower().endswith(endings) and name[0] != "."]
     names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))  # 2 before 10
     if not names:
         raise MediaError("unreadable_video", "no frames in this folder")
-    positions = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
-    bounds, frames = sized(len(positions)), []
-    for name in [names[i] for i in positions]:
-        frames.append(read_image(os.path.join(path, name), *bounds))
+    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
+    for name in [names[i] for i in indices]:
+        image = os.path.join(path, name)
+        frames.append(read_image(image, min_pixels, max_pixels, share(len(indices))))
         if frames[-1].shape != frames[0].shape:
             sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
-            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} in {name}")
-    return Video(np.stack(frames), positions, float(folder_fps), len(names))
+            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({name})")
+    return Video(np.stack(frames), indices, float(folder_fps), len(names))
 
 
 def read_medium(medium, limits, folder_fps=None):
     """The pixels of a record's medium within the limits: uint8 (H, W, 3), or a Video."""
     path = medium["path"]
     if not os.path.exists(path):
-        raise MediaError("missing_media", f"no file {short(path)}")
+        raise MediaError("missing_media", f"no file {path[:200]}")
     if medium["type"] == "image":
         return read_image(path, limits.image_min_pixels, limits.image_max_pixels)
     bounds = limits.frame_min_pixels, limits.frame_max_pixels, folder_fps, limits.video_total_pixels
@@ -850,22 +812,23 @@ def target_ids(prompt, tokenizer):
 # Feeding: which record next, decoded ahead of time.
 
 
-@lru_cache(2)
-def permutation(count, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(count).tolist()
-
-
 def data_order(count, seed, cursor=0, rank=0, world=1):
     """Endless record indices of one rank: a new permutation every epoch, dealt like cards.
 
-    The order over all ranks depends on the seed alone, so that the cursor is all there is to save:
-    how many records all ranks together have taken.
+    The order over all ranks depends on the seed alone. cursor: how many records all ranks together
+    have taken; there is nothing else to save.
 
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
-    for place in itertools.count(cursor + rank, world):
-        yield permutation(count, seed, place // count)[place % count]
+
+    def all_ranks():
+        epoch, done = divmod(cursor, count)
+        while True:
+            yield from np.random.default_rng([seed, epoch]).permutation(count)[done:].tolist()
+            epoch, done = epoch + 1, 0
+
+    return itertools.islice(all_ranks(), rank, None, world)
 
 
 def prefetch(records, function, order, workers, seconds=600):
@@ -1104,7 +1067,7 @@ def sheet_of(prompts):
             pictures.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
         title = f"record {record['index']}, {task_of(record) or 'SFT'}: {record['problem']}"
         for picture in pictures:
-            panels.append(captioned(picture, short(f"{title}\n{truth}", 400), above=True))
+            panels.append(captioned(picture, f"{title}\n{truth}"[:400], above=True))
     for panel in panels:
         if rows and rows[-1].width + panel.width <= 1300:
             rows[-1] = stack(rows[-1], panel, across=True, gap=8)
