@@ -15,8 +15,8 @@ Where this departs from the release (arXiv 2512.03043), and why:
 3. A choice may be written as people write it: "B", "(b)", "Answer: B", "B. the dog", "It is the
    dog.". The release takes the bare letter.
 4. A number may be a fraction, have a unit, or stand in LaTeX. The release takes bare digits.
-5. Units come from one list. The release's math drops what stands behind a number: 15 cm equals 15 km,
-   and 5 million equals 5. Here two units must agree, and one on one side only is left out.
+5. Units come from one list, two must agree, one on one side only is left out. The release's math
+   drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
 6. Words are compared as text. In the release's math they are products: ABC equals ACB.
 7. JSON numbers are finite numbers. The release turns NaN into a NaN reward, and reads true and "12"
    as numbers.
@@ -52,10 +52,8 @@ from subprocess import PIPE, Popen
 from typing import NamedTuple
 
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
-JSON_TYPES = (
-    *("temporal grounding", "spatial grounding", "spatial-temporal grounding"),
-    *("tracking", "segmentation"),
-)
+JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding")
+JSON_TYPES += ("tracking", "segmentation")
 PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
 NUMBERS = {int, float}  # not bool
@@ -85,12 +83,12 @@ def parse_response(text):
 
 
 def find_answer(text):
-    """The answer as a lenient reader finds it (evaluation), without a Markdown fence, or None: after
-    the thinking the last pair of tags, else what follows an opening tag, else everything. A response
-    without </think> may be a thought that was cut off: its tags count only if nothing follows them.
+    """The answer as a lenient reader finds it, without a Markdown fence, or None: after the thinking
+    the last pair of tags, else what follows an opening tag, else everything. A response without
+    </think> may be a thought that was cut off: its tags count only if nothing follows them.
 
-    >>> find_answer('<think>Hm.</think> So: <answer>```json\\n{"time": [1, 2]}\\n```</answer></think>')
-    '{"time": [1, 2]}'
+    >>> find_answer("<think>Hm.</think> So: <answer>B</answer>, in <answer></answer> tags.</think>")
+    'B'
     >>> find_answer("The answer is B."), find_answer("<think>Not <answer>A</answer>, since")
     ('The answer is B.', None)
     """
@@ -102,7 +100,7 @@ def find_answer(text):
         if not whole and ("<think>" in rest or "</answer>" in rest):
             return None
     pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
-    answers = [answer for _, tag, answer in pairs if tag and answer.strip()]
+    answers = [answer for _, tag, answer in pairs if tag and re.search(r"\w", answer)]
     if not answers:
         last = next((part for part in rest.split("</think>")[::-1] if part.strip()), "")
         answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
@@ -127,28 +125,9 @@ def read_json(text):
     return value if isinstance(value, dict) else {}
 
 
-def loose_values(text):
-    """The outermost JSON objects and lists in a text, tidied; trailing commas, single quotes and
-    numbers as keys are mended first."""
-    text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
-    text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
-    text = text if '"' in text else text.replace("'", '"')
-    values, at = [], 0
-    for _ in range(100):
-        at = min((i for i in (text.find("{", at), text.find("[", at)) if i >= 0), default=None)
-        if at is None:
-            break
-        try:
-            value, at = _STRICT.raw_decode(text, at)
-            values.append(tidy(value))
-        except (ValueError, RecursionError):
-            at += 1
-    return values
-
-
 def tidy(value):
-    """A JSON value with numbers for their texts, one key for Qwen3-VL's names of a box, seconds as "4"
-    and not "4.0", and no list around a single list or object. Of two such keys none is read.
+    """A JSON value with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4"
+    and not "4.0", and no list around a single list or object. Two such names in one object: {}.
 
     >>> tidy([{"bbox_2d": ["1", "2", "3", "4"]}]), tidy({"4.0": [[1, 2, 3, 4]]})
     ({'boxes': [1.0, 2.0, 3.0, 4.0]}, {'4': [1, 2, 3, 4]})
@@ -168,21 +147,36 @@ def tidy(value):
 
 
 def loose_json(record, text):
-    """The one answer in a task's schema that a text holds, as JSON, or None if none or several.
+    """The one answer in the task's schema that a text holds, as JSON, or None if none or several.
+    Trailing commas, single quotes and numbers as keys are mended.
 
     >>> loose_json({"problem_type": "spatial grounding"}, "The box is [1, 2, 3, 4].")
     '{"boxes": [1, 2, 3, 4]}'
     """
-    kind, found = record["problem_type"], set()
-    for value in loose_values(text):
+    text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
+    text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
+    text = text if '"' in text else text.replace("'", '"')
+    kind, found, at = record["problem_type"], set(), 0
+    box_of = lambda value: value.get("boxes") if isinstance(value, dict) else value
+    for _ in range(100):  # the outermost objects and lists
+        start = re.search(r"[\[{]", text[at:])
+        if not start:
+            break
+        at += start.start()
+        try:
+            value, at = _STRICT.raw_decode(text, at)
+            value = tidy(value)
+        except (ValueError, RecursionError):
+            at += 1
+            continue
         if isinstance(value, list):
             value = {"time" if kind == "temporal grounding" else "boxes": value}
         boxes = value.get("boxes")
         if kind == "tracking" and isinstance(boxes, list):  # one a second, from key 1 on
-            boxes = [box.get("boxes") if isinstance(box, dict) else box for box in boxes]
-            value["boxes"] = {str(k): box for k, box in enumerate(boxes, 1)}
-        text = json.dumps(value)
-        found |= {text} if readable(record, text) else set()
+            boxes = {str(k): box for k, box in enumerate(boxes, 1)}
+        if isinstance(boxes, dict):
+            value["boxes"] = {k: box_of(box) for k, box in boxes.items()}
+        found |= {json.dumps(value)} if readable(record, json.dumps(value)) else set()
     return found.pop() if len(found) == 1 else None
 
 
@@ -194,37 +188,52 @@ def truth_of(record):
     """
     truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
     truth = truth if isinstance(truth, str) else json.dumps(truth)
-    return unicodedata.normalize(
-        "NFC", truth.rpartition("<answer>")[2].partition("</answer>")[0].strip()
-    )
+    truth = truth.rpartition("<answer>")[2].partition("</answer>")[0]
+    return unicodedata.normalize("NFC", truth.strip())
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading units, numbers and choices
 
 _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans(  # full-width
-    {"−": "-", "–": "-", "\u3000": " ", "\xa0": " ", "\u2009": " ", "\u202f": " ", "’": "'"}
-    | {"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "π": r"\pi ", "∞": r"\infty ", "。": ".", "、": ","}
+    {
+        "−": "-",
+        "–": "-",
+        "\u3000": " ",
+        "\xa0": " ",
+        "\u2009": " ",
+        "\u202f": " ",
+        "。": ".",
+        "、": ",",
+    }
+    | {
+        "’": "'",
+        "“": '"',
+        "”": '"',
+        "½": " 1/2",
+        "¼": " 1/4",
+        "¾": " 3/4",
+        "π": r"\pi ",
+        "∞": r"\infty ",
+    }
 )
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _MARKUP = [
-    (re.compile(pattern), new)
-    for pattern, new in (  # in this order
-        ("[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + match[0].translate(_POWERS) + "}"),
-        (r"\\\$", "＄"),  # a sign of currency, no mark of LaTeX
-        (r"\$\$?([^$]*)\$\$?", r"\1"),
-        (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
-        (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
-        (r"\\(?:f?boxed|mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-        (r"\\f?boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r" \1 "),
-        (r"(?<!\w)(\*\*|__)(.+?)\1(?!\w)", r"\2"),
-        (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
-        (r"\\%", "%"),
-        (r"\\Omega\b", "Ω"),
-        (r"\s*\n\s*", "\n"),
-        (r"[^\S\n]+", " "),
-    )
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + match[0].translate(_POWERS) + "}"),
+    (r"\\\$", "＄"),  # a sign of currency, no mark of LaTeX
+    (r"\$\$?([^$]*)\$\$?", r"\1"),
+    (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
+    (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
+    (r"\\(?:f?boxed|mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\\f?boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r" \1 "),
+    (r"(?<!\w)(\*\*|__)(.+?)\1(?!\w)", r"\2"),
+    (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
+    (r"\\%", "%"),
+    (r"\\Omega\b", "Ω"),
+    (r"\s*\n\s*", "\n"),
+    (r"[^\S\n]+", " "),
 ]
+_MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
 
 
 def plain(text):
@@ -241,41 +250,40 @@ def plain(text):
 
 _LEAD = re.compile(  # words before an answer that do not change it
     r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
-    r"probably|clearly|answer|option|choice|letter|one|result|value|score|total|is|that|approximately|"
-    r"about|roughly|around|nearly|(?:would|must|should|will) be|it(?: i|')s|this is|"
+    r"probably|clearly|definitely|answer|option|choice|letter|one|result|value|score|total|that|this|"
+    r"it's|it|is|(?:would|must|should|will|has to) be|approximately|about|roughly|around|nearly|"
     r"i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|go with)|"
-    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|"
-    r"所以|因此|综上|我|认为|应该?|正确|最终|的|答案|选项?|择|是|为|答え|正解|は|정답|[=≈]|\\approx\b)[\s:,]*",
+    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
+    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]| - (?=\D))*",
     re.IGNORECASE,
 )
 
 
-def without_lead(text):
-    """Plain text, without words like "So the answer is" in front and a full stop at the end."""
+def without_leads(text):
+    """Yields plain text, then what is left after each word in front like "So the answer is"."""
+    yield text
     while lead := _LEAD.match(text):
-        text = text[lead.end() :]
-    return text.strip("*_\"' \n").rstrip(".,; ")
+        text = text[lead.end() :].strip("*_\"' \n")
+        yield text
 
 
 _SI = (
     "m meter metre 米, g gram 克, s sec second 秒, L l liter litre 升, N newton, J joule, W watt, "
 )
 _SI += "V volt, A amp ampere, K kelvin, Hz hertz, Pa pascal, Ω ohm, mol mole, eV, cal calorie, Wh"
-_PREFIXES = "k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
-_OTHER_UNITS = (
+_SI_PREFIXES = ", k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
+_MORE_UNITS = (
     "min minute 分钟, h hr hour 小时, day 天, week, month 月, yr year 年 岁, in inch inche, ft foot feet, "
     "yd yard, mi mile, km 公里, kg kilo 公斤, mL ml cc, lb pound, oz ounce, gal gallon, ton tonne 吨, "
     "acre, ha hectare, ° deg degree 度, °C ℃ celsius, °F ℉ fahrenheit, rad radian, % percent pct, "
     "$ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, £ GBP, ¥ yuan RMB CNY 元, JPY yen, ₹ INR rupee, "
-    "₩ won, unit, person people 人, squares, cubes, km/h kmh kph kmph, mi/h mph, 个, 只, 本, 条, 张, 次, 块"
+    "₩ won, unit, person people 人, squares, cubes, km/h kmh kph, mi/h mph, 个, 只, 本, 条, 张, 次, 块"
 )
-_UNITS = {}  # spelling -> name
-for _row in _OTHER_UNITS.split(", "):
-    _UNITS |= dict.fromkeys(_row.split(), _row.split()[0])
-for _sign, *_prefixes in [["", ""], *(row.split() for row in _PREFIXES.split(", "))]:
-    for _name, *_words in (row.split() for row in _SI.split(", ")):
-        _spelled = [prefix + word for prefix in _prefixes for word in _words]
-        _UNITS |= dict.fromkeys([_sign + _name, *_spelled], _sign + _name)
+_UNITS = {word: row.split()[0] for row in _MORE_UNITS.split(", ") for word in row.split()}
+for _prefix, _row in itertools.product(_SI_PREFIXES.split(", "), _SI.split(", ")):
+    (_sign, *_prefixes), (_name, *_words) = _prefix.split() or ("", ""), _row.split()
+    _UNITS |= {start + word: _sign + _name for start in _prefixes for word in _words}
+    _UNITS[_sign + _name] = _sign + _name
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNITS = set(  # words that change the number before them
     "sin cos tan cot csc log exp sqrt root max gcd lcm mod modulo det lim sinh cosh tanh arcsin arccos "
@@ -289,21 +297,18 @@ _NO_UNITS = set(  # words that change the number before them
     "versus from out per remainder between except without wrong incorrect false never maybe perhap "
     "possibly none null nan inf".split()
 )
-_SIZED = re.compile(
-    r"\b(square|sq|cubic|cu)\b\.? ?(?=[^\W\d_])([^\W\d_]+)|(平方|立方)([^\W\d_]+)", re.I
-)
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
+_UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
+_UNIT = re.compile(rf"/?{_UNIT}(?: ?[ /·*⋅.] ?{_UNIT})*")
 
 
 @lru_cache(4096)
 def read_unit(text):
-    """The one name of a unit in whatever spelling, or None if `text` is none: a unit of the list, up
+    """The one name of a unit in whatever spelling, or None if `text` is none: units of the list, up
     to three unknown words, powers, quotients and products of them.
 
-    >>> read_unit("square meters per second"), read_unit("m^2/s"), read_unit("red balls")
-    ('m^2/s', 'm^2/s', 'red ball')
-    >>> read_unit("million"), read_unit("x"), read_unit("or")
-    (None, None, None)
+    >>> read_unit("square meters per second"), read_unit("red balls"), read_unit("million")
+    ('m^2/s', 'red ball', None)
     """
     unknown = []
 
@@ -315,17 +320,14 @@ def read_unit(text):
             unknown.append(len(word) > 2 and word.isascii() and not {*forms} & _NO_UNITS)
         return known or forms[-1]
 
-    size = lambda m: (
-        (m[2] or m[4]) + ("^2" if (m[1] or m[3])[:2].lower() in ("sq", "平方") else "^3")
-    )
-    text = re.sub(r" ?\bper\b ?", "/", _SIZED.sub(size, text[:60].strip()))
+    text = re.sub(r"(?i)\b(?:square|sq)\b\.? ?([^\W\d_]+)|平方([^\W\d_]+)", r"\1\2^2", text[:60])
+    text = re.sub(r"(?i)\b(?:cubic|cu)\b\.? ?([^\W\d_]+)|立方([^\W\d_]+)", r"\1\2^3", text)
+    text = re.sub(r" ?\bper\b ?", "/", text)
     text = re.sub(r"(?<=\w) squared\b", "^2", re.sub(r"(?<=\w) cubed\b", "^3", text))
-    text = re.sub(r"(?:°|degrees?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1", text, flags=re.I)
+    text = re.sub(r"(?i)(?:°|\bdeg(?:rees?)?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1", text)
     text = re.sub(r" ?\^? ?\{?([23]|-[1-9])\}?", r"^\1", text)
-    text = _UNIT_WORD.sub(name, text).rstrip(".")
-    part = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
-    whole = re.fullmatch(rf"/?{part}(?: ?[ /·*⋅.] ?{part})*", text)
-    return text if whole and all(unknown) and len(unknown) < 4 else None
+    text = _UNIT_WORD.sub(name, text.strip()).rstrip(".")
+    return text if _UNIT.fullmatch(text) and all(unknown) and len(unknown) < 4 else None
 
 
 _CURRENCY = re.compile(r"([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥₹₩]) ?(?=[+-]?\.?\d)")
@@ -362,29 +364,30 @@ _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|
 
 def read_value(text):
     """The Decimal that plain text without a unit is, or None: digits, thousands commas, a power of
-    ten, a fraction, a mixed number, maybe after "x =" or in brackets.
+    ten, a fraction, a mixed number, in brackets or not.
 
-    >>> read_value("x = -1 1/2"), read_value("[6 \\\\times 10^{23}]"), read_value("1,23")
-    (Decimal('-1.5'), Decimal('6E+23'), None)
+    >>> read_value("-1 1/2"), read_value("1.5 \\\\times 10^{3}"), read_value("1,23")
+    (Decimal('-1.5'), Decimal('1500'), None)
     """
-    if len(text) > 200:
-        return None
-    text = re.sub(r"^[^\W\d][\w\\{}()' ]*[=≈]", "", text).strip(" =≈")
-    text = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text)
+    text = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text[:201])
     text = _TEN_TO.sub(lambda m: ("e" if m.start() else "1e") + m[1], text)
-    match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", text).strip())
+    match = (
+        _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", text).strip()) if len(text) < 200 else None
+    )
     if not match:
         return None
     sign, whole, number, power, below = match.groups()
-    value = Decimal(number.replace(",", "")).scaleb(int(power or 0))
     below = Decimal((below or "1").replace(",", ""))
-    return None if not below else (-1 if sign == "-" else 1) * (value / below + int(whole or 0))
+    value = Decimal(number.replace(",", "")).scaleb(int(power or 0))
+    return (value / below + int(whole or 0)) * (-1 if sign == "-" else 1) if below else None
 
 
 @lru_cache(4096)
 def read_quantity(text):
-    """(value, unit) of a text that is one number, (None, "") of any other."""
-    number, unit = split_unit(without_lead(plain(text))) if len(text) <= 200 else ("", "")
+    """(value, unit) of a text that is one number, maybe after "x =", (None, "") of any other."""
+    *_, text = without_leads(plain(text[:201]))
+    text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text).rstrip(".,; ")
+    number, unit = split_unit(text)
     value = read_value(number)
     return (None, "") if value is None else (value, unit)
 
@@ -392,27 +395,32 @@ def read_quantity(text):
 def read_number(text):
     """The number that `text` is (as a Decimal), or None. It may have a unit and stand in LaTeX.
 
-    >>> read_number("1,234.50"), read_number("$-5$"), read_number("40%"), read_number("6.0e23")
-    (Decimal("1234.50"), Decimal("-5"), Decimal("40"), Decimal("600000000000000000000000"))
+    >>> read_number("1,234.50"), read_number("$-5$"), read_number("40%"), read_number("x = 5 km/h")
+    (Decimal('1234.50'), Decimal('-5'), Decimal('40'), Decimal('5'))
     >>> [read_number(t) for t in ("nan", "1e400", "5 or 6", "1,23", "9" * 5000, "5 million")]
     [None, None, None, None, None, None]
     """
     return read_quantity(text)[0]
 
 
-_MARK = r"[)\]}]|[.:;!,]|\n| [-–—=(]"  # what may stand between a letter and more text
-_RIGHT = (
-    r" (?:is|was|seems)(?: (?:the|most|clearly|probably))*(?: (?:correct|right|best|true|answer))+"
-)
+_MARK = r"[)\]}]|[.:;!,]|\n| [-–—=→(]"  # what may stand between a letter and more text
+_RIGHT = r" (?:is|was|seems|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
 _UNSURE = re.compile(
     r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
     r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
     r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
 )
+_STATED = r"\b(?:answer|option|choice|letter|one|it is|it's|so|thus|hence|therefore|"
+_STATED = re.compile(
+    _STATED + r"i (?:think|choose|pick|select)|[a-z](?= (?:is|was) ))\b|答案|选", re.I
+)
+_DENIED = (
+    r"\b(?i:not|never|cannot|n?or|n?either|both|except|maybe|perhaps|possibly|might|could|wrong|"
+)
+_DENIED += r"incorrect|unlikely|if|whether|why|and\s*$)\b|n't|[不非没]$|\b[A-Z]\W*$"
 
 
 def fold(text):
-    """How the texts of options are compared."""
     return " ".join(text.split()).casefold().strip(" .!\"'")
 
 
@@ -428,34 +436,19 @@ def read_options(options):
     return bodies, names
 
 
-def read_choice(text, options=()):
-    """The letter that `text` chooses, or None if it names none, several, or one beyond the options
-    (a list of "A. the cat" or "the cat").
-
-    >>> [read_choice(t) for t in ("B", "(b)", "B.", "Answer: B", "B is correct", "**B**", "答案是B")]
-    ['B', 'B', 'B', 'B', 'B', 'B', 'B']
-    >>> [read_choice(t) for t in ("Based on this, A", "A or B", "Not B", "B is wrong", "a dog", "")]
-    [None, None, None, None, None, None]
-    >>> read_choice("It is the dog.", ["A. the cat", "B. the dog"])
-    'B'
-    """
-    text = plain(text[:2000])
-    bodies, names = read_options(tuple(options or ()))
-    while True:
+def read_phrase(text, bodies, names):
+    """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
+    for text in without_leads(plain(text)):  # noqa: B020
         name = fold(text)
-        if len(name) > 1 and name in names:  # an option's text may itself look like a letter
+        if len(name) > 1 and name in names:  # it may itself look like a letter or a lead
             return names[name]
-        lead = _LEAD.match(text)
-        if not lead:
-            break
-        text = text[lead.end() :].strip("*_\"' \n")
     match = re.match(r"[(\[{]? ?([a-z])(?![\w'])", text, re.IGNORECASE)
     letter = match and match[1].upper()
     if not letter or bodies and letter not in bodies:
         return names.get(name)
     rest, own = text[match.end() :], bodies.get(letter)
-    said = re.sub(r"^\W+", "", rest)
-    if re.match(r"\W*(?:because|since|as|for)\b", rest):
+    said = re.sub(r"^\W+(?:is )?", "", rest)
+    if re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
         return letter
     if own and re.match(rf"{re.escape(own)}(?!\w)", said.casefold()):
         rest = said[len(own) :]
@@ -466,52 +459,61 @@ def read_choice(text, options=()):
     return None if _UNSURE.search(rest) else letter
 
 
-_STATED = (
-    r"\b(?:answer|option|choice|letter|one|it is|it's|i (?:think|choose|pick|select))\b|答案|选"
-)
-_DENIED = (
-    r"\b(?i:not|never|cannot|n?or|n?either|both|except|maybe|perhaps|possibly|might|could|wrong|"
-)
-_DENIED += r"incorrect|unlikely|if|whether|and\s*$)\b|n't|\b[A-Z]\W*$"
+def read_choice(text, options=()):
+    """The letter that `text` chooses, or None if it names none, several, or one beyond the options (a
+    list of "A. the cat" or "the cat"): all of it as one phrase, else the last that prose states, else
+    the only one that its sentences name.
 
-
-def stated_choice(text, options):
-    """The letter that prose comes to: the last that is stated, else the one that its sentences are.
-
-    >>> stated_choice("It barks. So, of A and B, the answer is (B).", []), stated_choice("A. B.", [])
-    ('B', None)
+    >>> [read_choice(t) for t in ("(b)", "Answer: B", "B is correct", "**B**", "答案是B", "I see. So B.")]
+    ['B', 'B', 'B', 'B', 'B', 'B']
+    >>> [read_choice(t) for t in ("A or B", "Not B", "B is wrong", "a dog", "It may be B", "A. B.")]
+    [None, None, None, None, None, None]
+    >>> read_choice("It is the dog.", ["A. the cat", "B. the dog"])
+    'B'
     """
-    stated, alone = [], []
-    for sentence in re.split(r"(?<=[.!?。！？])\s+|\n+", text[-20_000:]):
-        alone.append(read_choice(sentence, options))
-        for start in re.finditer(_STATED, sentence, re.IGNORECASE):
-            before = re.split(
-                r"(?<!\b[A-Z])[,;]|\b(?:so|but|thus|hence)\b", sentence[: start.start()]
-            )
-            if not re.search(_DENIED, before[-1]):
-                stated.append(read_choice(sentence[start.start() :], options))
-    stated, alone = [c for c in stated if c], {c for c in alone if c}
+    known = read_options(tuple(options or ()))
+    if letter := read_phrase(text[:2000], *known):
+        return letter
+    stated, alone = [], set()
+    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+|\n+", text[-20_000:]):
+        alone.add(read_phrase(sentence, *known))
+        for start in _STATED.finditer(sentence):
+            before = sentence[: start.start()]
+            before = re.split(r"(?<!\b[A-Z])[,;]|\b(?:so|but|thus|hence)\b", before)[-1]
+            if not re.search(_DENIED, before):
+                stated.append(read_phrase(sentence[start.start() :], *known))
+    stated, alone = [letter for letter in stated if letter], alone - {None}
     return stated[-1] if stated else alone.pop() if len(alone) == 1 else None
 
 
+def readable(record, answer):
+    """Whether an answer says anything in the terms of its task, right or wrong.
+
+    >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a few")
+    (True, False)
+    """
+    kind = record["problem_type"]
+    if kind == "multiple choice":
+        return bool(answer) and read_choice(answer, record.get("options")) is not None
+    if kind in ("numerical", "regression"):
+        return bool(answer) and read_number(answer) is not None
+    return bool(answer) and (kind in TEXT_TYPES or structure(record, answer) > 0)
+
+
 def answer_of(record, response):
-    """The answer that evaluation and inference grade: find_answer, and where training would not read
-    it, the letter that a prose comes to, or the one JSON answer in it.
+    """The answer that evaluation grades and inference shows: find_answer; of a choice its letter, of
+    JSON the one object of the schema, where they can be made out. Training is strict about JSON.
 
     >>> answer_of({"problem_type": "multiple choice"}, "It barks. So the answer is (B).")
     'B'
-    >>> answer_of({"problem_type": "temporal grounding"}, "<think>.</think>From [1, 2.5].")
-    '{"time": [1, 2.5]}'
     """
     answer, kind = find_answer(response), record["problem_type"]
-    if answer and kind in JSON_TYPES:
-        return loose_json(record, answer) or answer
-    if answer and kind == "multiple choice" and not readable(record, answer):
-        return stated_choice(answer, record.get("options")) or answer
-    return answer
+    if answer and kind == "multiple choice":
+        return read_choice(answer, record.get("options")) or answer
+    return answer and kind in JSON_TYPES and loose_json(record, answer) or answer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics: p is the prediction, y the truth
 
 
@@ -527,35 +529,25 @@ def mean_relative_accuracy(p, y):
     return sum(20 * abs(p - y) < k * abs(y) for k in range(1, 11)) / 10
 
 
+# Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces between words, each character is one
+_UNSPACED = re.compile(
+    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])"
+)
+
+
 def word_error_rate(p, y):
     """Word edits that turn text p into text y, per word of y (can exceed 1).
 
     >>> word_error_rate("the dark room", "the dog park")
     0.6666666666666666
     """
-    p, y = (_UNSPACED.sub(r" \g<0> ", text).split() for text in (p, y))
+    p, y = (_UNSPACED.sub(r" \1 ", text).split() for text in (p, y))
     row = list(range(len(p) + 1))  # edits from each beginning of p to a beginning of y
     for i, word in enumerate(y, 1):
         above, row = row, [i]
         for j, other in enumerate(p):
             row.append(min(above[j] + (word != other), above[j + 1] + 1, row[j] + 1))
     return row[-1] / max(1, len(y))
-
-
-# Thai, Lao, Burmese, Khmer, Japanese, Chinese: scripts without spaces between words
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
-)
-
-
-def ascii_words(text):
-    """What rouge-score, which sees ASCII only, reads for a text: words of letters and marks of any
-    script, single characters of scripts without spaces. ASCII stays as it is."""
-    if text.isascii():
-        return text
-    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
-    words = _UNSPACED.sub(r" \g<0> ", kept).split()
-    return " ".join(w if w.isascii() else w.encode().hex() + "0" for w in words)
 
 
 def rouge(p, y):
@@ -567,36 +559,43 @@ def rouge(p, y):
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    p, y = (re.sub(r"([^\W_]{40})[^\W_]+", r"\1", text[:20_000]) for text in (p, y))
-    scores = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = scores.score(ascii_words(y), ascii_words(p))
-    return sum(part.fmeasure for part in scores.values()) / 3
+    def words(text):  # rouge-score sees ASCII only: other words as hexadecimal digits
+        text = re.sub(r"([^\W_]{40})[^\W_]+", r"\1", text[:20_000])
+        if text.isascii():
+            return text
+        text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
+        text = _UNSPACED.sub(r" \1 ", text).split()
+        return " ".join(word if word.isascii() else word.encode().hex() + "0" for word in text)
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
 
 
-_DOLLARS = re.compile(r"\$[^$]*\$(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]*\$)*")
+_IN_DOLLARS = re.compile(r"\$[^$]*\$(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]*\$)*")
 
 
 def math_side(text):
-    """What math-verify reads of a text, its unit, and its value if it is one number."""
-    short, unit = split_unit(without_lead(plain(text)))
-    value = None if "=" in short else read_value(short)  # x = 3 is not y = 3
-    dollars = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
-    around = _DOLLARS.sub(" ", dollars)
-    words = re.findall(r"[^\W\d_]+", around.lower())
-    if around != dollars and any(len(w) > 1 for w in words):  # prose around the result
-        if not {*words} & _NO_UNITS and not re.search(r"\d", around):
-            return dollars, unit, value
+    """LaTeX for math-verify in dollars, the unit that it had, and its value if it is one number."""
+    *_, short = without_leads(plain(text))
+    short, unit = split_unit(short.rstrip(".,; "))
+    value = read_value(short)
+    marked = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
+    around = re.sub(r"\bsquare\b", "", _IN_DOLLARS.sub(" ", marked).lower())
+    words = set(re.findall(r"[^\W\d_]{2,}", around)) if "$" in marked else ()
+    if words and not words & _NO_UNITS and not re.search(r"\d|\bor\b", around):
+        return marked, unit, value  # prose around the result
     short = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)", short)
-    short = re.sub(r"(?<![\\a-zA-Z])(sqrt|sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
+    short = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", short)
+    short = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
     return f"${short}$", unit, value
 
 
 def math_equal(p, y):
-    """Equality of numbers to six decimals, of words as text, of all else by math-verify, which gives
-    up after 5 s where Python still listens (hence `Grader`). Main thread of a process only, since it
-    uses SIGALRM. A percentage equals the number and its hundredth.
+    """Equality of numbers to six decimals, of words as text, of the rest by math-verify, which gives
+    up after 5 s where Python still listens (hence `Grader`). A percentage equals its number and its
+    hundredth. Main thread of a process only, since math-verify uses SIGALRM.
 
-    >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("ABC", "ACB")
+    >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("5 cm", "5 km")
     (True, True, False)
     """
     if p.split() == y.split():
@@ -607,23 +606,24 @@ def math_equal(p, y):
     if p_unit and y_unit and p_unit != y_unit:
         return False
     if p_value is not None and y_value is not None:
-        scales = (1, 100) if p_unit != y_unit and "%" in (p_unit, y_unit) else (1,)
-        pairs = [(p_value * scale, y_value) for scale in scales]
-        pairs += [(p_value, y_value * scale) for scale in scales]
+        pairs = [(p_value, y_value)]
+        if p_unit != y_unit and "%" in (p_unit, y_unit):
+            pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
         return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
-    words = [
-        re.fullmatch(r"\$[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$", side) for side in (p, y)
-    ]
-    if all(words):
-        p, y = (word[1].casefold() for word in words)
+    words = r"\$[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$"
+    if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
+        p, y = p_words[1].casefold(), y_words[1].casefold()
         return p == y or {*p, *y} <= {*"xyz"} and sorted(p) == sorted(y)
     names = [sorted(re.findall(r"(?<![\\a-zA-Z])[A-Z]{2,}(?![a-z])", side)) for side in (p, y)]
-    if all(names) and names[0] != names[1]:
+    if all(names) and names[0] != names[1]:  # ABC is not ACB
         return False
+    power = r"\$ ?(?:-?\d[^=]*(?<![\\a-zA-Z])[a-zA-Z]|\w+\^)[^=]*="
+    if ("=" in p) != ("=" in y) and (re.match(power, p) or re.match(power, y)):
+        return False  # 2x = 5 is not 5
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
-    rules = NormalizationConfig(malformed_operators=True, nits=True)  # units have been taken off
+    rules = NormalizationConfig(malformed_operators=True, nits=True)  # the units are off already
     latex = [LatexExtractionConfig(normalization_config=rules)]
     return bool(verify(parse(y, latex), parse(p, latex)))
 
@@ -636,8 +636,8 @@ def is_number(x):
 def are_numbers(x, n):
     """A list of n such numbers.
 
-    >>> are_numbers([0, 2.5], 2), are_numbers([0, "2.5"], 2), are_numbers([0, True], 2), are_numbers([0, 1e999], 2)
-    (True, False, False, False)
+    >>> are_numbers([0, 2.5], 2), are_numbers([0, "2.5"], 2), are_numbers([0, True], 2)
+    (True, False, False)
     """
     if type(x) is not list or len(x) != n:
         return False
@@ -648,7 +648,8 @@ def are_numbers(x, n):
 
 
 def iou_1d(p, y):
-    """Intersection over union of two spans [start, end]; 0 if one is malformed, reversed or both are empty.
+    """Intersection over union of two spans [start, end]; 0 if one is malformed, reversed or both are
+    empty.
 
     >>> iou_1d([0, 4], [2, 6])
     0.3333333333333333
@@ -676,11 +677,11 @@ def iou_box(p, y):
 
 
 def mean_box_iou(p, y, over="truth"):
-    """Mean box IoU of {"second": box} dicts, over the true seconds (a missing box counts 0), or over="shared": only
-    those that both sides have, which the release uses for spatial-temporal grounding.
+    """Mean box IoU of {"second": box} dicts, over the true seconds (a missing box counts 0), or
+    over="shared": only those that both sides have, as the release does.
 
     >>> truth = {"3": [0, 0, 10, 10], "4": [0, 0, 10, 10]}
-    >>> mean_box_iou({"3": [0, 0, 10, 10]}, truth), mean_box_iou({"3": [0, 0, 10, 10]}, truth, over="shared")
+    >>> mean_box_iou({"3": [0, 0, 10, 10]}, truth), mean_box_iou({"3": [0, 0, 10, 10]}, truth, "shared")
     (0.5, 1.0)
     """
     if not (isinstance(p, dict) and isinstance(y, dict)):
@@ -695,9 +696,10 @@ def are_points(x):
 
 
 def point_kernel(p, y, sigma=50.0):
-    """G = exp(-d^2 / (2 sigma^2)), d = mean distance of three points [x, y] to three under the best of the 6 matchings.
+    """G = exp(-d^2 / (2 sigma^2)), d = mean distance of three points [x, y] to three under the best of
+    the 6 matchings.
 
-    >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # all off by one sigma
+    >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # d = sigma
     0.6065
     """
     d = min(sum(map(math.dist, order, y)) for order in itertools.permutations(p)) / 3
@@ -705,9 +707,11 @@ def point_kernel(p, y, sigma=50.0):
 
 
 def segmentation_accuracy(p, y, video):
-    """Box, points and (video) time of the prompt for SAM2, weighted; 0 without 3 + 3 points or a video's time.
+    """Box, points and (video) time of the prompt for SAM2, weighted; 0 without 3 + 3 points or a
+    video's time.
 
-    >>> y = {"boxes": [0, 0, 9, 9], "positive_points": [[1, 1], [2, 2], [3, 3]], "negative_points": [[9, 1]] * 3}
+    >>> y = {"boxes": [0, 0, 9, 9], "positive_points": [[1, 1], [2, 2], [3, 3]]}
+    >>> y["negative_points"] = [[9, 1], [9, 2], [9, 3]]
     >>> segmentation_accuracy(y, y, video=False), segmentation_accuracy(y, y, video=True)
     (1.0, 0.0)
     """
@@ -720,76 +724,11 @@ def segmentation_accuracy(p, y, video):
         return 0.5 * box + 0.25 * positive + 0.25 * negative
     if not (is_number(p.get("time")) and is_number(y.get("time"))):
         return 0.0
-    return (
-        0.3 * box
-        + 0.3 * math.exp(-abs(p["time"] - y["time"]) / 2)
-        + 0.2 * positive
-        + 0.2 * negative
-    )
+    time = math.exp(-abs(p["time"] - y["time"]) / 2)
+    return 0.3 * box + 0.3 * time + 0.2 * positive + 0.2 * negative
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# POLAR: a reward model for open-ended answers, served by
-#     vllm serve internlm/POLAR-7B --runner pooling --trust-remote-code --port 8100
-
-
-def polar_text(record, answer):
-    """What POLAR reads: question and truth against question and answer. The answer must not bring special tokens.
-
-    >>> polar_text({"problem": "Who?", "answer": "Ann"}, "Bob")
-    'Who?\\nAnn<|reward|>Who?\\nBob[UNUSED_TOKEN_130]'
-    """
-    problem = record.get("problem", "")
-    answer = re.sub(r"<\|[^|]*\|>|\[UNUSED_TOKEN_\d+\]", " ", answer[:20_000])
-    return f"{problem}\n{truth_of(record)}<|reward|>{problem}\n{answer}[UNUSED_TOKEN_130]"
-
-
-def ask_polar(url, texts, seconds):
-    """One request to vLLM's pooling endpoint: list of text -> list of raw scores; None if the server fails or lies, or
-    takes longer than `seconds`. A score is the last number of an item: the last token's value."""
-    body = json.dumps(
-        {"input": texts, "use_activation": False}
-    ).encode()  # False: no sigmoid over the score
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/pooling", body, {"Content-Type": "application/json"}
-    )
-    opener = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # no proxy between the machines of a run
-    try:
-        with opener.open(request, timeout=seconds) as response:
-            items = json.loads(response.read(2**26))["data"]
-        scores = [item["data"] for item in sorted(items, key=lambda item: item["index"])]
-        while any(isinstance(values, list) for values in scores):
-            scores = [values[-1] for values in scores]
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return scores if are_numbers(scores, len(texts)) else None
-
-
-def polar_scores(url, pairs, seconds=60.0):
-    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1], in order, and the
-    number of groups that failed. A group is the answers to one prompt: one request each, all at once, and the scores
-    are min-max normalised within it (all 1 if all are equal). Where the server fails, the values of the whole group are
-    None (never a mix: raw scales differ)."""
-    groups = {}
-    for i, (record, _) in enumerate(pairs):
-        groups.setdefault((record.get("problem"), truth_of(record)), []).append(i)
-    texts = [[polar_text(*pairs[i]) for i in group] for group in groups.values()]
-    ask_twice = lambda texts: (
-        ask_polar(url, texts, seconds / 2) or ask_polar(url, texts, seconds / 2)
-    )
-    values, failed = [None] * len(pairs), 0
-    with ThreadPoolExecutor(len(texts) or 1) as pool:
-        for group, scores in zip(groups.values(), pool.map(ask_twice, texts)):
-            failed += scores is None
-            for i, raw in zip(group, scores or []):
-                low, high = min(scores), max(scores)
-                values[i] = (raw - low) / (high - low) if high > low else 1.0
-    return values, failed
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Grading
 
 
@@ -797,7 +736,8 @@ def accuracy(record, answer):
     """How right an answer (text inside the tags) is, in [0, 1]. Training and evaluation both grade
     with this.
 
-    >>> accuracy({"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}, '{"time": [0, 4]}')
+    >>> record = {"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}
+    >>> accuracy(record, '{"time": [0, 4]}')
     0.3333333333333333
     """
     kind, truth = record["problem_type"], truth_of(record)
@@ -809,8 +749,8 @@ def accuracy(record, answer):
     if kind == "multiple choice":
         options = record.get("options")
         letter = read_choice(truth, options)
-        same = read_choice(answer, options) == letter if letter else fold(answer) == fold(truth)
-        return float(same)
+        right = read_choice(answer, options) == letter if letter else fold(answer) == fold(truth)
+        return float(right)
     if kind in ("numerical", "regression"):
         (p, p_unit), (y, y_unit) = read_quantity(answer), read_quantity(truth)
         if p is None or y is None or (p_unit and y_unit and p_unit != y_unit):
@@ -842,7 +782,7 @@ def structure(record, answer):
     """How well an answer keeps to the task's JSON schema, in [0, 0.5]. Free text has no schema: 0.5.
 
     >>> truth = {"problem_type": "tracking", "answer": '{"boxes": {"1": [0, 0, 9, 9], "2": [0, 0, 9, 9]}}'}
-    >>> structure(truth, '{"boxes": {"1": [1, 2, 3, 4]}}')  # 0.25 for the schema, 0.25 * share of the true seconds
+    >>> structure(truth, '{"boxes": {"1": [1, 2, 3, 4]}}')  # 0.25 + 0.25 * share of the true seconds
     0.375
     """
     kind = record["problem_type"]
@@ -866,13 +806,38 @@ def structure(record, answer):
     return 0.25 + 0.25 * sum(k in boxes for k in seconds) / max(1, len(seconds))
 
 
+def gradable(record):
+    """Why no answer could be graded against a record's truth, or "". By ROUGE, WER and math-verify
+    nothing is tried.
+
+    >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
+    'scores 0.00 against itself'
+    """
+    kind, truth = record["problem_type"], truth_of(record)
+    if kind == "multiple choice" and record.get("options"):
+        return "" if read_choice(truth, record["options"]) else "is none of the options"
+    if kind in ("numerical", "regression"):
+        return "" if readable(record, truth) else "is no number"
+    if kind in TEXT_TYPES or (not truth and record.get("segmentation_output")):  # masks alone
+        return ""
+    value = accuracy(record, truth)
+    if value < 1 - 1e-9 or structure(record, truth) < 0.5:
+        return f"scores {value:.2f} against itself"
+    y = read_json(truth)
+    boxes = list(y["boxes"].values()) if isinstance(y.get("boxes"), dict) else [y.get("boxes", [])]
+    if kind == "segmentation":
+        boxes += y["positive_points"] + y["negative_points"]
+    inside = kind == "temporal grounding" or all(0 <= v <= 1000 for box in boxes for v in box)
+    return "" if inside else "has coordinates outside 0-1000"
+
+
 def total(accuracy, structure):
     """The score of a response with the right tags."""
     return Score(0.9 * accuracy + 0.1 + structure, accuracy, 1.0, structure)
 
 
 def score(record, response):
-    """Grade one response here and now. Math can take 15 s or, on hostile text, hang: use `Grader` for model output.
+    """Grade one response here and now. Math can take 15 s or, on hostile text, hang: use `Grader`.
 
     >>> record = {"problem_type": "numerical", "answer": "3"}
     >>> score(record, "<think>1 + 2</think><answer>3</answer>").reward, score(record, "3").reward
@@ -882,60 +847,73 @@ def score(record, response):
     return Score() if answer is None else total(accuracy(record, answer), structure(record, answer))
 
 
-def readable(record, answer):
-    """Whether an answer says anything in the terms of its task, right or wrong.
-
-    >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a dozen")
-    (True, False)
-    """
-    kind = record["problem_type"]
-    if not answer:
-        return False
-    if kind == "multiple choice":
-        return read_choice(answer, record.get("options")) is not None
-    if kind in ("numerical", "regression"):
-        return read_number(answer) is not None
-    return kind not in JSON_TYPES or structure(record, answer) > 0
+# --------------------------------------------------------------------------------------------------
+# POLAR: a reward model for open-ended answers, served by
+#     vllm serve internlm/POLAR-7B --runner pooling --trust-remote-code --port 8100
 
 
-def gradable(record):
-    """Why no answer to this record could be graded, or "". Free text and math are not tried.
+def polar_text(record, answer):
+    """What POLAR reads: question and truth against question and answer, without special tokens."""
+    problem = record.get("problem", "")
+    answer = re.sub(r"<\|[^|]*\|>|\[UNUSED_TOKEN_\d+\]", " ", answer[:20_000])
+    return f"{problem}\n{truth_of(record)}<|reward|>{problem}\n{answer}[UNUSED_TOKEN_130]"
 
-    >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
-    'scores 0.00 against itself'
-    """
-    kind, truth = record["problem_type"], truth_of(record)
-    if kind == "multiple choice" and record.get("options"):
-        return "" if read_choice(truth, record["options"]) else "is none of the options"
-    if kind in ("numerical", "regression"):
-        return "" if read_number(truth) is not None else "is no number"
-    if kind not in JSON_TYPES or not truth and record.get("segmentation_output"):  # masks alone
-        return ""
-    y = read_json(truth)
-    if not y:
-        return "is no JSON object of finite numbers"
-    value = accuracy(record, truth)
-    if value < 1 - 1e-9 or structure(record, truth) < 0.5:
-        return f"scores {value:.2f} against itself"
-    boxes = y.get("boxes", [])
-    boxes = list(boxes.values()) if isinstance(boxes, dict) else [boxes]
-    places = boxes + y.get("positive_points", []) + y.get("negative_points", [])
-    inside = all(0 <= v <= 1000 for place in places for v in place)
-    return "" if inside else "has coordinates outside 0-1000"
+
+def ask_polar(url, texts, seconds):
+    """One request to vLLM's pooling endpoint: list of text -> list of raw scores, each the last number
+    of an item (the last token's value); None if the server fails, lies, or takes too long."""
+    body = json.dumps(
+        {"input": texts, "use_activation": False}
+    ).encode()  # no sigmoid over the score
+    request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body)
+    request.add_header("Content-Type", "application/json")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
+    try:
+        with opener.open(request, timeout=seconds) as response:
+            items = json.loads(response.read(2**26))["data"]
+        scores = [item["data"] for item in sorted(items, key=lambda item: item["index"])]
+        while any(isinstance(values, list) for values in scores):
+            scores = [values[-1] for values in scores]
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return scores if are_numbers(scores, len(texts)) else None
+
+
+def polar_scores(url, pairs, seconds=60.0):
+    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1],
+    in order, and the number of groups that failed. A group is the answers to one prompt: its scores
+    are min-max normalised (all 1 if all are equal). Where the server fails twice, the values of the
+    whole group are None, never a mix, since raw scales differ."""
+    groups = {}
+    for i, (record, _) in enumerate(pairs):
+        groups.setdefault((record.get("problem"), truth_of(record)), []).append(i)
+
+    def ask(group):
+        texts = [polar_text(*pairs[i]) for i in group]
+        return ask_polar(url, texts, seconds / 2) or ask_polar(url, texts, seconds / 2)
+
+    values, failed = [None] * len(pairs), 0
+    with ThreadPoolExecutor(len(groups) or 1) as pool:
+        for group, scores in zip(groups.values(), pool.map(ask, groups.values())):
+            failed += scores is None
+            for i, raw in zip(group, scores or []):
+                low, high = min(scores), max(scores)
+                values[i] = (raw - low) / (high - low) if high > low else 1.0
+    return values, failed
+
+
+# --------------------------------------------------------------------------------------------------
+# Grader processes
 
 
 class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
-    Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in C code where no
-    Python time limit reaches; the rest takes microseconds, linear in the text. A worker that overruns `seconds` is killed
-    and replaced, its item scores 0; one that dies is replaced and the item tried once more. Workers start in the
+    Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
+    C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
+    its item scores 0; one that dies is replaced and the item tried once more. Workers start in the
     background, and one thread for each waits for its replies.
-    counts: {"killed": overran, "errors": worker deaths}, and "polar_failed" (groups) if polar_url is given.
-
-    >>> with Grader(workers=1) as grader:
-    ...     grader.score([({"problem_type": "math", "answer": "1/2"}, "<think>.</think><answer>0.5</answer>")])
-    [Score(reward=1.5, accuracy=1.0, format=1.0, structure=0.5)]
+    counts: {"killed": overran, "errors": deaths}, and "polar_failed" (groups) if polar_url is given.
     """
 
     command = (sys.executable, os.path.abspath(__file__), "--worker")
@@ -951,33 +929,24 @@ class Grader:
         """list of (record, response) -> list of Score."""
         pairs = [(record, parse_response(response)) for record, response in pairs]
         graded = zip(pairs, self.accuracies(pairs))
-        return [
-            Score() if pair[1] is None else total(value, structure(*pair)) for pair, value in graded
-        ]
+        return [Score() if p[1] is None else total(value, structure(*p)) for p, value in graded]
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        values = [
-            None if a is not None and r["problem_type"] in SLOW_TYPES else accuracy(r, a)
-            for r, a in pairs
-        ]
+        kinds = [record["problem_type"] for record, _ in pairs]
+        slow = [i for i, k in enumerate(kinds) if k in SLOW_TYPES and pairs[i][1] is not None]
+        values = [None if i in {*slow} else accuracy(*pair) for i, pair in enumerate(pairs)]
         if self.polar_url:
-            asked = [
-                i
-                for i, value in enumerate(values)
-                if value is None and pairs[i][0]["problem_type"] == "open-ended"
-            ]
+            asked = [i for i in slow if kinds[i] == "open-ended"]
             scores, failed = polar_scores(self.polar_url, [pairs[i] for i in asked])
             self.counts["polar_failed"] += failed
             for i, value in zip(asked, scores):
                 values[i] = value
-        slow = [i for i, value in enumerate(values) if value is None]
+            slow = [i for i in slow if values[i] is None]
         for start in self.starting if slow else ():
-            start.result()  # raises if the worker could not start: a broken grader is not a wrong answer
-        for i, (value, killed, errors) in zip(
-            slow, self.pool.map(self._grade, [pairs[i] for i in slow])
-        ):
-            values[i] = value
+            start.result()  # raises if a worker could not start: a broken grader is no wrong answer
+        for i, reply in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
+            values[i], killed, errors = reply
             self.counts["killed"] += killed
             self.counts["errors"] += errors
         return values
@@ -985,21 +954,15 @@ class Grader:
     def _grade(self, pair):
         """One slow item, in one of the pool's threads -> accuracy, kills, worker deaths."""
         record, answer = pair
-        line = json.dumps(
-            [{"problem_type": record["problem_type"], "answer": truth_of(record)}, answer]
-        )
+        record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for errors in range(2):
             worker = self.idle.get(timeout=300)
             try:
-                print(line, file=worker.stdin, flush=True)
+                print(json.dumps([record, answer]), file=worker.stdin, flush=True)
                 value = float(self._reply(worker, self.seconds))
                 self.idle.put(worker)
                 return value, 0, errors
-            except (
-                TimeoutError,
-                BrokenPipeError,
-                ValueError,
-            ) as error:  # it hangs, or died before or after it read
+            except (TimeoutError, BrokenPipeError, ValueError) as error:  # it hangs or died
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
                 self._start()
@@ -1009,9 +972,8 @@ class Grader:
 
     def _start(self):
         command, env = [*self.command, str(self.seconds)], os.environ | {"OMP_NUM_THREADS": "1"}
-        worker = Popen(
-            command, stdin=PIPE, stdout=PIPE, text=True, env=env, start_new_session=True
-        )  # deaf to Ctrl-C
+        pipes = dict(stdin=PIPE, stdout=PIPE, text=True)
+        worker = Popen(command, env=env, start_new_session=True, **pipes)  # deaf to Ctrl-C
         if self._reply(worker, 120) != "ready\n":  # its imports do not count as grading time
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
         self.idle.put(worker)
@@ -1037,13 +999,12 @@ class Grader:
 
 
 def work(seconds):
-    """A worker: reads one JSON line [record, answer], writes one line with the accuracy, and so on until the pipe ends.
-    Should its Grader vanish while it hangs, the kernel ends it after 2 * seconds of CPU time (SIGPROF)."""
+    """A worker: reads one JSON line [record, answer], writes one line with the accuracy, and so on
+    until the pipe ends. Should its Grader vanish while it hangs, the kernel ends it after 2 * seconds
+    of CPU time (SIGPROF)."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (2**32, 2**32)
-    )  # 4 GiB: huge integers must not take the machine down
-    math_equal("1", "2"), rouge("", "")  # imports
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, for huge integers
+    math_equal("x", "y + 1"), rouge("", "")  # imports
     print("ready", flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
