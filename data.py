@@ -100,10 +100,8 @@ def load_processor(path):
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
     if not hasattr(processor, "video_processor"):
-        known = (
-            f"model_type is {found!r}, expected 'qwen3_vl' with a processor of images and videos"
-        )
-        raise ValueError(f"{path} is no Qwen3-VL model: {known}")
+        needed = "expected 'qwen3_vl', with a processor of images and videos"
+        raise ValueError(f"{path}: model_type is {found!r}, {needed}")
     return processor
 
 
@@ -200,13 +198,7 @@ FORMS = (
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
 TURNS = ("system", "user", "assistant")
 DATA_TYPES = ("image", "video", "video-image", "text")
-FIELDS = {
-    "options": (list, "a list"),
-    "process": (str, "a text"),
-    "path": (str, "a text"),
-    "additional_path": (str, "a text"),
-    "fps": ((int, float), "a number"),
-}
+FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
@@ -274,7 +266,8 @@ def normalise(raw, file, index, root):
 
     need(isinstance(raw, dict), "record", "an object")
     raw = {field: value for field, value in raw.items() if value is not None}
-    for field, (kind, expected) in FIELDS.items():
+    for field, kind in FIELDS.items():
+        expected = {list: "a list", str: "a text"}.get(kind, "a number")
         need(not raw.get(field) or isinstance(raw[field], kind), field, expected)
     need(raw.get("fps", 1) > 0, "fps", "a number above 0")
     media = find_media(raw, need)
@@ -288,9 +281,9 @@ def normalise(raw, file, index, root):
     record = {"data_type": found, "problem_type": None, **raw, "file": file, "index": index}
     record["problem_id"] = str(raw.get("problem_id", index))
     record["options"] = [str(option) for option in raw.get("options", [])]
-    kind, expected = record["data_type"], f"{found!r}, by the media in images, videos or path"
-    known = f"one of {', '.join(DATA_TYPES)}"
-    need(kind == found, "data_type", expected if kind in DATA_TYPES else known)
+    kind, expected = record["data_type"], "such media in images, videos or path"
+    need(kind in DATA_TYPES, "data_type", f"one of {', '.join(DATA_TYPES)}")
+    need(kind == found, "data_type", f"{expected}, not {found if media else 'none'}")
 
     if "messages" in raw:
         turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
@@ -324,22 +317,26 @@ def normalise(raw, file, index, root):
 def find_media(raw, need):
     """The media of a raw record, [{"type", "path"}], with their paths as written."""
     media = []
-    for field in ("images", "image", "videos", "video"):
-        paths = [raw[field]] if isinstance(raw.get(field), str) else raw.get(field, [])
+    for field in ("images", "image", "videos", "video", "path"):
+        if field not in raw or field == "path" and media:
+            continue
+        paths, kind = raw[field], field.rstrip("s")
+        paths = [paths] if isinstance(paths, str) else paths
         texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
         need(texts, field, "a list of paths")
-        media += [{"type": field.rstrip("s"), "path": path} for path in paths]
-    if not media and raw.get("path"):
-        kind, field = "image" if raw.get("data_type") == "image" else "video", "path"
-        paths = {raw["path"]: kind, raw.get("additional_path"): "image"}
-        media = [{"type": kind, "path": path} for path, kind in paths.items() if path]
-    for medium in media:
-        remote = "://" in medium["path"] or medium["path"].startswith("data:")
-        field = next(f for f in (medium["type"] + "s", medium["type"], "path") if f in raw)
+        remote = any("://" in path or path.startswith("data:") for path in paths)
         need(not remote, field, "paths of files on this machine")
-    unread = [field for field in raw if re.search("image|img|video|media|frames", field)]
-    lost = not media and unread and "data_type" not in raw
-    need(not lost, unread[0] if lost else "", "images, videos or path, or data_type 'text'")
+        if field == "path":
+            kind = "image" if raw.get("data_type") == "image" else "video"
+            paths = [path for path in paths if path]
+        media += [{"type": kind, "path": path} for path in paths]
+        if field == "path" and raw.get("additional_path"):
+            media.append({"type": "image", "path": raw["additional_path"]})
+    if not media and "data_type" not in raw:  # a field of another name must not be left unread
+        for field in raw:
+            need(
+                not re.search("image|img|video|media|frames", field), field, "another name: images"
+            )
     return media
 
 
@@ -529,11 +526,8 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            wanted, pixels_of = (
-                pts[positions],
-                resizer(min_pixels, max_pixels, share(len(positions))),
-            )
-            found = None
+            pixels_of = resizer(min_pixels, max_pixels, share(len(positions)))
+            wanted, found = pts[positions], None
             with suppress(MediaError, av.FFmpegError):
                 found = seek_frames(container, stream, wanted, keys, pixels_of)
         found = found or walk_frames(path, pts, wanted, pixels_of)
@@ -730,9 +724,7 @@ def check_text(text, tokenizer):
     """Raises MediaError where a text holds a control token, such as <|im_end|>, or half a character."""
     for word in tokenizer.get_added_vocab():
         if word.startswith("<|") and word in text:
-            raise MediaError(
-                "control_token", f"the text holds {word}, not read as text by the model"
-            )
+            raise MediaError("control_token", f"the text holds the control token {word}")
     if half := re.search("[\ud800-\udfff]", text):
         raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
 
@@ -799,12 +791,12 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
 
 def target_ids(prompt, tokenizer):
     """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
-    text, opened = demonstration(prompt.record).lstrip(), prompt.opened.strip()
-    if not text.startswith(opened):
+    text, opened = demonstration(prompt.record), prompt.opened.strip()
+    if opened and not text.lstrip().startswith(opened):
         raise MediaError(
-            "opened", f"the prompt ends with {opened!r}, the response begins otherwise"
+            "opened", f"the response does not begin with {opened!r}, as the prompt does"
         )
-    text = text.removeprefix(opened).lstrip() if opened else text
+    text = text.lstrip().removeprefix(opened).lstrip() if opened else text
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
@@ -1042,42 +1034,65 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
 
 
 def token_table(prompt, tokenizer, few=6):
-    """Which tokens SFT learns: some around the first one, and the last. Each row predicts the next."""
+    """Which tokens SFT learns: those around the first one, and the last. Each row predicts the next."""
     given, learned = prompt.token_ids, target_ids(prompt, tokenizer)
-    rows = [f"{len(given)} tokens given, {len(learned)} learned", "position    id label  token"]
     ids, start = given + learned, len(given)
-    shown = [*range(start - few, start + few), *range(max(start + few, len(ids) - few), len(ids))]
-    for i in shown:
-        rows += ["     ..."] * (i == len(ids) - few > start + few)
-        label = ids[i] if i >= start else "-"
-        rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
+    rows = [f"{start} tokens given, {len(learned)} learned", "position      id   label  token"]
+    for i in range(start - few, len(ids)):
+        if i < start + few or i >= len(ids) - few:
+            label = ids[i] if i >= start else "-"
+            rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
+        elif i == start + few:
+            rows.append("     ...")
     return "\n".join(rows)
 
 
 def sheet_of(prompts):
     """An image of what the model sees of each prompt, with the record's own truth drawn in green."""
-    rows, panels = [], []
-    for prompt in prompts:
-        record, media = prompt.record, prompt.vllm["multi_modal_data"]
+    panels, rows = [], []
+    for record, media in [(prompt.record, prompt.vllm["multi_modal_data"]) for prompt in prompts]:
         truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-        marks = marks_of(task_of(record), truth)
-        pictures = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
+        marks, shown = marks_of(task_of(record), truth), []
+        for image in media.get("image", []):
+            shown.append(draw(enlarged(image), marks, None, "lime"))
         for frames, known in media.get("video", []):
             seconds = np.array(known["frames_indices"]) / known["fps"]
-            pictures.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+            shown.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
         title = f"record {record['index']}, {task_of(record) or 'SFT'}: {record['problem']}"
-        for picture in pictures:
-            panels.append(captioned(picture, f"{title}\n{truth}"[:400], above=True))
-    for panel in panels:
+        panels += [captioned(image, f"{title}\n{truth}"[:400], above=True) for image in shown]
+    for panel in sorted(panels, key=lambda panel: panel.width):
         if rows and rows[-1].width + panel.width <= 1300:
             rows[-1] = stack(rows[-1], panel, across=True, gap=8)
         else:
             rows.append(panel)
-    return stack(*rows, gap=8) if rows else None
+    return stack(*rows, gap=8)
 
 
-# fmt: off
-def read_args():
+def peek(records, processor, limits, prompts):
+    """Prints what the model sees of each record and what it learns. Returns the usable Prompts."""
+    tokenizer, usable = processor.tokenizer, []
+    for record in records:
+        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
+        try:
+            prompt = encode(record, processor, limits, prompts)
+        except MediaError as error:
+            print(f"skipped, {error.reason}: {error}")
+            continue
+        usable.append(prompt)
+        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+            tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
+            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+        if demonstration(record):
+            print(f"{demonstration(record)}\n\n{token_table(prompt, tokenizer)}")
+        else:
+            print(f"truth: {record['answer']}")
+    return usable
+
+
+def main():
     parser = new_parser(__doc__)
     parser.add_argument("file", nargs="?", help="record file")
     parser.add_argument("--model", help="folder or hub id that has the processor")
@@ -1085,52 +1100,28 @@ def read_args():
     parser.add_argument("--prompts", help="JSON file that replaces the instructions")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
-    parser.add_argument("--release-prompts", metavar="CLONE", help="print the instructions of the release and end")
+    parser.add_argument(
+        "--release-prompts", metavar="CLONE", help="print the release's instructions"
+    )
     add_limits(parser)
-    return parser.parse_args()
-# fmt: on
-
-
-def main():
-    args = read_args()
+    args = parser.parse_args()
     try:
         if args.release_prompts:
             return print(json.dumps(release_prompts(args.release_prompts), indent=2))
         if not (args.file and args.model):
-            refuse("a record file and --model are needed, or --release-prompts")
-        processor, table = load_processor(args.model), load_prompts(args.prompts)
+            refuse("a record file and --model are needed")
+        processor, prompts = load_processor(args.model), load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    prompts = []
-    for record in records[: args.peek]:
-        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
-        try:
-            prompt = encode(record, processor, limits_of(args), table)
-        except MediaError as error:
-            print(f"skipped, {error.reason}: {error}")
-            continue
-        prompts.append(prompt)
-        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
-            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-            size = f"{frames}{PATCH * w} x {PATCH * h} pixels"
-            print(
-                f"{medium['type']}: {size}, {t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
-            )
-        text = processor.tokenizer.decode(prompt.token_ids)
-        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-        print(re.sub(r"(<\|(?:image|video)_pad\|>)+", count, text))
-        if demonstration(record):
-            print(f"{demonstration(record)}\n\n{token_table(prompt, processor.tokenizer)}")
-        else:
-            print(f"truth: {record['answer']}")
-    if not prompts:
+    usable = peek(records[: args.peek], processor, limits_of(args), prompts)
+    if not usable:
         refuse(f"{args.file}: none of the first {args.peek} records can be used")
-    if sheet := sheet_of(prompts):
-        sheet.save(args.sheet)
-        print(f"\nwhat the model sees, with the truth: {args.sheet}")
+    if any(prompt.record["media"] for prompt in usable):
+        sheet_of(usable).save(args.sheet)
+        print(f"\nwhat the model sees, with the truth drawn on it: {args.sheet}")
 
 
 if __name__ == "__main__":
