@@ -7,27 +7,22 @@ A response must be one <think> block, then one <answer> block, and nothing else;
 parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. Read the examples:
 `python rewards.py` runs them.
 
-Where this departs from the release (arXiv 2512.03043), and why:
-1. Tags are strict. The release takes several blocks, grades the first answer, and gives accuracy
-   without any tags.
-2. Text is graded as written, "é" being one text in both forms of Unicode. The release removes spaces
-   around "<", ">" and "/" from the answer but not from the truth.
-3. A choice may be written as people write it: "B", "(b)", "Answer: B", "B. the dog", "It is the
-   dog.". The release takes the bare letter.
-4. A number may be a fraction, have a unit, or stand in LaTeX. The release takes bare digits.
-5. Units come from one list, two must agree, one on one side only is left out. The release's math
+Where this departs from the release (arXiv 2512.03043):
+1. Tags are strict. The release grades the first of several answers, and answers without any tags.
+2. Text is graded as written, "é" being one text in both its forms in Unicode. The release removes
+   spaces around "<", ">" and "/" from the answer but not from the truth.
+3. Choices and numbers are read as people write them: "Answer: B", "It is the dog.", "5 cm", "1/2".
+   The release takes a bare letter and bare digits.
+4. Units come from one list. Two must agree, one on one side only is left out. The release's math
    drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
-6. Words are compared as text. In the release's math they are products: ABC equals ACB.
-7. JSON numbers are finite numbers. The release turns NaN into a NaN reward, and reads true and "12"
-   as numbers.
-8. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both
+5. Words in math are compared as text. In the release they are products: ABC equals ACB.
+6. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
+7. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both
    sides have, so that one right box of five scores as five), and the share of seconds counts for
    structure only if the schema holds.
-9. Relative accuracy is exact on decimal ties, and math without dollars gets them (else \\sqrt{3} is
-   not itself).
-10. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
-The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian with a
-sigma of 1 s.
+8. Relative accuracy is exact on decimal ties, and math without dollars gets them.
+9. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
+The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian.
 """
 
 import http.client
@@ -56,7 +51,6 @@ JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal groun
 JSON_TYPES += ("tracking", "segmentation")
 PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
-NUMBERS = {int, float}  # not bool
 
 
 class Score(NamedTuple):
@@ -66,8 +60,7 @@ class Score(NamedTuple):
     structure: float = 0.0  # in [0, 0.5]
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading tags and JSON
+# ---- Reading tags and JSON
 
 
 def parse_response(text):
@@ -85,13 +78,7 @@ def parse_response(text):
 def find_answer(text):
     """The answer as a lenient reader finds it, without a Markdown fence, or None: after the thinking
     the last pair of tags, else what follows an opening tag, else everything. A response without
-    </think> may be a thought that was cut off: its tags count only if nothing follows them.
-
-    >>> find_answer("<think>Hm.</think> So: <answer>B</answer>, in <answer></answer> tags.</think>")
-    'B'
-    >>> find_answer("The answer is B."), find_answer("<think>Not <answer>A</answer>, since")
-    ('The answer is B.', None)
-    """
+    </think> may be a thought that was cut off: its tags count only if nothing follows them."""
     text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text) if isinstance(text, str) else ""
     _, thought, rest = text.partition("</think>")
     if not thought:
@@ -113,11 +100,7 @@ _STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: 
 @lru_cache(256)  # the truth is read once per group, the answer once for accuracy and structure
 def read_json(text):
     """The JSON object that `text` is; {} if it is anything else. Of duplicate keys the last one
-    counts. The result is shared: do not change it.
-
-    >>> read_json('{"time": [1, 2], "time": [3, 4]}'), read_json('{"time": NaN}'), read_json("[1]")
-    ({'time': [3, 4]}, {}, {})
-    """
+    counts. The result is shared: do not change it."""
     try:
         value = _STRICT.decode(text)
     except (ValueError, RecursionError):  # ValueError also: an integer of more than 4,300 digits
@@ -148,26 +131,20 @@ def tidy(value):
 
 def loose_json(record, text):
     """The one answer in the task's schema that a text holds, as JSON, or None if none or several.
-    Trailing commas, single quotes and numbers as keys are mended.
-
-    >>> loose_json({"problem_type": "spatial grounding"}, "The box is [1, 2, 3, 4].")
-    '{"boxes": [1, 2, 3, 4]}'
-    """
+    Trailing commas, single quotes and numbers as keys are mended."""
     text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
     text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
     text = text if '"' in text else text.replace("'", '"')
     kind, found, at = record["problem_type"], set(), 0
-    box_of = lambda value: value.get("boxes") if isinstance(value, dict) else value
     for _ in range(100):  # the outermost objects and lists
-        start = re.search(r"[\[{]", text[at:])
+        start = re.compile(r"[\[{]").search(text, at)
         if not start:
             break
-        at += start.start()
         try:
-            value, at = _STRICT.raw_decode(text, at)
+            value, at = _STRICT.raw_decode(text, start.start())
             value = tidy(value)
         except (ValueError, RecursionError):
-            at += 1
+            at = start.end()
             continue
         if isinstance(value, list):
             value = {"time" if kind == "temporal grounding" else "boxes": value}
@@ -175,48 +152,25 @@ def loose_json(record, text):
         if kind == "tracking" and isinstance(boxes, list):  # one a second, from key 1 on
             boxes = {str(k): box for k, box in enumerate(boxes, 1)}
         if isinstance(boxes, dict):
-            value["boxes"] = {k: box_of(box) for k, box in boxes.items()}
+            boxes = {k: box.get("boxes") if type(box) is dict else box for k, box in boxes.items()}
+            value["boxes"] = boxes
         found |= {json.dumps(value)} if readable(record, json.dumps(value)) else set()
     return found.pop() if len(found) == 1 else None
 
 
 def truth_of(record):
-    """The true answer of a record as text: `answer` or `solution`, without its <answer> tags.
-
-    >>> truth_of({"solution": "<answer>B</answer>"})
-    'B'
-    """
+    """The true answer of a record as text: `answer` or `solution`, without its <answer> tags."""
     truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
     truth = truth if isinstance(truth, str) else json.dumps(truth)
     truth = truth.rpartition("<answer>")[2].partition("</answer>")[0]
     return unicodedata.normalize("NFC", truth.strip())
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading units, numbers and choices
+# ---- Reading units and numbers
 
-_SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | str.maketrans(  # full-width
-    {
-        "−": "-",
-        "–": "-",
-        "\u3000": " ",
-        "\xa0": " ",
-        "\u2009": " ",
-        "\u202f": " ",
-        "。": ".",
-        "、": ",",
-    }
-    | {
-        "’": "'",
-        "“": '"',
-        "”": '"',
-        "½": " 1/2",
-        "¼": " 1/4",
-        "¾": " 3/4",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-    }
-)
+_SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and digits
+_SIGNS |= str.maketrans("−–\u3000\xa0\u2009\u202f。、’“”", '--    .,\'""')
+_SIGNS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "π": r"\pi ", "∞": r"\infty "})
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _MARKUP = [
     (r"[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + match[0].translate(_POWERS) + "}"),
@@ -234,6 +188,7 @@ _MARKUP = [
     (r"[^\S\n]+", " "),
 ]
 _MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
+_MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 
 
 def plain(text):
@@ -242,9 +197,10 @@ def plain(text):
     >>> plain("$\\\\boxed{\\\\text{Ｂ}}$"), plain("**5**\\\\,\\\\mathrm{cm}^2")
     ('B', '5 cm ^2')
     """
-    text = text.translate(_SIGNS)
-    for pattern, new in _MARKUP if not text.isalnum() else ():
-        text = pattern.sub(new, text)
+    if _MARKED.search(text):
+        text = text.translate(_SIGNS)
+        for pattern, new in _MARKUP:
+            text = pattern.sub(new, text)
     return text.strip("*_\"' \n")
 
 
@@ -254,7 +210,7 @@ _LEAD = re.compile(  # words before an answer that do not change it
     r"it's|it|is|(?:would|must|should|will|has to) be|approximately|about|roughly|around|nearly|"
     r"i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|go with)|"
     r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
-    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]| - (?=\D))*",
+    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)[\s:,]*",
     re.IGNORECASE,
 )
 
@@ -271,18 +227,18 @@ _SI = (
     "m meter metre 米, g gram 克, s sec second 秒, L l liter litre 升, N newton, J joule, W watt, "
 )
 _SI += "V volt, A amp ampere, K kelvin, Hz hertz, Pa pascal, Ω ohm, mol mole, eV, cal calorie, Wh"
-_SI_PREFIXES = ", k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
-_MORE_UNITS = (
+_PREFIXES = "k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
+_OTHER = (  # rows: the name, its other spellings
     "min minute 分钟, h hr hour 小时, day 天, week, month 月, yr year 年 岁, in inch inche, ft foot feet, "
     "yd yard, mi mile, km 公里, kg kilo 公斤, mL ml cc, lb pound, oz ounce, gal gallon, ton tonne 吨, "
     "acre, ha hectare, ° deg degree 度, °C ℃ celsius, °F ℉ fahrenheit, rad radian, % percent pct, "
     "$ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, £ GBP, ¥ yuan RMB CNY 元, JPY yen, ₹ INR rupee, "
     "₩ won, unit, person people 人, squares, cubes, km/h kmh kph, mi/h mph, 个, 只, 本, 条, 张, 次, 块"
 )
-_UNITS = {word: row.split()[0] for row in _MORE_UNITS.split(", ") for word in row.split()}
-for _prefix, _row in itertools.product(_SI_PREFIXES.split(", "), _SI.split(", ")):
-    (_sign, *_prefixes), (_name, *_words) = _prefix.split() or ("", ""), _row.split()
-    _UNITS |= {start + word: _sign + _name for start in _prefixes for word in _words}
+_UNITS = {word: row.split()[0] for row in _OTHER.split(", ") for word in row.split()}
+for _prefix, _row in itertools.product(["", *_PREFIXES.split(", ")], _SI.split(", ")):
+    (_sign, *_starts), (_name, *_words) = _prefix.split() or ("", ""), _row.split()
+    _UNITS |= {start + word: _sign + _name for start in _starts for word in _words}
     _UNITS[_sign + _name] = _sign + _name
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNITS = set(  # words that change the number before them
@@ -334,7 +290,6 @@ _CURRENCY = re.compile(r"([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥�
 _UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$＄€£¥₹₩¢℃℉])")
 
 
-@lru_cache(4096)
 def split_unit(text):
     """Plain text -> (text without its unit, the unit's name or ""). Only a number without letters can
     have a unit of one letter or of unknown words: 2x m is a product.
@@ -362,46 +317,40 @@ _TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{
 _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
 
 
-def read_value(text):
-    """The Decimal that plain text without a unit is, or None: digits, thousands commas, a power of
-    ten, a fraction, a mixed number, in brackets or not.
-
-    >>> read_value("-1 1/2"), read_value("1.5 \\\\times 10^{3}"), read_value("1,23")
-    (Decimal('-1.5'), Decimal('1500'), None)
-    """
-    text = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text[:201])
-    text = _TEN_TO.sub(lambda m: ("e" if m.start() else "1e") + m[1], text)
-    match = (
-        _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", text).strip()) if len(text) < 200 else None
-    )
-    if not match:
-        return None
-    sign, whole, number, power, below = match.groups()
-    below = Decimal((below or "1").replace(",", ""))
-    value = Decimal(number.replace(",", "")).scaleb(int(power or 0))
-    return (value / below + int(whole or 0)) * (-1 if sign == "-" else 1) if below else None
-
-
 @lru_cache(4096)
-def read_quantity(text):
-    """(value, unit) of a text that is one number, maybe after "x =", (None, "") of any other."""
-    *_, text = without_leads(plain(text[:201]))
-    text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text).rstrip(".,; ")
-    number, unit = split_unit(text)
-    value = read_value(number)
-    return (None, "") if value is None else (value, unit)
+def read_quantity(text, named=True):
+    """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
+    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
+
+    >>> read_quantity("-1 1/2 km"), read_quantity("x = \\\\frac{1}{2}")[0], read_quantity("x + 2 cm")
+    ((Decimal('-1.5'), 'km', '-1 1/2'), Decimal('0.5'), (None, 'cm', 'x + 2'))
+    """
+    *_, text = without_leads(plain(text))
+    text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text) if named else text
+    text, unit = split_unit(text.rstrip(".,; "))
+    digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text[:200])
+    digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
+    match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", digits).strip())
+    if not match or len(text) > 200:
+        return None, unit, text
+    sign, whole, number, power, below = match.groups()
+    value, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
+    if not below:
+        return None, unit, text
+    value = value.scaleb(int(power or 0)) / below + int(whole or 0)
+    return (-value if sign == "-" else value), unit, text
 
 
 def read_number(text):
     """The number that `text` is (as a Decimal), or None. It may have a unit and stand in LaTeX.
 
-    >>> read_number("1,234.50"), read_number("$-5$"), read_number("40%"), read_number("x = 5 km/h")
-    (Decimal('1234.50'), Decimal('-5'), Decimal('40'), Decimal('5'))
-    >>> [read_number(t) for t in ("nan", "1e400", "5 or 6", "1,23", "9" * 5000, "5 million")]
-    [None, None, None, None, None, None]
+    >>> [str(read_number(t)) for t in ("1,234.50", "$-5$", "40%", "x = 5 km/h", "5 or 6", "1,23")]
+    ['1234.50', '-5', '40', '5', 'None', 'None']
     """
-    return read_quantity(text)[0]
+    return read_quantity(text)[0] if len(text) <= 200 else None
 
+
+# ---- Reading choices
 
 _MARK = r"[)\]}]|[.:;!,]|\n| [-–—=→(]"  # what may stand between a letter and more text
 _RIGHT = r" (?:is|was|seems|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
@@ -436,9 +385,9 @@ def read_options(options):
     return bodies, names
 
 
-def read_phrase(text, bodies, names):
+def read_phrase(phrase, bodies, names):
     """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
-    for text in without_leads(plain(text)):  # noqa: B020
+    for text in without_leads(plain(phrase)):
         name = fold(text)
         if len(name) > 1 and name in names:  # it may itself look like a letter or a lead
             return names[name]
@@ -448,13 +397,13 @@ def read_phrase(text, bodies, names):
         return names.get(name)
     rest, own = text[match.end() :], bodies.get(letter)
     said = re.sub(r"^\W+(?:is )?", "", rest)
-    if re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
-        return letter
+    if not said or re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
+        return None if "?" in rest[:2] else letter
     if own and re.match(rf"{re.escape(own)}(?!\w)", said.casefold()):
         rest = said[len(own) :]
     elif right := re.match(_RIGHT, rest):
         rest = rest[right.end() :]
-    elif said and not re.match(_MARK, rest) or fold(said) in names:
+    elif not re.match(_MARK, rest) or fold(said) in names:
         return None
     return None if _UNSURE.search(rest) else letter
 
@@ -513,8 +462,7 @@ def answer_of(record, response):
     return answer and kind in JSON_TYPES and loose_json(record, answer) or answer
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics: p is the prediction, y the truth
+# ---- Metrics: p is the prediction, y the truth
 
 
 def mean_relative_accuracy(p, y):
@@ -575,12 +523,10 @@ _IN_DOLLARS = re.compile(r"\$[^$]*\$(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]*\$)*")
 
 
 def math_side(text):
-    """LaTeX for math-verify in dollars, the unit that it had, and its value if it is one number."""
-    *_, short = without_leads(plain(text))
-    short, unit = split_unit(short.rstrip(".,; "))
-    value = read_value(short)
+    """What math-verify reads of a text, the unit that it had, and its value if it is one number."""
+    value, unit, short = read_quantity(text, named=False)
     marked = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
-    around = re.sub(r"\bsquare\b", "", _IN_DOLLARS.sub(" ", marked).lower())
+    around = _IN_DOLLARS.sub(" ", marked).lower().replace("square", "")
     words = set(re.findall(r"[^\W\d_]{2,}", around)) if "$" in marked else ()
     if words and not words & _NO_UNITS and not re.search(r"\d|\bor\b", around):
         return marked, unit, value  # prose around the result
@@ -642,7 +588,7 @@ def are_numbers(x, n):
     if type(x) is not list or len(x) != n:
         return False
     for v in x:  # not all(): most of the time of grading a track goes here
-        if type(v) not in NUMBERS or not -1e9 <= v <= 1e9:
+        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
             return False
     return True
 
@@ -728,8 +674,7 @@ def segmentation_accuracy(p, y, video):
     return 0.3 * box + 0.3 * time + 0.2 * positive + 0.2 * negative
 
 
-# --------------------------------------------------------------------------------------------------
-# Grading
+# ---- Grading
 
 
 def accuracy(record, answer):
@@ -752,7 +697,7 @@ def accuracy(record, answer):
         right = read_choice(answer, options) == letter if letter else fold(answer) == fold(truth)
         return float(right)
     if kind in ("numerical", "regression"):
-        (p, p_unit), (y, y_unit) = read_quantity(answer), read_quantity(truth)
+        (p, p_unit, _), (y, y_unit, _) = read_quantity(answer), read_quantity(truth)
         if p is None or y is None or (p_unit and y_unit and p_unit != y_unit):
             return 0.0
         if kind == "regression":
@@ -847,8 +792,7 @@ def score(record, response):
     return Score() if answer is None else total(accuracy(record, answer), structure(record, answer))
 
 
-# --------------------------------------------------------------------------------------------------
-# POLAR: a reward model for open-ended answers, served by
+# ---- POLAR: a reward model for open-ended answers, served by
 #     vllm serve internlm/POLAR-7B --runner pooling --trust-remote-code --port 8100
 
 
@@ -902,8 +846,7 @@ def polar_scores(url, pairs, seconds=60.0):
     return values, failed
 
 
-# --------------------------------------------------------------------------------------------------
-# Grader processes
+# ---- Grader processes
 
 
 class Grader:
