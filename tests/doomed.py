@@ -1,6 +1,6 @@
 """Runs sft.py or rl_ema_grpo.py and kills it on purpose, by SIGKILL: what test_survival.py and soak.py put under torchrun.
 
-    torchrun --standalone --nproc-per-node 2 --max-restarts 2 tests/doomed.py "rl_ema_grpo.generate:2:all sft.publish:1:0" rl_ema_grpo ...
+    torchrun --standalone --nproc-per-node 2 --max-restarts 2 tests/doomed.py "rl_ema_grpo.generate:2:all sft.save_checkpoint:1:0" rl_ema_grpo ...
 
 Death i belongs to restart i: function:call:rank dies 0.1 s after that function is entered for that time ("all": every rank;
 "raise0" instead of a rank: that rank raises an exception). The restart after the last lives.

@@ -1,4 +1,5 @@
-"""Run by test_forward.py under torchrun with 1 and with 2 ranks, these as two shards and as two copies: one SFT and one RL step on the same groups, dealt unevenly.
+"""Run by test_forward.py under torchrun with 1 and with 2 ranks, these as two shards and as two copies:
+one SFT and one RL step on the same groups, dealt unevenly.
 
 Saves what each step did to the weights (plain gradient descent with rate 1, so the difference is the gradient), and
 whether a saved checkpoint brings everything back.
@@ -59,42 +60,38 @@ def set_weights(values):
 start = weights()
 logps = rl_ema_grpo.current_logps(model, mine, 10**6, device)
 total, count = sft.global_sum(logps.sum().item(), len(logps))
-result = {
-    "mean": -total / count,
-    "numbers": list(sft.update(model, optimizer, mine, settings, device)),
-}
+numbers = list(sft.update(model, optimizer, mine, settings, device))
+result = {"mean": -total / count, "numbers": numbers}
 result["sft"] = {name: value - start[name] for name, value in weights().items()}
 set_weights(start)
 
-rollouts = [
-    rl_ema_grpo.Rollout(g.prompt, g.responses, [[-0.5] * len(r) for r in g.responses], [True, True], advantages=[1.5, -0.5])
-    for g in mine
-]  # fmt: skip
+rollouts = []
+for prompt, responses in mine:
+    logps = [[-0.5] * len(response) for response in responses]
+    rollouts.append(
+        rl_ema_grpo.Rollout(prompt, responses, logps, [True] * 2, advantages=[1.5, -0.5])
+    )
 old = rl_ema_grpo.current_logps(model, mine, 300, device) - 0.05
 numbers = rl_ema_grpo.update(model, optimizer, rollouts, old, old - 0.1, settings, device)
-del numbers["microbatches"]  # this and the dummies do depend on the number of ranks
-result["dummies"] = numbers.pop("dummies")
 result["numbers"] += list(numbers.values())
+result["microbatches"] = sft.gather(len(sft.microbatches(mine, 300)))
+result["own"] = sft.gather(sum(bool(members) for members, _ in sft.microbatches(mine, 300)))
 result["rl"] = {name: value - start[name] for name, value in weights().items()}
 
 moved = weights()
 optimizer = sft.adamw(model, 1e-3, 0.0)
 sft.update(model, optimizer, mine, settings, device)  # gives the optimiser a state
 after = weights()
-group = torch.distributed.new_group(backend="gloo")
-saving = sft.save_checkpoint(out, model, optimizer, {"step": 1, "note": "as it was"}, group, 2, {})
+run = argparse.Namespace(out=out, model="", keep=2, lr=1e-3, weight_decay=0.0, force=False)
+sft.save_checkpoint(run, model, optimizer, {"step": 1, "note": "as it was"})
 sft.update(model, optimizer, mine, settings, device)
 set_weights(moved)
-saving.join()
-torch.distributed.barrier()
-folder, state = sft.find_checkpoint(out)
-sft.load_checkpoint(folder, state, model, optimizer)
+state = sft.start_run(run)
+sft.load_checkpoint(run, model, optimizer)
 restored = weights()
-same = (
-    all(torch.equal(after[name], restored[name]) for name in after) and state["note"] == "as it was"
-)
+same = all(torch.equal(after[name], restored[name]) for name in after)
 step = next(iter(optimizer.state.values()))["step"].item()
-result["resumed"] = same and step == 1
+result["resumed"] = same and step == 1 and state["note"] == "as it was"
 if rank == 0:
     torch.save(result, os.path.join(out, "steps.pt"))
 torch.distributed.destroy_process_group()

@@ -197,28 +197,6 @@ def test_positions_and_patches_match_transformers(toy, processor):
         assert np.array_equal(positions[:, 0].numpy(), prompt.positions)
 
 
-@pytest.mark.parametrize("entropy", [False, True])
-def test_chunked_logps_in_value_and_gradient(seeded, entropy):
-    """A chunk boundary that drops or repeats a row, our own derivative of the softmax, an entropy that pulls on the model."""
-    hidden, weight = (
-        torch.randn(70, 16, requires_grad=True),
-        torch.randn(50, 16, requires_grad=True),
-    )
-    targets = torch.randint(0, 50, (70,))
-    got = sft.chunked_logps(hidden, weight, targets, chunk=32, entropy=entropy)
-    distribution = (hidden @ weight.T).log_softmax(-1)
-    expected = distribution.gather(1, targets[:, None])[:, 0]
-    if entropy:
-        got, entropies = got
-        assert not entropies.requires_grad
-        assert torch.allclose(entropies, -(distribution.exp() * distribution).sum(-1), atol=1e-5)
-    assert torch.allclose(got, expected, atol=1e-6)
-    scale = torch.randn(70)
-    ours = torch.autograd.grad((got * scale).sum(), (hidden, weight))
-    theirs = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
-
-
 def test_chunked_logps_never_hold_all_logits(seeded):
     """A tensor of rows x vocabulary, forward or backward: 5 GB at 8,192 rows of the real model."""
     rows, vocabulary, chunk, largest = 512, 1000, 64, 0
@@ -280,45 +258,8 @@ def test_microbatches_lose_nothing(alone, groups):
     assert [members for members, _ in sft.microbatches([], 100)] == [[]]
 
 
-def test_work_is_spread_evenly(seeded):
-    """Micro-batches filled in order of arrival: all ranks wait for the one that got the long group."""
-    parts = sorted(((work, work) for work in torch.randint(50, 400, (24,)).tolist()), reverse=True)
-    bins = sft.spread(parts, 6, 10**6)
-    loads = [sum(work for work, _ in members) for members in bins]
-    assert sum(loads) == sum(work for work, _ in parts)
-    assert max(loads) <= 1.05 * sum(loads) / 6
-    assert sft.spread([(5, 5), (5, 5), (5, 5)], 1, 10) is None
-
-
-def test_flops_are_those_that_torch_counts(toy, groups):
-    """An MFU that flatters: FLOPs counted by formula against torch's own counter, forward and backward, no recomputation."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = load(toy, packed=True)
-    model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "eager"})
-    batch = sft.pack(groups, "cpu")
-    with FlopCounterMode(display=False) as counter:
-        sft.response_logps(model, batch).sum().backward()
-    # By hand: one causal sequence of 110 has 110 * 111 / 2 pairs, two of 55 have 2 * 55 * 56 / 2, 3,025 fewer.
-    text, cases = model.config.text_config, ((((0, 110),),), (((0, 55),), ((55, 110),)))
-    fake = dict(
-        ids=torch.zeros(110), rows=torch.zeros(10), grids=torch.zeros(0, 3, dtype=torch.int64)
-    )
-    one, two = (
-        sft.training_flops(model, fake | dict(sequences=case), recompute=False) for case in cases
-    )
-    width = text.num_attention_heads * text.head_dim * text.num_hidden_layers
-    assert (
-        one - two == 3 * 2 * 2 * width * 3025
-    )  # forward and two backward, two products, a multiply and an add
-    # Torch counts a masked product in full, we count the half that a causal kernel executes; the toy's attention is small.
-    assert sft.training_flops(model, batch, recompute=False) == pytest.approx(
-        counter.get_total_flops(), rel=0.1
-    )
-
-
 def test_first_on_policy_step(alone, toy, groups, seeded):
-    """Before anything moved the ratio is 1: nothing is clipped, the loss is the mean of -A, yet the gradient is not 0."""
+    """Before anything moved the ratio is 1: nothing is clipped, and yet the gradient is not 0."""
     model = sft.load_model(toy / "model", torch.device("cpu"), torch.float32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     settings = argparse.Namespace(
@@ -338,8 +279,6 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     result = rl_ema_grpo.update(
         model, optimizer, rollouts, None, None, settings, torch.device("cpu")
     )
-    assert result["tokens"] == 8 * len(groups)
-    assert abs(result["loss"]) < 1e-6
     assert result["clip_share"] == 0
     assert result["logp_gap"] < 1e-5
     assert result["grad_norm"] > 0.01
@@ -356,8 +295,8 @@ def test_bfloat16_stays_near_float32(alone, toy, groups):
     logps, gradients = {}, {}
     for dtype in (torch.float32, torch.bfloat16):
         model = sft.load_model(toy / "model", torch.device("cpu"), dtype)
-        logps[dtype], entropies = model.response_logps(sft.pack(groups, "cpu"), entropy=True)
-        assert logps[dtype].dtype == entropies.dtype == torch.float32 and (entropies > 0).all()
+        logps[dtype] = model.response_logps(sft.pack(groups, "cpu"))
+        assert logps[dtype].dtype == torch.float32
         logps[dtype].mean().backward()
         gradients[dtype] = torch.cat(
             [param.grad.full_tensor().flatten() for param in model.parameters()]
@@ -379,7 +318,7 @@ def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):
     assert one["numbers"][0] == pytest.approx(
         one["mean"], rel=1e-5
     )  # over all tokens, not a mean of means
-    assert one["resumed"] and one["dummies"] == 0
+    assert one["resumed"]
     for two in worlds.values():
         assert one["numbers"] == pytest.approx(
             two["numbers"], rel=1e-5
@@ -389,7 +328,7 @@ def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):
                 assert (gradient - two[key][name]).norm() <= 1e-5 * gradient.norm() + 1e-7, (
                     f"{key} {name}"
                 )
-        assert two["resumed"] and two["dummies"] > 0
+        assert two["resumed"] and len({*two["microbatches"]}) == 1 < len({*two["own"]})
 
 
 def test_more_ranks_than_gpus_is_said_at_once(monkeypatch):
@@ -397,5 +336,18 @@ def test_more_ranks_than_gpus_is_said_at_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit, match="rank .* wants GPU 1, but this machine has 1"):
+    with pytest.raises(SystemExit, match="has no GPU, there are 1"):
         sft.init_distributed()
+
+
+def test_chunked_logps_in_value_and_gradient(seeded):
+    """A chunk boundary that drops or repeats a row; our own derivative of the softmax."""
+    hidden = torch.randn(70, 16, requires_grad=True)
+    weight = torch.randn(50, 16, requires_grad=True)
+    targets, scale = torch.randint(0, 50, (70,)), torch.randn(70)
+    got = sft.chunked_logps(hidden, weight, targets, chunk=32)
+    expected = (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    assert torch.allclose(got, expected, atol=1e-6)
+    ours = torch.autograd.grad((got * scale).sum(), (hidden, weight))
+    theirs = torch.autograd.grad((expected * scale).sum(), (hidden, weight))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs))
