@@ -1,26 +1,25 @@
-"""vLLM's environment, and what a CPU-only installation needs to behave. Import it before transformers or vllm.
+"""vLLM's environment, and what a CPU-only installation needs. Import it before torch, transformers or vllm.
 
-Outside PyTorch's own CPU index, torchvision, torchaudio and torchcodec come as CUDA builds that a CPU torch cannot load.
-Nothing here uses their compiled code, so the two audio packages are hidden when they do not load, and torchvision
-gets declarations of the two operators that it wants to annotate.
+Outside PyTorch's own CPU index, torchvision, torchaudio and torchcodec come as CUDA builds that a CPU
+torch cannot load. Nothing here uses their compiled code, so the two audio packages are hidden when they
+do not load, and torchvision gets declarations of the two operators that it wants to annotate.
 """
 
 import importlib
+import logging
 import os
 import sys
 import warnings
 
-import torch
-
-os.environ.setdefault(
-    "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-)  # the engine lives in our process: torchrun owns the ranks
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # torchrun owns the ranks
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM reports usage by default
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-warnings.filterwarnings(
-    "ignore", message=".*torch.distributed.reduce_op.*"
-)  # vLLM's own, twice a rank
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the NUMA nodes of each engine
+warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op.*")  # vLLM, twice a rank
+logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)  # "Triton is installed"
+
+import torch  # noqa: E402
 
 if torch.version.cuda is None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -34,15 +33,14 @@ if torch.version.cuda is None:
     except RuntimeError:  # "operator torchvision::nms does not exist"
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         for op in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{op}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{op}", schema)
         import torchvision  # noqa: F401
 
 
 def register_qwen3_vl():
-    """On a CPU: name the model class to vLLM, which would otherwise inspect it in a subprocess that lacks the above."""
+    """On a CPU: names the model class to vLLM, which else inspects it in a subprocess without this."""
     if torch.version.cuda is None:
         from vllm import ModelRegistry
         from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Model
