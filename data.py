@@ -1,15 +1,15 @@
-"""Records -> prompts -> model inputs: what the model sees, in training, rollouts and evaluation alike.
+"""Records -> prompts -> model inputs: what the model sees, in training, rollouts and evaluation.
 
 A record is one question about images or videos. `encode` makes a `Prompt` of it: token ids with the
 vision tokens expanded, mRoPE positions, uint8 patches for the vision tower, and the same pixels as
-vLLM takes them. Each image or video is decoded once, so trainer and vLLM cannot disagree about it.
+vLLM takes them. Each image or video is decoded once: trainer and vLLM cannot disagree about it.
 
-    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3   # what training sees
-    python data.py --release-prompts OneThinker > prompts.json    # the released model's instructions
+    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3  # what is trained
+    python data.py --release-prompts OneThinker > prompts.json   # the released model's instructions
 
-Where this departs from the release: the times of frames are true (in its SFT they run short from the
-first seconds on); a prompt that is too long is left out and counted, never cut (there it loses vision
-tokens from the right); the wording of the instructions.
+Where this departs from the release: the times of frames are true (in its SFT they run short from
+the first seconds on); a prompt that is too long is left out and counted, never cut (there it loses
+vision tokens from the right); the wording of the instructions.
 """
 
 import argparse
@@ -106,11 +106,8 @@ def load_processor(path):
 
 
 def one_matrix_patch_embedding(visual):
-    """Makes the patch embedding of a vision tower one matrix product.
-
-    It is a Conv3d whose kernel covers each patch exactly once, which is slow and in some versions of
-    cuDNN fails. The numbers are equal up to rounding; weights and their names stay.
-    """
+    """Makes the patch embedding of a vision tower one matrix product: it is a Conv3d whose kernel
+    covers each patch exactly once, which is slow and in some versions of cuDNN fails."""
 
     def forward(self, patches):
         weight = self.proj.weight.flatten(1)
@@ -168,9 +165,9 @@ def load_prompts(path):
         return PROMPTS
     with open(path, encoding="utf-8") as file:
         prompts = json.load(file)
-    for task in PROMPTS:
-        if not isinstance(prompts, dict) or not isinstance(prompts.get(task), str):
-            raise ValueError(f"{path}: expected an object with an instruction for {task!r}")
+    table = prompts if isinstance(prompts, dict) else {}
+    if lacking := [task for task in PROMPTS if not isinstance(table.get(task), str)]:
+        raise ValueError(f"{path}: expected an object with an instruction for {lacking[0]!r}")
     return prompts
 
 
@@ -192,12 +189,11 @@ def release_prompts(clone):
 # --------------------------------------------------------------------------------------------------
 # Records: three forms, as a JSON list or JSONL, become one.
 
-FORMS = (
-    "one of three forms: problem, problem_type, answer and images or videos (RL); messages with "
-)
+FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
 TURNS = ("system", "user", "assistant")
 DATA_TYPES = ("image", "video", "video-image", "text")
+KNOWN = {kind: f"one of {', '.join(kind)}" for kind in (DATA_TYPES, PROBLEM_TYPES)}
 FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
 
 
@@ -269,7 +265,7 @@ def normalise(raw, file, index, root):
     for field, kind in FIELDS.items():
         expected = {list: "a list", str: "a text"}.get(kind, "a number")
         need(not raw.get(field) or isinstance(raw[field], kind), field, expected)
-    need(raw.get("fps", 1) > 0, "fps", "a number above 0")
+    need((raw.get("fps") or 1) > 0, "fps", "a number above 0")
     media = find_media(raw, need)
     for medium in media:
         medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
@@ -282,7 +278,7 @@ def normalise(raw, file, index, root):
     record["problem_id"] = str(raw.get("problem_id", index))
     record["options"] = [str(option) for option in raw.get("options", [])]
     kind, expected = record["data_type"], "such media in images, videos or path"
-    need(kind in DATA_TYPES, "data_type", f"one of {', '.join(DATA_TYPES)}")
+    need(kind in DATA_TYPES, "data_type", KNOWN[DATA_TYPES])
     need(kind == found, "data_type", f"{expected}, not {found if media else 'none'}")
 
     if "messages" in raw:
@@ -299,7 +295,7 @@ def normalise(raw, file, index, root):
     else:
         kind, text, field = record["problem_type"], raw.get("problem"), "problem"
         need(isinstance(text, str), "problem", "a text" if "problem" in raw else FORMS)
-        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        need(kind in PROBLEM_TYPES, "problem_type", KNOWN[PROBLEM_TYPES])
         need(media or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
         record["answer"] = read_truth(raw, need)
     missing = {kind: kinds.count(kind) - text.count(f"<{kind}>") for kind in ("image", "video")}
@@ -332,11 +328,9 @@ def find_media(raw, need):
         media += [{"type": kind, "path": path} for path in paths]
         if field == "path" and raw.get("additional_path"):
             media.append({"type": "image", "path": raw["additional_path"]})
-    if not media and "data_type" not in raw:  # a field of another name must not be left unread
-        for field in raw:
-            need(
-                not re.search("image|img|video|media|frames", field), field, "another name: images"
-            )
+    for field in raw if not media and "data_type" not in raw else ():
+        other = re.search("image|img|video|media|frames", field)
+        need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
 
 
@@ -409,14 +403,13 @@ def limits_of(args):
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
     """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds.
 
-    share: of a video frame, its part of video_total_pixels. Qwen3-VL's processor applies that bound
-    to a size that already fits, and so do we.
-    The release's SFT and RL resize an image above image_max_pixels twice: to int(side * sqrt(
-    image_max_pixels / (height * width))), then to the nearest multiples of 32, which may be above
-    the bound: 3 of 4 such sizes differ from ours, by up to 7%. Its evaluation does as we do; only
-    what is below 65,536 pixels it rounds to multiples of 32 before it enlarges it.
+    share: of a video frame, its part of video_total_pixels, applied to the fitted size as by Qwen's
+    processor. The release's SFT and RL shrink an image twice, to int(side * sqrt(max_pixels /
+    (height * width))) and then to the nearest multiples of 32: over max_pixels 3 of 4 sizes differ
+    by up to 9%. Its evaluation does as we do, but rounds an image below 65,536 pixels to multiples
+    of 32 before it enlarges it: 3 of 5 sizes differ by up to 25%.
 
-    >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 100 * 1024), fit(20, 20, 4096, 65536)
+    >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
     >>> fit(720, 1280, 4096, 256 * 1024, share=24576 * 1024 / 128)  # evaluation, 128 frames
     (320, 576)
@@ -434,8 +427,8 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow's readers raise on damaged bytes, found by feeding them such. A bomb, a file that would
-# take gigabytes once decoded, is refused by its header.
+# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
+# bomb, which is refused by its header.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
@@ -474,9 +467,8 @@ class Video(NamedTuple):
 
 
 def sample_positions(total, duration, fps, max_frames):
-    """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, evenly spread.
-
-    Never more than there are; of an odd number the last one counts twice.
+    """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, evenly spread, and
+    never more than there are: of an odd number the last one counts twice.
 
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
@@ -500,12 +492,11 @@ def read_video(
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    All packets are listed first, without decoding, for the true time of every frame in seconds after
-    the first. Then the decoder jumps from key frame to key frame for the wanted ones. Where time
-    stamps do not tell the order of the frames, all are decoded: the n-th one has the n-th stamp.
-    With a variable frame rate the wanted frames are spread evenly in time, and indices are
-    milliseconds at 1000 fps. total_pixels: bound over all frames, 0: none.
-    Raises MediaError, also where a file ends before its header says or a wanted frame is missing.
+    All packets are listed first, without decoding, for the true time of every frame. Then the
+    decoder jumps to the key frames before the wanted ones; where time stamps do not tell the order
+    of the frames, it decodes all, and the n-th one has the n-th stamp. With a variable frame rate
+    the wanted frames are spread evenly in time, and indices are milliseconds at 1000 fps. Raises
+    MediaError, also where a file ends before its header says or a wanted frame is missing.
     """
     share = lambda count: total_pixels / count if total_pixels else math.inf
     try:
@@ -517,9 +508,8 @@ def read_video(
             pts, keys = list_frames(container, stream)
             seconds = (pts - pts[0]) * float(stream.time_base)
             step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean, in seconds
-            duration = seconds[-1] + step
-            positions = indices = sample_positions(len(pts), duration, fps, max_frames)
-            rate, total = 1 / step, len(pts)
+            rate, total, duration = 1 / step, len(pts), seconds[-1] + step
+            positions = indices = sample_positions(total, duration, fps, max_frames)
             if np.abs(seconds - np.arange(total) * step).max() >= step / 2:  # a variable frame rate
                 if len(positions) < total:
                     times = np.linspace(0, seconds[-1], len(positions))
@@ -549,11 +539,9 @@ def open_video(path):
 
 
 def list_frames(container, stream):
-    """Time stamps of the frames that are shown, ascending (total,), and where decoding may start.
-
-    keys: time stamp and place in decoding order of each key frame, (keys, 2); empty where the stamps
-    do not tell which frame is which. All in units of the stream's time_base.
-    """
+    """Time stamps of the frames that are shown, ascending (total,), and for each key frame its time
+    stamp and its place in decoding order, (keys, 2): empty where stamps do not tell which frame is
+    which. All in units of the stream's time_base."""
     whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
     shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
     for packet in container.demux([*container.streams] if whole else stream):
@@ -568,10 +556,10 @@ def list_frames(container, stream):
         if stamp is None:
             continue
         place = stamp if dts is None or whole else dts
-        if packet.is_keyframe and stamp <= newest or place < last and not whole:
-            raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         if packet.is_keyframe:
             keys.append((stamp, place))
+        if packet.is_keyframe and stamp <= newest or place < last and not whole:
+            raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
     ticks = stream.frames if container.format.name == "avi" else stream.frames and stream.duration
     said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
@@ -688,11 +676,8 @@ class Prompt:
 
 
 def patchify(frames):
-    """Pixels in the order in which Qwen3-VL reads them: 2 x 2 neighbouring patches stand together.
-
-    frames: uint8 (T, H, W, 3), T even. Returns uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16) and the
-    grid (T/2, H/16, W/16).
-    """
+    """uint8 (T, H, W, 3), T even -> patches in Qwen3-VL's order, in which 2 x 2 neighbours stand
+    together: uint8 (T/2 * H/16 * W/16, 3 * 2 * 16 * 16), and the grid (T/2, H/16, W/16)."""
     time, height, width = np.array(frames.shape[:3]) // (TEMPORAL, PATCH, PATCH)
     rows, columns = (height // MERGE, MERGE, PATCH), (width // MERGE, MERGE, PATCH)
     blocks = frames.reshape(time, TEMPORAL, *rows, *columns, 3)
@@ -702,11 +687,9 @@ def patchify(frames):
 
 
 def mrope_positions(token_ids, vision_ids, grids):
-    """Qwen3-VL's positions, int64 (3, T). vision_ids: of image and video tokens. grids: (M, 3).
-
-    Text counts on in all three rows; a frame covers its token grid and takes its longer side. A
-    video has one run of vision tokens per time step, since time stamps stand between them.
-    """
+    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows; a frame covers its token
+    grid and takes its longer side. A video has one run of vision tokens per time step, since time
+    stamps stand between them. vision_ids: of image and video tokens. grids: (M, 3)."""
     is_vision = np.isin(token_ids, vision_ids)
     runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)
     frames = [(h // MERGE, w // MERGE) for time, h, w in grids for _ in range(time)]
@@ -732,10 +715,9 @@ def check_text(text, tokenizer):
 def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is too long.
 
-    The text is what Qwen3-VL's processor writes in transformers 4.57, with which the released
+    The text is that of Qwen3-VL's processor in transformers 4.57, with which the released
     checkpoints were trained: `<1.5 seconds><|vision_start|>...<|vision_end|>` for every two frames
-    of a video, and not transformers 5's further <|vision_start|> and <|vision_end|> around it all.
-    system: the text of a system turn.
+    of a video. transformers 5 puts one more <|vision_start|> and <|vision_end|> around it all.
     """
     tokenizer, limits = processor.tokenizer, limits or Limits()
     turns = [{"role": "system", "content": system}] * bool(system)
@@ -805,10 +787,8 @@ def target_ids(prompt, tokenizer):
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
-    """Endless record indices of one rank: a new permutation every epoch, dealt like cards.
-
-    The order over all ranks depends on the seed alone. cursor: how many records all ranks together
-    have taken; there is nothing else to save.
+    """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The order
+    over all ranks depends on the seed alone. cursor: how many records they have taken together.
 
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
@@ -825,9 +805,7 @@ def data_order(count, seed, cursor=0, rank=0, world=1):
 
 def prefetch(records, function, order, workers, seconds=600):
     """Yields function(records[i]) for i in `order`, computed ahead by worker processes (0: here).
-
-    Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs.
-    """
+    Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs."""
 
     def become_worker(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
@@ -847,11 +825,9 @@ def prefetch(records, function, order, workers, seconds=600):
 
 
 def next_items(stream, count, tally, max_bad_share):
-    """The next `count` items less the unusable ones, which are printed and counted.
-
-    tally: a Counter, kept by the caller: "records" and "skipped/<reason>". Raises RuntimeError when
-    more than `max_bad_share` of all records so far (and of at least 200) were unusable.
-    """
+    """The next `count` items less the unusable ones, which are printed and counted in the caller's
+    `tally`, a Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more
+    than `max_bad_share` of all records so far (and of at least 200)."""
     items = []
     for item in itertools.islice(stream, count):
         tally["records"] += 1
@@ -902,17 +878,16 @@ def marks_of(task, answer):
         keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
         boxes = {float(key) - first: boxes[key] for key in keys}
     boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
-    points = [said.get(key) for key in ("positive_points", "negative_points")]
-    points = [part if isinstance(part, list) else [] for part in points]
+    listed = lambda value: value if isinstance(value, list) else []
+    points = [listed(said.get(key)) for key in ("positive_points", "negative_points")]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
     span = tuple(time) if rewards.are_numbers(time, 2) else None
     return Marks(span, boxes, *points, time if in_video else None)
 
 
 def box_at(boxes, second):
-    """The box at a second (None: of an image), on a straight line between the seconds with one.
-
-    The last box holds for less than a second more. None where there is no box.
+    """The box at a second (None: of an image), on a straight line between the seconds with one; the
+    last box holds for less than a second more. None where there is no box.
 
     >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
     >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
@@ -927,11 +902,9 @@ def box_at(boxes, second):
 
 
 def draw(image, marks, second=None, colour="orange", mask=None):
-    """An RGB copy of a PIL image with all that holds at this second (None: of an image).
-
-    A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what
-    is outside goes to the edge. mask: bool (H, W) of the image's shape in any size, becomes a tint.
-    """
+    """An RGB copy of a PIL image with all that holds at this second (None: of an image). A box covers
+    the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what is outside
+    goes to the edge. mask: bool (H, W) of the image's shape in any size, becomes a tint."""
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
@@ -1006,10 +979,9 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     """Up to 8 frames side by side with their seconds and marks, and below them a bar for each span.
 
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
-    bool (T, H, W)}. cell: pixels of a frame's longer side. Returns a PIL image. The frames are those
-    at whole seconds, where answers have their boxes, and at a segmentation's time. On the bar a
-    frame stands until the next.
-    """
+    bool (T, H, W)}. cell: pixels of a frame's longer side. The frames are those at whole seconds,
+    where answers have their boxes, and at a segmentation's time. On the bar each lasts until the
+    next."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     shown = sorted({*spread.tolist(), *times})
