@@ -64,11 +64,7 @@ class Score(NamedTuple):
 
 
 def parse_response(text):
-    """The answer of a well-formed response, stripped of outer white space; None if tags are wrong.
-
-    >>> parse_response("<think>2 legs</think> <answer> B </answer>"), parse_response("B")
-    ('B', None)
-    """
+    """The answer of a well-formed response, stripped of outer white space; None if tags are wrong."""
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return None
     match = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
@@ -110,11 +106,7 @@ def read_json(text):
 
 def tidy(value):
     """A JSON value with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4"
-    and not "4.0", and no list around a single list or object. Two such names in one object: {}.
-
-    >>> tidy([{"bbox_2d": ["1", "2", "3", "4"]}]), tidy({"4.0": [[1, 2, 3, 4]]})
-    ({'boxes': [1.0, 2.0, 3.0, 4.0]}, {'4': [1, 2, 3, 4]})
-    """
+    and not "4.0", and no list around a single list or object. Two such names in one object: {}."""
     if isinstance(value, str):
         number = read_number(value)
         return value if number is None else float(number)
@@ -192,16 +184,12 @@ _MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 
 
 def plain(text):
-    """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits.
-
-    >>> plain("$\\\\boxed{\\\\text{Ｂ}}$"), plain("**5**\\\\,\\\\mathrm{cm}^2")
-    ('B', '5 cm ^2')
-    """
+    """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
     if _MARKED.search(text):
         text = text.translate(_SIGNS)
         for pattern, new in _MARKUP:
             text = pattern.sub(new, text)
-    return text.strip("*_\"' \n")
+    return text.strip("*_#\"' \n")
 
 
 _LEAD = re.compile(  # words before an answer that do not change it
@@ -210,7 +198,7 @@ _LEAD = re.compile(  # words before an answer that do not change it
     r"it's|it|is|(?:would|must|should|will|has to) be|approximately|about|roughly|around|nearly|"
     r"i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|go with)|"
     r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
-    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)[\s:,]*",
+    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
     re.IGNORECASE,
 )
 
@@ -219,13 +207,11 @@ def without_leads(text):
     """Yields plain text, then what is left after each word in front like "So the answer is"."""
     yield text
     while lead := _LEAD.match(text):
-        text = text[lead.end() :].strip("*_\"' \n")
+        text = text[lead.end() :].strip("*_#\"' \n")
         yield text
 
 
-_SI = (
-    "m meter metre 米, g gram 克, s sec second 秒, L l liter litre 升, N newton, J joule, W watt, "
-)
+_SI = "m meter metre 米, g gram 克, s sec second 秒, L liter litre 升, N newton, J joule, W watt, "
 _SI += "V volt, A amp ampere, K kelvin, Hz hertz, Pa pascal, Ω ohm, mol mole, eV, cal calorie, Wh"
 _PREFIXES = "k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
 _OTHER = (  # rows: the name, its other spellings
@@ -241,7 +227,7 @@ for _prefix, _row in itertools.product(["", *_PREFIXES.split(", ")], _SI.split("
     _UNITS |= {start + word: _sign + _name for start in _starts for word in _words}
     _UNITS[_sign + _name] = _sign + _name
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
-_NO_UNITS = set(  # words that change the number before them
+_NO_UNITS = set(  # words that change the number before them, without a last "s"
     "sin cos tan cot csc log exp sqrt root max gcd lcm mod modulo det lim sinh cosh tanh arcsin arccos "
     "arctan abs floor ceil sum alpha beta gamma delta epsilon zeta eta theta kappa lambda rho sigma tau "
     "phi chi psi omega infinity infinite zero one two three four five six seven eight nine ten eleven "
@@ -251,7 +237,7 @@ _NO_UNITS = set(  # words that change the number before them
     "squared square cubed cube cubic power factorial choose permute fold double triple twice thrice more "
     "les fewer greater smaller than least most below above under negative positive through until "
     "versus from out per remainder between except without wrong incorrect false never maybe perhap "
-    "possibly none null nan inf".split()
+    "possibly none null nan inf or of".split()
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -281,7 +267,7 @@ def read_unit(text):
     text = re.sub(r" ?\bper\b ?", "/", text)
     text = re.sub(r"(?<=\w) squared\b", "^2", re.sub(r"(?<=\w) cubed\b", "^3", text))
     text = re.sub(r"(?i)(?:°|\bdeg(?:rees?)?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1", text)
-    text = re.sub(r" ?\^? ?\{?([23]|-[1-9])\}?", r"^\1", text)
+    text = re.sub(r"(?: ?\^ ?\{?|(?<=[a-zA-Z]))([23]|-[1-9])\}?", r"^\1", text)
     text = _UNIT_WORD.sub(name, text.strip()).rstrip(".")
     return text if _UNIT.fullmatch(text) and all(unknown) and len(unknown) < 4 else None
 
@@ -292,11 +278,7 @@ _UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$＄€
 
 def split_unit(text):
     """Plain text -> (text without its unit, the unit's name or ""). Only a number without letters can
-    have a unit of one letter or of unknown words: 2x m is a product.
-
-    >>> split_unit("-$5"), split_unit("9.8 m/s^2"), split_unit("5 cats"), split_unit("2 or 3")
-    (('-5', '$'), ('9.8', 'm/s^2'), ('5', 'cat'), ('2 or 3', ''))
-    """
+    have a unit of one letter or of unknown words: 2x m is a product."""
     if money := _CURRENCY.match(text):
         rest, unit = split_unit(money[1] + text[money.end() :])
         sign = _UNITS[money[2]]
@@ -320,11 +302,7 @@ _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|
 @lru_cache(4096)
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
-    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
-
-    >>> read_quantity("-1 1/2 km"), read_quantity("x = \\\\frac{1}{2}")[0], read_quantity("x + 2 cm")
-    ((Decimal('-1.5'), 'km', '-1 1/2'), Decimal('0.5'), (None, 'cm', 'x + 2'))
-    """
+    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None."""
     *_, text = without_leads(plain(text))
     text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text) if named else text
     text, unit = split_unit(text.rstrip(".,; "))
@@ -353,20 +331,20 @@ def read_number(text):
 # ---- Reading choices
 
 _MARK = r"[)\]}]|[.:;!,]|\n| [-–—=→(]"  # what may stand between a letter and more text
-_RIGHT = r" (?:is|was|seems|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
+_RIGHT = r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
 _UNSURE = re.compile(
     r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
     r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
     r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
 )
-_STATED = r"\b(?:answer|option|choice|letter|one|it is|it's|so|thus|hence|therefore|"
 _STATED = re.compile(
-    _STATED + r"i (?:think|choose|pick|select)|[a-z](?= (?:is|was) ))\b|答案|选", re.I
+    r"(?i)\b(?:answer|option|choice|letter|one|it is|it's|so|thus|hence|therefore|"
+    r"i (?:think|choose|pick|select)|[a-z](?= (?:is|was) ))\b|答案|选"
 )
-_DENIED = (
+_DENIED = re.compile(
     r"\b(?i:not|never|cannot|n?or|n?either|both|except|maybe|perhaps|possibly|might|could|wrong|"
+    r"incorrect|unlikely|if|whether|why|and\s*$)\b|n't|[不非没]$|\b[A-Z]\W*$"
 )
-_DENIED += r"incorrect|unlikely|if|whether|why|and\s*$)\b|n't|[不非没]$|\b[A-Z]\W*$"
 
 
 def fold(text):
@@ -388,13 +366,12 @@ def read_options(options):
 def read_phrase(phrase, bodies, names):
     """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
     for text in without_leads(plain(phrase)):
-        name = fold(text)
-        if len(name) > 1 and name in names:  # it may itself look like a letter or a lead
-            return names[name]
+        if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
+            return names[fold(text)]
     match = re.match(r"[(\[{]? ?([a-z])(?![\w'])", text, re.IGNORECASE)
     letter = match and match[1].upper()
     if not letter or bodies and letter not in bodies:
-        return names.get(name)
+        return names.get(fold(text))
     rest, own = text[match.end() :], bodies.get(letter)
     said = re.sub(r"^\W+(?:is )?", "", rest)
     if not said or re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
@@ -420,33 +397,35 @@ def read_choice(text, options=()):
     >>> read_choice("It is the dog.", ["A. the cat", "B. the dog"])
     'B'
     """
+    if (
+        len(text) == 1
+        and text.isascii()
+        and 0 <= ord(text.upper()) - 65 < (len(options or ()) or 26)
+    ):
+        return text.upper()
     known = read_options(tuple(options or ()))
     if letter := read_phrase(text[:2000], *known):
         return letter
     stated, alone = [], set()
-    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+|\n+", text[-20_000:]):
+    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+|\n+", text[-5000:]):
+        sentence = sentence[:500]
         alone.add(read_phrase(sentence, *known))
         for start in _STATED.finditer(sentence):
             before = sentence[: start.start()]
             before = re.split(r"(?<!\b[A-Z])[,;]|\b(?:so|but|thus|hence)\b", before)[-1]
-            if not re.search(_DENIED, before):
+            if not _DENIED.search(before):
                 stated.append(read_phrase(sentence[start.start() :], *known))
     stated, alone = [letter for letter in stated if letter], alone - {None}
     return stated[-1] if stated else alone.pop() if len(alone) == 1 else None
 
 
 def readable(record, answer):
-    """Whether an answer says anything in the terms of its task, right or wrong.
-
-    >>> readable({"problem_type": "numerical"}, "12"), readable({"problem_type": "numerical"}, "a few")
-    (True, False)
-    """
-    kind = record["problem_type"]
-    if kind == "multiple choice":
-        return bool(answer) and read_choice(answer, record.get("options")) is not None
-    if kind in ("numerical", "regression"):
-        return bool(answer) and read_number(answer) is not None
-    return bool(answer) and (kind in TEXT_TYPES or structure(record, answer) > 0)
+    """Whether an answer says anything in the terms of its task, right or wrong."""
+    if answer and record["problem_type"] == "multiple choice":
+        return read_choice(answer, record.get("options")) is not None
+    if answer and record["problem_type"] in ("numerical", "regression"):
+        return read_number(answer) is not None
+    return bool(answer) and structure(record, answer) > 0
 
 
 def answer_of(record, response):
@@ -519,17 +498,28 @@ def rouge(p, y):
     return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
 
 
-_IN_DOLLARS = re.compile(r"\$[^$]*\$(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]*\$)*")
+_RESULT = re.compile(r"(?:\$[^$]+\$|\\boxed\{.*\})(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]+\$)*")
 
 
 def math_side(text):
-    """What math-verify reads of a text, the unit that it had, and its value if it is one number."""
+    """What math-verify reads of a text, the unit that it had, and its value if it is one number. Of
+    prose the last sentence with a result counts, of that what is in dollars or boxed, or follows "is"."""
+    prose = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2
+    if prose or "\\boxed" in text:
+        sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
+        marked = [part for part in sentences if re.search(r"\$|\\boxed|\\\(|(?i:answer)", part)]
+        text = (marked or sentences)[-1]
+        if not re.search(r"\$.*\$|\\[a-z(\[]", text):
+            text = re.split(r"\b(?:is|are|equals)\b", text)[-1]
     value, unit, short = read_quantity(text, named=False)
-    marked = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
-    around = _IN_DOLLARS.sub(" ", marked).lower().replace("square", "")
-    words = set(re.findall(r"[^\W\d_]{2,}", around)) if "$" in marked else ()
-    if words and not words & _NO_UNITS and not re.search(r"\d|\bor\b", around):
-        return marked, unit, value  # prose around the result
+    text = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
+    for result in list(_RESULT.finditer(text))[-1:]:
+        before, after = text[: result.start()].lower(), text[result.end() :].lower()
+        near = re.findall(r"[^\W_]+", before)[-1:] + re.findall(r"[^\W_]+", after)
+        if re.search(r"[a-z]{2}", before + after) and not any(
+            word in _NO_UNITS - {"square", "cubic"} or word[0].isdigit() for word in near
+        ):
+            return result[0] if "$" in result[0] else f"${result[0]}$", unit, value
     short = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)", short)
     short = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", short)
     short = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
@@ -556,7 +546,7 @@ def math_equal(p, y):
         if p_unit != y_unit and "%" in (p_unit, y_unit):
             pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
         return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
-    words = r"\$[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$"
+    words = r"\$(?!.* (?:and|or) )[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$"
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
         p, y = p_words[1].casefold(), y_words[1].casefold()
         return p == y or {*p, *y} <= {*"xyz"} and sorted(p) == sorted(y)
@@ -760,7 +750,7 @@ def gradable(record):
     """
     kind, truth = record["problem_type"], truth_of(record)
     if kind == "multiple choice" and record.get("options"):
-        return "" if read_choice(truth, record["options"]) else "is none of the options"
+        return "" if readable(record, truth) else "is none of the options"
     if kind in ("numerical", "regression"):
         return "" if readable(record, truth) else "is no number"
     if kind in TEXT_TYPES or (not truth and record.get("segmentation_output")):  # masks alone
@@ -768,12 +758,9 @@ def gradable(record):
     value = accuracy(record, truth)
     if value < 1 - 1e-9 or structure(record, truth) < 0.5:
         return f"scores {value:.2f} against itself"
-    y = read_json(truth)
-    boxes = list(y["boxes"].values()) if isinstance(y.get("boxes"), dict) else [y.get("boxes", [])]
-    if kind == "segmentation":
-        boxes += y["positive_points"] + y["negative_points"]
-    inside = kind == "temporal grounding" or all(0 <= v <= 1000 for box in boxes for v in box)
-    return "" if inside else "has coordinates outside 0-1000"
+    places = [read_json(truth).get(k) for k in ("boxes", "positive_points", "negative_points")]
+    numbers = re.findall(r"-?\d[\d.e+-]*(?=[,\]])", json.dumps(places))  # no keys
+    return "" if all(0 <= float(v) <= 1000 for v in numbers) else "has coordinates outside 0-1000"
 
 
 def total(accuracy, structure):
