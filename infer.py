@@ -30,12 +30,13 @@ import av
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tokenizers.decoders import DecodeStream
 
 import data
 import rewards
 
 TASKS = [*data.PROMPTS, "segmentation"]
-VIDEO_ENDINGS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v")
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v")
 UNUSABLE = (OSError, ValueError, data.MediaError)
 
 # --------------------------------------------------------------------------------------------------
@@ -126,58 +127,40 @@ def save_drawing(path, record, answer, limits, sam2=None):
     save_video(path, drawn(frames), length)
 
 
-# --------------------------------------------------------------------------------------------------
-# Masks by SAM2, prompted with box and points
-
-
 def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
-    import transformers as hf
+    from transformers import Sam2VideoModel, Sam2VideoProcessor
 
-    load = lambda kind: kind.from_pretrained(path, use_safetensors=True).to(device).eval()
-    processors = hf.Sam2Processor.from_pretrained(path), hf.Sam2VideoProcessor.from_pretrained(path)
-    return load(hf.Sam2Model), load(hf.Sam2VideoModel), *processors
-
-
-def sam2_prompt(marks, width, height):
-    """Points in pixels with labels: 1 on the object, 0 beside it, 2 and 3 corners of its box."""
-    corners = [xy for box in marks.boxes.values() for xy in (box[:2], box[2:])]
-    points = [*corners, *marks.positive, *marks.negative]
-    points = [[x * width / 1000, y * height / 1000] for x, y in points]
-    labels = [2, 3] * len(marks.boxes) + [1] * len(marks.positive) + [0] * len(marks.negative)
-    return dict(input_points=[[points]], input_labels=[[labels]]) if points else None
+    model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
+    return model, Sam2VideoProcessor.from_pretrained(path)
 
 
-@torch.no_grad()
 def segment_images(sam2, items):
-    """(PIL image, Marks) pairs -> masks, bool (H, W) each; without box and points an empty one."""
-    model, _, processor, _ = sam2
-    masks = [np.zeros(image.size[::-1], bool) for image, _ in items]
-    for i, (image, marks) in enumerate(items):
-        if prompt := sam2_prompt(marks, *image.size):
-            inputs = processor(images=image.convert("RGB"), **prompt, return_tensors="pt")
-            logits = model(**inputs.to(model.device), multimask_output=False).pred_masks.cpu()
-            size = inputs["original_sizes"].cpu()
-            masks[i] = processor.post_process_masks(logits, size)[0][0, 0].numpy()
-    return masks
+    """(PIL image, Marks) pairs -> masks, bool (H, W) each. An image is a video of one frame."""
+    images = [(np.array(image.convert("RGB")), marks) for image, marks in items]
+    return [segment_video(sam2, pixels[None], 0, marks)[0] for pixels, marks in images]
 
 
 @torch.no_grad()
 def segment_video(sam2, frames, index, marks):
-    """Frames, uint8 (T, H, W, 3) -> masks, bool (T, H, W); without box and points empty ones. The
+    """Frames, uint8 (T, H, W, 3) -> masks, bool (T, H, W); empty ones without box and points. The
     marks are of frame `index`; from there SAM2 goes to the end and to the beginning."""
-    _, model, _, processor = sam2
-    masks, size = np.zeros(frames.shape[:3], bool), frames.shape[1:3]
-    if prompt := sam2_prompt(marks, *size[::-1]):
-        places = dict(inference_device=model.device, video_storage_device="cpu")
-        session = processor.init_video_session(video=[frames], **places)
-        processor.add_inputs_to_inference_session(session, frame_idx=index, obj_ids=1, **prompt)
-        model(session, frame_idx=index)
-        for back in (False, True):
-            steps = model.propagate_in_video_iterator(session, start_frame_idx=index, reverse=back)
-            for step in steps:
-                mask = processor.post_process_masks([step.pred_masks.cpu()], [size])[0][0, 0]
-                masks[step.frame_idx] = mask.numpy()
+    model, processor = sam2
+    masks, (height, width) = np.zeros(frames.shape[:3], bool), frames.shape[1:3]
+    corners = [xy for box in marks.boxes.values() for xy in (box[:2], box[2:])]
+    points = [*corners, *marks.positive, *marks.negative]
+    if not points:
+        return masks
+    pixels = [[[x * width / 1000, y * height / 1000] for x, y in points]]
+    labels = [2, 3] * len(marks.boxes) + [1] * len(marks.positive) + [0] * len(marks.negative)
+    places = dict(inference_device=model.device, video_storage_device="cpu")
+    session = processor.init_video_session(video=[frames], **places)
+    prompt = dict(frame_idx=index, obj_ids=1, input_points=[pixels], input_labels=[[labels]])
+    processor.add_inputs_to_inference_session(session, **prompt)
+    for back in (False, True):
+        for step in model.propagate_in_video_iterator(session, index, reverse=back):
+            mask = processor.post_process_masks([step.pred_masks.cpu()], [(height, width)])[0]
+            masks[step.frame_idx] = mask[0, 0].numpy()
     return masks
 
 
@@ -188,8 +171,6 @@ def segment_video(sam2, frames, index, marks):
 @torch.no_grad()
 def stream_model(prompt, model, tokenizer, max_tokens):
     """A data.Prompt -> the stream of a model's greedy response, first what the prompt has opened."""
-    from tokenizers.decoders import DecodeStream
-
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     banned = tokenizer.convert_tokens_to_ids(data.BANNED)
@@ -244,7 +225,7 @@ def request_of(record, model, limits, max_tokens, prompts, system=None):
             more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
         else:
             content.append(dict(type="text", text=part))
-    turns = [dict(role="system", content=system)] * bool(system)
+    turns = [dict(role="system", content=system)] if system else []
     turns.append(dict(role="user", content=content))
     settings = dict(stream=True, temperature=0.0, max_tokens=max_tokens, skip_special_tokens=False)
     return dict(model=model, messages=turns, **settings, **more)
@@ -270,17 +251,13 @@ def ask_server(url, request=None, silence=30):
 
 def stream_server(request, url):
     """A chat request -> the stream of a server's response (server-sent events)."""
-    reason = None
     for line in ask_server(f"{url}/chat/completions", request):
         if line.startswith(b"data: {"):
             event = json.loads(line[6:])
             if "error" in event:
                 raise OSError(f"{url}: {event['error']}")
             for choice in event["choices"]:
-                reason = choice["finish_reason"]
-                yield choice["delta"].get("content") or "", reason
-    if reason is None:
-        raise OSError(f"{url}: the response breaks off")
+                yield choice["delta"].get("content") or "", choice["finish_reason"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,27 +291,19 @@ def parse_args():
 # fmt: on
 
 
-def check_medium(kind, path, sign="--"):
+def check_file(kind, path, sign="--"):
     """Raises ValueError if there is no such file, or a video in place of an image."""
-    if not os.path.exists(path):
-        raise ValueError(f"{sign}{kind}: no file {path}")
-    if kind == "image" and (os.path.isdir(path) or path.lower().endswith(VIDEO_ENDINGS)):
+    if not path or not os.path.exists(path):
+        raise ValueError(
+            f"{sign}{kind}: no file {path}" if path else "--image or --video is needed"
+        )
+    if kind == "image" and (os.path.isdir(path) or path.lower().endswith(VIDEOS)):
         raise ValueError(f"{path} is a video: use {sign}video")
-
-
-def check_save(path, kind):
-    """Raises ValueError or OSError unless a drawing of this kind of medium can be saved there."""
-    endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
-    if not path.endswith(endings):
-        raise ValueError(f"--save {path}: with --{kind} it must end with {' or '.join(endings)}")
-    os.makedirs(folder := os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
 
 
 def record_of(question, kind, path, task, options):
     """A request as a record (see data.load_records). Raises ValueError if it makes no sense."""
-    if not path:
-        raise ValueError("--image or --video is needed")
+    check_file(kind, path)
     if kind == "image" and task in ("temporal grounding", "spatial-temporal grounding", "tracking"):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
@@ -354,6 +323,18 @@ def read_questions(path):
     return [data.normalise(raw, path, index, folder) for index, raw in enumerate(raws)]
 
 
+def check_save(path, kind):
+    """Raises ValueError unless a drawing of this kind of medium can be saved there."""
+    endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
+    if not path.endswith(endings):
+        raise ValueError(f"--save {path}: with --{kind} it ends with {' or '.join(endings)}")
+    try:
+        os.makedirs(folder := os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--save {path}: cannot be written: {error.strerror}") from error
+
+
 def labelled(text):
     """A response, or its beginning, with labels in place of its tags.
 
@@ -367,28 +348,26 @@ def labelled(text):
 
 
 def print_stream(record, pieces, as_json=False):
-    """Prints a response as it comes, and the answer where it is read differently; or one JSON object.
+    """Prints a response as it comes, then the answer if it is read otherwise; or one JSON object.
     Returns the answer (None: there is none) and whether it can be read for its task."""
-    text, shown, reason = "", "", None
-    for piece, reason in pieces:
+    text, shown, end = "", "", None
+    for piece, end in pieces:
         text += piece
-        sure = text if reason else text[:-9] + text[-9:].partition("<")[0]  # without half a tag
+        sure = text if end else text[:-9] + text[-9:].partition("<")[0]  # without half a tag
         if not as_json:
             print(labelled(sure)[len(shown) :], end="", flush=True)
             shown = labelled(sure)
     answer, task = rewards.answer_of(record, text), data.task_of(record)
     readable = rewards.readable(record, answer)
     if as_json:
-        thinking = (
-            text.partition("</think>")[0].rpartition("<think>")[2] if "think>" in text else ""
-        )
-        line = dict(problem_id=record["problem_id"], task=task, thinking=thinking.strip())
-        line |= dict(answer=answer, readable=readable, finished=reason == "stop")
-        print(json.dumps(line), flush=True)
+        thought = text.partition("</think>")[0].rpartition("<think>")[2].strip()
+        thought = thought if "think>" in text else ""
+        line = dict(problem_id=record["problem_id"], task=task, thinking=thought, answer=answer)
+        print(json.dumps(line | dict(readable=readable, finished=end == "stop")), flush=True)
     else:
-        as_shown = shown == answer or shown.endswith(f"answer: {answer}")
-        print("" if as_shown else f"\nanswer: {answer or ''}", flush=True)
-    if reason != "stop":
+        line = f"answer: {answer or ''}"
+        print("" if shown.endswith(line) else f"\n{line}", flush=True)
+    if end != "stop":
         print("infer.py: cut off, by --max-response-tokens or by the server", file=sys.stderr)
     if not readable:
         print(f"infer.py: this answer cannot be read for the task {task!r}", file=sys.stderr)
@@ -407,7 +386,7 @@ def converse(ask, kind, path, task, save):
             command, _, rest = line.partition(" ")
             rest = os.path.expanduser(rest.strip())
             if command in ("/image", "/video"):
-                check_medium(command[1:], rest, "/")
+                check_file(command[1:], rest, "/")
                 kind, path = command[1:], rest
             elif command == "/task" and rest in TASKS:
                 task = rest
@@ -424,82 +403,77 @@ def converse(ask, kind, path, task, save):
             print(error)
 
 
+@cache
+def load_model(path, dtype, device):
+    from transformers import AutoModelForImageTextToText
+
+    load = AutoModelForImageTextToText.from_pretrained
+    model = load(path, dtype=dtype, use_safetensors=True).to(device).eval()
+    data.one_matrix_patch_embedding(model.model.visual)
+    return model
+
+
 def main():
     args = parse_args()
     kind, path = ("image", args.image) if args.image else ("video", args.video)
-    limits, max_tokens = data.limits_of(args), args.max_response_tokens
+    limits, most = data.limits_of(args), args.max_response_tokens
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    @cache
-    def load_model():
-        from transformers import AutoModelForImageTextToText as Model
+    # 1 What can be refused is refused before a model is loaded
+    if not (args.model or args.base_url):
+        raise ValueError("--model or --base-url is needed")
+    if args.json and not (args.question or args.questions):
+        raise ValueError("--json: a question or --questions is needed")
+    if args.save:
+        check_save(os.path.join(args.save, "0.png") if args.questions else args.save, kind)
+    if path:
+        check_file(kind, path)
+    records = read_questions(args.questions) if args.questions else []
+    if args.question and not args.questions:
+        records = [record_of(args.question, kind, path, args.task, args.options)]
+    system = open(args.system, encoding="utf-8").read().strip() if args.system else None
+    texts = dict(prompts=data.load_prompts(args.prompts), system=system)
 
-        dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
-        model = Model.from_pretrained(args.model, dtype=dtype, use_safetensors=True)
-        data.one_matrix_patch_embedding(model.model.visual)
-        return model.to(device).eval()
+    # 2 From a record to the stream of its response
+    import cpu_compat  # noqa: F401  (before transformers)
 
-    def respond(record):
-        if args.base_url:
-            return stream_server(request_of(record, name, limits, max_tokens, **texts), url)
-        prompt = data.encode(record, processor, limits, **texts)  # before a model is loaded for it
-        return stream_model(prompt, load_model(), processor.tokenizer, max_tokens)
+    if args.base_url:
+        url = args.base_url.rstrip("/")
+        name = args.model or json.loads(b"".join(ask_server(f"{url}/models")))["data"][0]["id"]
+    else:
+        processor = data.load_processor(args.model)
+    sam2 = load_sam2(args.sam2, device) if args.sam2 else None
+    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
 
+    # 3 The answers
     def ask(record, save):
-        with closing(respond(record)) as pieces:
-            answer, readable = print_stream(record, pieces, args.json)
+        if args.base_url:
+            stream = stream_server(request_of(record, name, limits, most, **texts), url)
+        else:
+            prompt = data.encode(record, processor, limits, **texts)  # before a model is loaded
+            model = load_model(args.model, dtype, device)
+            stream = stream_model(prompt, model, processor.tokenizer, most)
+        with closing(stream):
+            answer, readable = print_stream(record, stream, args.json)
         if save:
             save_drawing(save, record, answer, limits, sam2)
         return readable
 
-    try:
-        # 1 What can be refused is refused before a model is loaded
-        if not (args.model or args.base_url):
-            raise ValueError("--model or --base-url is needed")
-        if args.json and not (args.question or args.questions):
-            raise ValueError("--json: a question or --questions is needed")
-        if args.save:
-            check_save(os.path.join(args.save, "0.png") if args.questions else args.save, kind)
-        if path:
-            check_medium(kind, path)
-        records = read_questions(args.questions) if args.questions else []
-        if args.question and not args.questions:
-            records = [record_of(args.question, kind, path, args.task, args.options)]
-        system = open(args.system, encoding="utf-8").read().strip() if args.system else None
-        texts = dict(prompts=data.load_prompts(args.prompts), system=system)
-
-        # 2 The model
-        import cpu_compat  # noqa: F401  (before transformers)
-
-        if args.base_url:
-            url = args.base_url.rstrip("/")
-            models = args.model or json.loads(b"".join(ask_server(f"{url}/models")))
-            name = args.model or models["data"][0]["id"]
-        else:
-            processor = data.load_processor(args.model)
-        sam2 = load_sam2(args.sam2, device) if args.sam2 else None
-
-        # 3 The answers
-        unread = 0
-        for i, record in enumerate(records):
-            if args.questions and not args.json:
-                print(f"--- {record['problem_id']}: {record['problem']}")
-            save = (
-                os.path.join(args.save, f"{i}.png") if args.save and args.questions else args.save
-            )
-            unread += not ask(record, save)
-        if not records:
-            if not args.base_url:
-                load_model()
-            converse(ask, kind, path, args.task, args.save)
-    except UNUSABLE as error:
-        data.refuse(error)
-    sys.exit(1 if unread else 0)
+    if not records:
+        converse(ask, kind, path, args.task, args.save)
+    unread = 0
+    for i, record in enumerate(records):
+        if args.questions and not args.json:
+            print(f"--- {record['problem_id']}: {record['problem']}")
+        save = os.path.join(args.save, f"{i}.png") if args.save and args.questions else args.save
+        unread += not ask(record, save)
+    return int(unread > 0)
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(main())
+    except UNUSABLE as error:
+        data.refuse(error)
     except KeyboardInterrupt:
-        print("infer.py: stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("infer.py: stopped")
