@@ -38,6 +38,7 @@ import rewards
 TASKS = [*data.PROMPTS, "segmentation"]
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v")
 UNUSABLE = (OSError, ValueError, data.MediaError)
+LABELS = {"<think>": "thinking: ", "</think>": "\n", "<answer>": "\nanswer: ", "</answer>": "\n"}
 
 # --------------------------------------------------------------------------------------------------
 # Drawing
@@ -249,8 +250,21 @@ def ask_server(url, request=None, silence=30):
         raise OSError(f"{url}: {reason}{hint}") from error
 
 
-def stream_server(request, url):
+def meet_server(url, model=None):
+    """The name of a server's model, by default the first, and what its chat template has opened."""
+    reply = lambda *request: json.loads(b"".join(ask_server(*request)))
+    model = model or reply(f"{url}/models")["data"][0]["id"]
+    request = dict(model=model, messages=[dict(role="user", content="?")], return_token_strs=True)
+    try:
+        tokens = reply(f"{url.removesuffix('/v1')}/tokenize", request)["token_strs"]
+    except (OSError, ValueError, LookupError):  # not vLLM
+        return model, ""
+    return model, "".join(tokens).rpartition("<|im_start|>assistantĊ")[2].replace("Ċ", "\n")
+
+
+def stream_server(request, url, opened=""):
     """A chat request -> the stream of a server's response (server-sent events)."""
+    yield opened, None
     for line in ask_server(f"{url}/chat/completions", request):
         if line.startswith(b"data: {"):
             event = json.loads(line[6:])
@@ -301,6 +315,13 @@ def check_file(kind, path, sign="--"):
         raise ValueError(f"{path} is a video: use {sign}video")
 
 
+def read_questions(path):
+    """A JSONL file of questions -> records; "{}" stands where an answer is missing."""
+    folder, raws = os.path.dirname(os.path.abspath(path)), data.read_values(path)
+    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in raws]
+    return [data.normalise(raw, path, index, folder) for index, raw in enumerate(raws)]
+
+
 def record_of(question, kind, path, task, options):
     """A request as a record (see data.load_records). Raises ValueError if it makes no sense."""
     check_file(kind, path)
@@ -316,13 +337,6 @@ def record_of(question, kind, path, task, options):
     return data.normalise(raw, "this question", 0, folder)
 
 
-def read_questions(path):
-    """A JSONL file of questions -> records; "{}" stands where an answer is missing."""
-    folder, raws = os.path.dirname(os.path.abspath(path)), data.read_values(path)
-    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in raws]
-    return [data.normalise(raw, path, index, folder) for index, raw in enumerate(raws)]
-
-
 def check_save(path, kind):
     """Raises ValueError unless a drawing of this kind of medium can be saved there."""
     endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
@@ -335,18 +349,6 @@ def check_save(path, kind):
         raise ValueError(f"--save {path}: cannot be written: {error.strerror}") from error
 
 
-def labelled(text):
-    """A response, or its beginning, with labels in place of its tags.
-
-    >>> print(labelled("<think>Two legs.</think><answer>B</answer>"))
-    thinking: Two legs.
-    answer: B
-    """
-    for tag, label in (("<think>", "thinking: "), ("</think>", "\n"), ("<answer>", "\nanswer: ")):
-        text = re.sub(rf"\s*{tag}\s*", label, text)
-    return text.replace("</answer>", "").strip()
-
-
 def print_stream(record, pieces, as_json=False):
     """Prints a response as it comes, then the answer if it is read otherwise; or one JSON object.
     Returns the answer (None: there is none) and whether it can be read for its task."""
@@ -354,9 +356,11 @@ def print_stream(record, pieces, as_json=False):
     for piece, end in pieces:
         text += piece
         sure = text if end else text[:-9] + text[-9:].partition("<")[0]  # without half a tag
+        for tag, label in LABELS.items():
+            sure = re.sub(rf"\s*{tag}\s*", label, sure)
         if not as_json:
-            print(labelled(sure)[len(shown) :], end="", flush=True)
-            shown = labelled(sure)
+            print(sure.strip()[len(shown) :], end="", flush=True)
+            shown = sure.strip()
     answer, task = rewards.answer_of(record, text), data.task_of(record)
     readable = rewards.readable(record, answer)
     if as_json:
@@ -428,18 +432,20 @@ def main():
         check_save(os.path.join(args.save, "0.png") if args.questions else args.save, kind)
     if path:
         check_file(kind, path)
-    records = read_questions(args.questions) if args.questions else []
-    if args.question and not args.questions:
+    records = []
+    if args.questions:
+        records = read_questions(args.questions)
+    elif args.question:
         records = [record_of(args.question, kind, path, args.task, args.options)]
     system = open(args.system, encoding="utf-8").read().strip() if args.system else None
     texts = dict(prompts=data.load_prompts(args.prompts), system=system)
 
-    # 2 From a record to the stream of its response
+    # 2 The model
     import cpu_compat  # noqa: F401  (before transformers)
 
     if args.base_url:
         url = args.base_url.rstrip("/")
-        name = args.model or json.loads(b"".join(ask_server(f"{url}/models")))["data"][0]["id"]
+        name, opened = meet_server(url, args.model)
     else:
         processor = data.load_processor(args.model)
     sam2 = load_sam2(args.sam2, device) if args.sam2 else None
@@ -448,7 +454,8 @@ def main():
     # 3 The answers
     def ask(record, save):
         if args.base_url:
-            stream = stream_server(request_of(record, name, limits, most, **texts), url)
+            request = request_of(record, name, limits, most, **texts)
+            stream = stream_server(request, url, opened)
         else:
             prompt = data.encode(record, processor, limits, **texts)  # before a model is loaded
             model = load_model(args.model, dtype, device)
