@@ -12,9 +12,9 @@ if [ "${1:-}" = --quick ]; then
     out=${2:-runs/demo-quick} toy="--sft 128 --rl 96 --eval 2" sft_steps=3 rl_steps=2 prompts=4
 fi
 say() { printf '\n== %s (after %d min)\n' "$1" $((SECONDS / 60)); }
-limits="--max-prompt-tokens 400" # the longest toy prompt has about 200
+limits="--max-prompt-tokens 400 --image-min-pixels 4096" # toy prompts have about 200 tokens, toy images 96 x 96 pixels
 
-say "1 toy world: a tiny Qwen3-VL with random weights, pictures, videos, records of all tasks"
+say "1 toy world: a tiny Qwen3-VL with random weights, images, videos, records of all tasks"
 [ -e $out/toy/model/config.json ] || python tests/toy.py $out/toy $toy
 
 say "2 supervised cold start, $sft_steps steps on 2 ranks"
@@ -37,4 +37,13 @@ done
 say "5 what was learned"
 python evaluate.py --compare $out/eval/base $out/eval/sft $out/eval/rl --names base SFT RL --out $out/table.json
 python tests/curves.py $out
-say "done: $out/table.json, $out/curves.png"
+say "done: $out/table.json, $out/curves.png, $out/eval/rl/report.html. To ask the model about held-out media:"
+python - $out <<'EOF'
+import json, shlex, sys
+out = sys.argv[1]
+for task, flag, suffix in (("spatial_grounding", "--image", "png"), ("temporal_grounding", "--video", "gif")):
+    record = json.load(open(f"{out}/toy/eval/{task}.json"))[0]
+    command = ["python", "infer.py", "--model", f"{out}/rl", flag, f"{out}/toy/eval/{record['path']}"]
+    command += ["--task", record["problem_type"], record["problem"].split(">")[1], "--save", f"{out}/{task}.{suffix}"]
+    print(shlex.join([*command, "--image-min-pixels", "4096"]))
+EOF

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tests/venv.sh
-out=runs/ablation limits="--max-prompt-tokens 400 --dtype float32 --workers 1"
+out=runs/ablation limits="--max-prompt-tokens 400 --image-min-pixels 4096 --dtype float32 --workers 1"
 
 [ -e $out/toy/model/config.json ] || python tests/toy.py $out/toy --sft 12000 --rl 6000 --eval 150 --plus 10
 torchrun --standalone --nproc-per-node 2 sft.py --model $out/toy/model --data $out/toy/sft_*.json --out $out/sft \

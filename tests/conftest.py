@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # two ranks on two cores; before torch starts
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # vLLM's sampler compiles for longer than a test samples
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

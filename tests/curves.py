@@ -1,4 +1,8 @@
-"""Draws a run's curves: python tests/curves.py runs/demo -> runs/demo/curves.png. Reads sft/ and rl/metrics.jsonl."""
+"""Draws the curves of a run, SFT or RL: python tests/curves.py RUN... -> RUN/curves.png for each.
+
+RUN is a run folder, or one that has sft/ and rl/ below it, such as runs/demo: both are then drawn.
+Faint lines are the steps, full ones the mean of the last eighth of the run.
+"""
 
 import json
 import sys
@@ -11,57 +15,83 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
+def read(folder):
+    """The rows of a run's metrics.jsonl; [] if there is none."""
+    path = Path(folder, "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def smooth(values, width):
     """Mean of the last `width` values that are there."""
     return [np.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def plot(axis, rows, key, title, colour="tab:blue", **limits):
+    """One number over the steps. A step that does not have it is left out."""
+    rows = [row for row in rows if row.get(key) is not None]
+    steps, values = [row["step"] for row in rows], [row[key] for row in rows]
+    axis.plot(steps, values, color=colour, alpha=0.25)
+    axis.plot(steps, smooth(values, max(1, len(rows) // 8)), color=colour)
+    axis.set(title=title, **limits)
+
+
+def plot_stds(axis, rows, tasks):
+    """The moving reward std of each task, with its name at the end of its line."""
+    ends = []
+    for i, task in enumerate(tasks):
+        own = [row for row in rows if f"std/{task}" in row]
+        if own:
+            colour = plt.cm.tab20(i % 20)
+            values = [row[f"std/{task}"] for row in own]
+            axis.plot([row["step"] for row in own], values, color=colour, linewidth=1.2)
+            ends.append((values[-1], task, colour))
+    axis.set(title="moving reward std of each task", ylim=(0, None))
+    low, high = axis.get_ylim()
+    height = low
+    for value, task, colour in sorted(ends):  # names must not lie on each other
+        height = max(height + (high - low) / 17, value)
+        place = dict(xycoords=("axes fraction", "data"), va="center")
+        axis.annotate(task, (1.01, height), color=colour, fontsize=8, **place)
+
+
+def draw(sft, rl, path):
+    """All curves of an SFT run and an RL run, of which one may be []."""
+    prefix = "accuracy/"
+    tasks = sorted({key.removeprefix(prefix) for row in rl for key in row if prefix in key})
+    count = bool(sft) + 3 * bool(rl) + len(tasks)
+    columns = min(4, count)
+    lines = -(-count // columns)
+    size = (4.2 * columns + 0.8, 3 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    free = iter(axes.ravel())
+    if sft:
+        plot(next(free), sft, "loss", "SFT: loss per response token", "tab:grey", yscale="log")
+    if rl:
+        plot(next(free), rl, "reward", "RL: mean reward (at most 1.5)")
+        plot(next(free), rl, "response_tokens", "RL: tokens of a response", ylim=(0, None))
+        plot_stds(next(free), rl, tasks)
+    for task in tasks:
+        plot(next(free), rl, f"accuracy/{task}", f"{task}: accuracy", "tab:orange", ylim=(0, 1))
+    for axis in axes.ravel():
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("step")
+    for axis in free:
+        axis.remove()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    print(f"{path}: {len(sft)} SFT steps, {len(rl)} RL steps, {len(tasks)} tasks")
 
 
 def main():
-    folder = Path(sys.argv[1])
-    sft, rl = read(folder / "sft" / "metrics.jsonl"), read(folder / "rl" / "metrics.jsonl")
-    tasks = sorted(
-        {key.removeprefix("accuracy/") for row in rl for key in row if key.startswith("accuracy/")}
-    )
-    figure, axes = plt.subplots(4, 4, figsize=(15, 11), constrained_layout=True)
-    axes = axes.ravel()
-    width = max(1, len(rl) // 8)
-
-    axes[0].plot(
-        [row["step"] for row in sft],
-        smooth([row["loss"] for row in sft], max(1, len(sft) // 50)),
-        color="tab:grey",
-    )
-    axes[0].set(title="SFT: loss per response token", yscale="log")
-    steps = [row["step"] for row in rl]
-    for axis, key, title in (
-        (axes[1], "reward", "RL: mean reward (at most 1.5)"),
-        (axes[2], "accuracy", "RL: mean accuracy of sampled answers"),
-    ):
-        values = [row[key] for row in rl]
-        axis.plot(steps, values, color="tab:blue", alpha=0.25)
-        axis.plot(steps, smooth(values, width), color="tab:blue")
-        axis.set(title=title)
-    for task in tasks:
-        rows = [row for row in rl if f"std/{task}" in row]
-        axes[3].plot(
-            [row["step"] for row in rows], [row[f"std/{task}"] for row in rows], linewidth=1
-        )
-    axes[3].set(title="RL: moving reward std of each task", ylim=(0, None))
-    for axis, task in zip(axes[4:], tasks):
-        rows = [row for row in rl if f"accuracy/{task}" in row]
-        values = [row[f"accuracy/{task}"] for row in rows]
-        axis.plot([row["step"] for row in rows], values, color="tab:orange", alpha=0.25)
-        axis.plot([row["step"] for row in rows], smooth(values, width), color="tab:orange")
-        axis.set(title=f"{task}: accuracy", ylim=(0, max(0.5, *values)))
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        axis.set_xlabel("step")
-    figure.savefig(folder / "curves.png", dpi=80)
-    print(f"{folder / 'curves.png'}: {len(sft)} SFT steps, {len(rl)} RL steps, {len(tasks)} tasks")
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    for run in sys.argv[1:]:
+        parts = [rows for folder in (run, f"{run}/sft", f"{run}/rl") if (rows := read(folder))]
+        sft = next((rows for rows in parts if "reward" not in rows[0]), [])
+        rl = next((rows for rows in parts if "reward" in rows[0]), [])
+        if not (sft or rl):
+            sys.exit(f"curves.py: {run}: no metrics.jsonl here, nor in sft/ or rl/ below")
+        draw(sft, rl, Path(run, "curves.png"))
 
 
 if __name__ == "__main__":
