@@ -1030,10 +1030,13 @@ def sheet_of(prompts):
         for frames, known in media.get("video", []):
             seconds = np.array(known["frames_indices"]) / known["fps"]
             shown.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-        title = f"record {record['index']}, {task_of(record) or 'SFT'}: {record['problem']}"
-        panels += [captioned(image, f"{title}\n{truth}"[:400], above=True) for image in shown]
+        question = record["problem"].partition("\n")[0]
+        text = (
+            f"record {record['index']}, {task_of(record) or 'SFT'}: {question[:200]}\n{truth[:200]}"
+        )
+        panels += [captioned(image, text, above=True) for image in shown]
     for panel in sorted(panels, key=lambda panel: panel.width):
-        if rows and rows[-1].width + panel.width <= 1300:
+        if rows and rows[-1].width + panel.width <= 1320:
             rows[-1] = stack(rows[-1], panel, across=True, gap=8)
         else:
             rows.append(panel)

@@ -797,14 +797,14 @@ def test_peek_shows_what_is_learned(toy, tmp_path):
     is not seen."""
     records = json.loads((toy / "sft_video.json").read_text())[:2]
     records.insert(1, {**records[0], "videos": ["media/none.mp4"]})
-    box = json.loads((toy / "rl_train.json").read_text())
-    box = next(record for record in box if record["problem_type"] == "spatial grounding")
-    (tmp_path / "a.json").write_text(json.dumps([*records, box]))
+    boxes = json.loads((toy / "rl_train.json").read_text())
+    boxes = [record for record in boxes if record["problem_type"] == "spatial grounding"][:4]
+    (tmp_path / "a.json").write_text(json.dumps([*records, *boxes]))
     command = ["data.py", tmp_path / "a.json", "--media-root", toy, "--model", toy / "model"]
-    command += ["--peek", 4, "--sheet", tmp_path / "a.png", "--image-min-pixels", 0]
+    command += ["--peek", 7, "--sheet", tmp_path / "a.png", "--image-min-pixels", 0]
     shown = run(*command).stdout
     assert shown.count("video: 16 frames of 64 x 64 pixels, 32 of ") == 2
-    assert len(re.findall(r"image: \d+ x \d+ pixels, \d+ of ", shown)) == 1
+    assert len(re.findall(r"image: \d+ x \d+ pixels, \d+ of ", shown)) == 4
     assert "<|video_pad|>x4" in shown and "<|image_pad|>x" in shown
     assert shown.count("skipped, missing_media: no file") == 1 and shown.count("     ...") == 2
     rows = [line.split(maxsplit=3) for line in shown.splitlines() if re.match(r" +\d+ +\d+ ", line)]
@@ -816,5 +816,5 @@ def test_peek_shows_what_is_learned(toy, tmp_path):
     assert (sheet == [0, 255, 0]).all(-1).any() and (sheet == 255).all(-1).mean() < 0.5
     (tmp_path / "a.json").write_text(json.dumps(records[1:2]))
     result = run(*command, check=False)
-    assert result.returncode == 2 and "none of the first 4" in result.stderr
+    assert result.returncode == 2 and "none of the first 7" in result.stderr
     assert result.stderr.count("\n") == 1 and os.path.exists(tmp_path / "a.png")
