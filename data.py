@@ -191,6 +191,7 @@ def release_prompts(clone):
 
 FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 TURNS = ("system", "user", "assistant")
 DATA_TYPES = ("image", "video", "video-image", "text")
 KNOWN = {kind: f"one of {', '.join(kind)}" for kind in (DATA_TYPES, PROBLEM_TYPES)}
@@ -323,7 +324,8 @@ def find_media(raw, need):
         remote = any("://" in path or path.startswith("data:") for path in paths)
         need(not remote, field, "paths of files on this machine")
         if field == "path":
-            kind = "image" if raw.get("data_type") == "image" else "video"
+            guess = "image" if paths[0].lower().endswith(IMAGE_ENDINGS) else "video"
+            kind = "image" if raw.get("data_type", guess) == "image" else "video"
             paths = [path for path in paths if path]
         media += [{"type": kind, "path": path} for path in paths]
         if field == "path" and raw.get("additional_path"):
@@ -632,8 +634,9 @@ def resizer(min_pixels, max_pixels, share):
 
 
 def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
-    endings, frames = (".jpg", ".jpeg", ".png", ".webp", ".bmp"), []
-    names = [name for name in os.listdir(path) if name.lower().endswith(endings) and name[0] != "."]
+    frames = []
+    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
+    names = [name for name in names if name[0] != "."]
     names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))  # 2 before 10
     if not names:
         raise MediaError("unreadable_video", "no frames in this folder")

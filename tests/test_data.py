@@ -141,48 +141,32 @@ def write_sound(path, cover):
         container.mux(sound.encode())
 
 
-def write_nothing(path):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 128, 64, "yuv420p"
-        container.start_encoding()
-
-
-def write_half(path, share=0.5, **settings):
+def write_broken(path, end=1.0, joined=False, **settings):
     write_video(path, **settings)
-    cut(path, end=share)
+    if joined:
+        begin = path.read_bytes()
+        write_video(path, first=1000, **settings)
+        path.write_bytes(begin + path.read_bytes())
+    cut(path, end=end)
 
 
-def write_joined(path, **settings):
-    write_video(path, **settings)
-    begin = path.read_bytes()
-    write_video(path, first=1000, **settings)
-    path.write_bytes(begin + path.read_bytes())
-
-
+MOOV = dict(container={"movflags": "faststart"})
 BROKEN = {  # name: how it is written, and what is said
-    "sound.mp4": (lambda path: write_sound(path, cover=False), "no video stream"),
-    "cover.mp4": (lambda path: write_sound(path, cover=True), "no video stream"),
-    "none.mp4": (write_nothing, "none.mp4"),
-    "raw.h264": (lambda path: write_video(path, form="h264"), "frames without a time stamp"),
-    "half.mp4": (
-        lambda path: write_half(path, 0.7, container={"movflags": "faststart"}),
-        r"ends after \d\.\d s of 4\.0 s",
-    ),
-    "no_index.mp4": (lambda path: write_half(path, 0.7), "no_index.mp4"),
-    "half.mkv": (write_half, "ends after 0.* s of 4.0 s"),
-    "half.webm": (lambda path: write_half(path, **VP9), "ends after 1.* s of 4.0 s"),
-    "half.avi": (lambda path: write_half(path, count=400), "ends after 2.* s of 40.0 s"),
-    "half.flv": (write_half, "ends after 1.* s of 4.* s"),
-    "half_fragments.mp4": (
-        lambda path: write_half(path, **VIDEOS["fragments.mp4"]),
-        "frames can be decoded of",
-    ),
-    "damaged.mpg": (lambda path: write_half(path, 0.6, **VIDEOS["mpeg1.mpg"]), "is damaged"),
-    "joined.ts": (lambda path: write_joined(path, form="mpegts"), "time goes back"),
-    "joined.mpg": (lambda path: write_joined(path, **VIDEOS["mpeg1.mpg"]), "time goes back"),
-    "joined.mkv": (write_joined, "time goes back"),
-    "text.mp4": (lambda path: path.write_text("no video"), "text.mp4"),
+    "sound.mp4": (None, "no video stream"),
+    "cover.mp4": (None, "no video stream"),
+    "empty.mp4": (dict(end=0.0), "empty.mp4"),
+    "raw.h264": (dict(form="h264"), "frames without a time stamp"),
+    "half.mp4": (dict(end=0.7, **MOOV), r"ends after \d\.\d s of 4\.0 s"),
+    "no_index.mp4": (dict(end=0.7), "no_index.mp4"),
+    "half.mkv": (dict(end=0.5), "ends after 0.* s of 4.0 s"),
+    "half.webm": (dict(end=0.5, **VP9), "ends after 1.* s of 4.0 s"),
+    "half.avi": (dict(end=0.5, count=400), "ends after 2.* s of 40.0 s"),
+    "half.flv": (dict(end=0.5), "ends after 1.* s of 4.* s"),
+    "fragments.mp4": (dict(end=0.5, **VIDEOS["fragments.mp4"]), "frames can be decoded of"),
+    "damaged.mpg": (dict(end=0.6, **VIDEOS["mpeg1.mpg"]), "is damaged"),
+    "joined.ts": (dict(joined=True, form="mpegts"), "time goes back"),
+    "joined.mpg": (dict(joined=True, **VIDEOS["mpeg1.mpg"]), "time goes back"),
+    "joined.mkv": (dict(joined=True), "time goes back"),
 }
 
 
@@ -190,8 +174,11 @@ BROKEN = {  # name: how it is written, and what is said
 def test_videos_that_cannot_be_used_say_why(tmp_path, name):
     """A broken video that ends the run, or is taken for another, shorter one; two joined ones whose
     frames were mixed."""
-    write, message = BROKEN[name]
-    write(tmp_path / name)
+    settings, message = BROKEN[name]
+    if settings is None:
+        write_sound(tmp_path / name, cover=name == "cover.mp4")
+    else:
+        write_broken(tmp_path / name, **settings)
     with pytest.raises(data.MediaError, match=message) as error:
         data.read_video(str(tmp_path / name), fps=25)
     reason = "truncated_video" if "ends after" in message else "unreadable_video"
@@ -365,11 +352,14 @@ def test_images_of_any_mode(tmp_path, name, image, left, right):
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_images_of_unknown_range_are_refused(tmp_path, kind):
-    """Integer and float TIFF files were black."""
+def test_images_that_are_refused(tmp_path, kind):
+    """Integer and float TIFF files were black; the model family refuses an aspect ratio over 200."""
     Image.fromarray(np.full((64, 64), 1, kind)).save(tmp_path / "a.tif")
     with pytest.raises(data.MediaError, match="32 bits a pixel"):
         data.read_image(str(tmp_path / "a.tif"))
+    Image.new("RGB", (6500, 32)).save(tmp_path / "a.png")
+    with pytest.raises(data.MediaError, match="a.png: 6500 x 32 pixels: an aspect ratio over 200"):
+        data.read_image(str(tmp_path / "a.png"))
 
 
 def test_all_eight_exif_orientations(tmp_path):
@@ -439,13 +429,6 @@ def test_rare_damage_never_ends_the_run(tmp_path, monkeypatch, error):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(data.ImageOps, "exif_transpose", read)
     with pytest.raises(data.MediaError, match="a.png"):
-        data.read_image(str(tmp_path / "a.png"))
-
-
-def test_aspect_ratio(tmp_path):
-    """A line of an image: the model family refuses an aspect ratio over 200."""
-    Image.new("RGB", (6500, 32)).save(tmp_path / "a.png")
-    with pytest.raises(data.MediaError, match="a.png: 6500 x 32 pixels: an aspect ratio over 200"):
         data.read_image(str(tmp_path / "a.png"))
 
 
@@ -538,7 +521,8 @@ def test_truths_that_cannot_be_graded(tmp_path, capsys):
 
 
 def test_three_forms_become_one(tmp_path):
-    """Ids as numbers, `solution` and `path` of the evaluation form, a missing placeholder, two media."""
+    """Ids as numbers, `solution` and `path` of the evaluation form, a missing placeholder, two media;
+    thinking (`process`) makes an RL record a demonstration too."""
     evaluation = dict(problem_id=7, problem="Where?", data_type="video-image", problem_type="OCR")
     evaluation |= dict(solution="x", path="a.mp4", additional_path="b.png", fps=4)
     talk = turns("What?", "<think>.</think><answer>x</answer>")
@@ -548,6 +532,16 @@ def test_three_forms_become_one(tmp_path):
     assert both["problem"] == "<image><video>Where?" and both["problem_id"] == "7"
     assert [medium["type"] for medium in both["media"]] == ["image", "video"]  # as in the text
     assert sft["messages"][0]["content"] == "<image>What?" and sft["answer"] is None
+    plain = dict(problem="?", problem_type="OCR", solution="x", data_type=None)
+    image, video, thought = load(
+        tmp_path,
+        plain | dict(path="a.JPG"),
+        plain | dict(path="a.mp4"),
+        GOOD | dict(process="<think>\nhm\n</think>"),
+    )
+    assert [image["data_type"], video["data_type"]] == ["image", "video"]
+    assert data.demonstration(thought) == "<think>hm</think><answer>x</answer>"
+    assert "messages" not in thought and data.demonstration(rl) is None
 
 
 def test_lines_of_text_files(tmp_path):
@@ -673,13 +667,6 @@ def test_system_turn(tmp_path, processor):
     record = load(tmp_path, dict(GOOD, images=[], problem="?", data_type="text"))[0]
     text = processor.tokenizer.decode(data.encode(record, processor, system="Be brief.").token_ids)
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n?")
-
-
-def test_thinking_makes_a_demonstration(tmp_path):
-    """A record with `process` was no SFT data, or lost its use for RL when it was made SFT data."""
-    both, bare = load(tmp_path, {**GOOD, "process": "<think>\nhm\n</think>"}, GOOD)
-    assert data.demonstration(both) == "<think>hm</think><answer>x</answer>"
-    assert "messages" not in both and data.demonstration(bare) is None
 
 
 # --- feeding -----------------------------------------------------------------------------------------
