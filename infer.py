@@ -132,6 +132,9 @@ def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
+    owner, slash, _ = str(path).partition("/")
+    if not os.path.isdir(path) and (not slash or os.path.isdir(owner)):
+        raise ValueError(f"--sam2 {path}: no such folder, and no hub id of the form owner/name")
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
 
@@ -224,7 +227,7 @@ def request_of(record, model, limits, max_tokens, prompts, system=None):
             times = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
             more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
             more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
-        else:
+        elif part:
             content.append(dict(type="text", text=part))
     turns = [dict(role="system", content=system)] if system else []
     turns.append(dict(role="user", content=content))
