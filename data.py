@@ -625,7 +625,7 @@ def resizer(min_pixels, max_pixels, share):
 
     def pixels_of(frame):
         if frame.is_corrupt:
-            raise MediaError("unreadable_video", f"the frame at {frame.time:.2f} s is damaged")
+            raise MediaError("unreadable_video", "a wanted frame is damaged")
         height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
         image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
         return np.ascontiguousarray(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
