@@ -385,8 +385,8 @@ def converse(ask, kind, path, task, save):
     """Asks for questions until Ctrl-D. What cannot be used is named; Ctrl-C stops an answer."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
-    print("Ask, or: /image FILE, /video FILE, /task NAME. Ctrl-C stops an answer, Ctrl-D ends.")
-    print("A multiple choice: Which one? | a cat | a dog")
+    print("Ask (of a choice: Which one? | a cat | a dog), or: /image FILE, /video FILE, /task NAME")
+    print("Ctrl-C stops an answer, Ctrl-D ends.")
     while True:
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
@@ -435,11 +435,9 @@ def main():
         check_save(os.path.join(args.save, "0.png") if args.questions else args.save, kind)
     if path:
         check_file(kind, path)
-    records = []
-    if args.questions:
-        records = read_questions(args.questions)
-    elif args.question:
-        records = [record_of(args.question, kind, path, args.task, args.options)]
+    asked = [args.question] if args.question else []
+    records = [record_of(question, kind, path, args.task, args.options) for question in asked]
+    records = read_questions(args.questions) if args.questions else records
     system = open(args.system, encoding="utf-8").read().strip() if args.system else None
     texts = dict(prompts=data.load_prompts(args.prompts), system=system)
 
@@ -465,7 +463,7 @@ def main():
             stream = stream_model(prompt, model, processor.tokenizer, most)
         with closing(stream):
             answer, readable = print_stream(record, stream, args.json)
-        if save:
+        if save and record["media"]:
             save_drawing(save, record, answer, limits, sam2)
         return readable
 
