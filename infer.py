@@ -291,7 +291,7 @@ def parse_args():
     medium.add_argument("--video", help="video file, or a folder of numbered images, shown at --fps")
     group.add_argument("--task", choices=TASKS, metavar="TASK", default="open-ended", help=", ".join(TASKS) + " (%(default)s)")
     group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question; letters are added")
-    group.add_argument("--questions", metavar="FILE", help="JSONL of records as for training; answers may be missing")
+    group.add_argument("--questions", metavar="FILE", help='JSONL of {"problem": "What is it?", "problem_type": "OCR", "images": ["a.jpg"]}')
     group.add_argument("--save", help=".png, of a video also .mp4, .gif; with --questions a folder, for 0.png, 1.png, ...")
     group.add_argument("--json", action="store_true", help="print one JSON object per question, and nothing else")
     group = parser.add_argument_group("model")
@@ -310,12 +310,12 @@ def parse_args():
 
 def check_file(kind, path, sign="--"):
     """Raises ValueError if there is no such file, or a video in place of an image."""
-    if not path or not os.path.exists(path):
-        raise ValueError(
-            f"{sign}{kind}: no file {path}" if path else "--image or --video is needed"
-        )
+    if not path:
+        raise ValueError("--image or --video is needed")
     if kind == "image" and (os.path.isdir(path) or path.lower().endswith(VIDEOS)):
         raise ValueError(f"{path} is a video: use {sign}video")
+    if not os.path.exists(path):
+        raise ValueError(f"{sign}{kind}: no file {path}")
 
 
 def read_questions(path):
