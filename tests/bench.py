@@ -271,7 +271,9 @@ def bench_model():
         num_key_value_heads=heads // 4, head_dim=width // heads, vocab_size=vocabulary, tie_word_embeddings=False,
         rope_parameters=rope,
     )  # fmt: skip
-    vision = dict(depth=1, hidden_size=64, num_heads=2, out_hidden_size=width)
+    vision = dict(
+        depth=1, hidden_size=64, intermediate_size=256, num_heads=2, out_hidden_size=width
+    )
     vision["deepstack_visual_indexes"] = [0]
     tokens = dict(image_token_id=0, video_token_id=1)
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
