@@ -153,31 +153,25 @@ def paper_numbers(stem):
 
 
 def print_list():
-    """The table of benchmarks, with the commands that download them."""
+    """The table of benchmarks, each with where it comes from."""
     for stem, row in BENCHMARKS.items():
         notes = [f"{m} {a}" + f" ({b})" * bool(b) for m, (a, b) in paper_numbers(stem).items()]
         notes += [f"split {row.split}"] * bool(row.split) + ["judge"] * row.judged
         notes += [f"{row.frames} frames"] * (row.spread or row.frames != 128)
         notes += ["system"] * (row.source != HUB) + ["--sam2"] * row.task.startswith("segmentation")
-        print(f"{row.name:18} {stem:32} {row.task}: {', '.join(notes)}")
-    print(f"""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How each task is answered: python
+        source = row.source + f"{stem}.tsv" * row.source.endswith("/")
+        print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
+    print("""
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: python
 infer.py --list-tasks. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the
 length. judge: needs --judge-url. system: the release asks these through VLMEvalKit with a system
 prompt; --system FILE gives it to these and to files of your own.
 
-hf download {HUB} --repo-type dataset --local-dir eval     # all eval_*; unpack its media there""")
-    for stem, row in BENCHMARKS.items():
-        if row.source.startswith("http"):
-            url = row.source + f"{stem}.tsv" * row.source.endswith("/")
-            print(f"curl -L -o eval/{stem}.tsv {url}")
-        elif row.media:
-            print(f"hf download {row.source} --repo-type dataset --local-dir eval/{row.name}")
-    print("""
-Video-Holmes, LongVideoBench, VideoMMLU: unpack the videos into the folder video, videos,
-youtube_videos beside the record file, and call that Video_Holmes.json, LongVideoBench.json,
-Video_MMLU_CAP.tsv; VLMEvalKit's own TSV files of the three are read as well. MMT-Caption: the
-release names no file; records of your own under that name are judged.""")
+Each file is called by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
+or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
+Unpack the media there; those of Video-Holmes, LongVideoBench and VideoMMLU into the folder video,
+videos, youtube_videos beside Video_Holmes.json, LongVideoBench.json, Video_MMLU_CAP.tsv (or
+VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; records of your own.""")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -185,39 +179,42 @@ release names no file; records of your own under that name are judged.""")
 
 
 def load_benchmark(path, media_root, out):
-    """{position: record} of a benchmark, each as data.load_records has it, and with `benchmark`.
+    """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
+    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE).
 
     VLMEvalKit's TSV (or the JSON that its video TSVs are made of): the position is the row, the
     problem_id the row's index; rows of another split are no records. A cell of images is base64, a
     list of base64, or the index of the row that has them; they are written to `out`/media.
     """
-    (stem, end), out = os.path.splitext(os.path.basename(path)), os.path.abspath(f"{out}/media")
-    row_of, records = benchmark_row(stem), []
-    if end != ".tsv" and not row_of.media:
+    stem, end = os.path.splitext(os.path.basename(path))
+    benchmark, records = benchmark_row(stem), []
+    if end != ".tsv" and not benchmark.media:
         records = data.load_records(path, media_root)
-        return {record["index"]: record | dict(benchmark=stem) for record in records}
-    rows = read_rows(path)
-    cells = {row["index"]: row.get("image") or "" for row in rows}
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-    for position, row in enumerate(rows):
-        if row_of.split and row.get("split") != row_of.split:
-            continue
-        try:
-            cell = cells[row["index"]]
-            if 0 < len(cell) <= 64 and len(cell := cells.get(cell, "")) <= 64:
-                raise ValueError(f"image is {row['image']!r}, expected the index of a row with one")
-            images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
-            raw = record_of_row(row, row_of, images)
-        except (ValueError, SyntaxError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}: record {position}: {error}") from error
-        records.append(data.normalise(raw, path, position, out if images else root))
-    if len(records) < len(rows) and data.FIRST_RANK:
-        print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
-    return {record["index"]: record | dict(benchmark=stem) for record in data.gradable(records)}
+    else:
+        rows, out = read_rows(path), os.path.abspath(f"{out}/media")
+        cells = {row["index"]: row.get("image") or "" for row in rows}
+        root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
+        for i, row in enumerate(rows):
+            if benchmark.split in ("", row.get("split")):
+                try:
+                    cell = cells[row["index"]]
+                    cell = cells[cell] if 0 < len(cell) <= 64 else cell
+                    codes = literal(cell) or [cell] * bool(cell)
+                    raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
+                except (ValueError, SyntaxError, LookupError, TypeError) as error:
+                    raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
+                records.append(data.normalise(raw, path, i, out if codes else root))
+        if len(records) < len(rows) and data.FIRST_RANK:
+            print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
+        records = data.gradable(records)
+    for record in records:
+        record["benchmark"] = stem
+        record["judged"] = benchmark.judged and record["problem_type"] == TEXT
+    return {record["index"]: record for record in records}
 
 
 def read_rows(path):
-    """A TSV or JSON file -> list of dicts, names of columns in lower case but for A, B, ..."""
+    """A TSV or JSON file -> list of dicts; names of columns in lower case, but for A, B, ..."""
     csv.field_size_limit(2**31 - 1)
     if path.endswith(".tsv"):
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -240,9 +237,9 @@ def literal(cell):
 def save_image(code, folder):
     """Base64 -> the name of a file with its content, which names it: ranks may write it at once."""
     content = base64.b64decode(code, validate=True)
-    end = ".png" if content.startswith(b"\x89PNG") else ".jpg"
-    name = hashlib.sha256(content).hexdigest()[:24] + end
-    if not os.path.exists(target := os.path.join(folder, name)):
+    end = "png" if content.startswith(b"\x89") else "jpg"
+    name = f"{hashlib.sha256(content).hexdigest()[:24]}.{end}"
+    if not os.path.exists(target := f"{folder}/{name}"):
         os.makedirs(folder, exist_ok=True)
         Path(f"{target}.{os.getpid()}").write_bytes(content)
         os.replace(f"{target}.{os.getpid()}", target)
@@ -257,14 +254,14 @@ def record_of_row(row, benchmark, images):
     number is numerical, a list of numbers is math; the rest is the benchmark's `free` task.
     """
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
+    asked, _, choices = question.partition("\nChoices:")
+    listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
     for key in ("choices", "candidates", "options"):
         options = options or literal(row.get(key)) or {}
     options = dict(zip(ascii_uppercase, options)) if isinstance(options, list) else options
-    asked, _, choices = question.partition("\nChoices:")
-    listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))
-    if not options and "".join(listed) == ascii_uppercase[: len(listed)]:
-        options = listed  # MathVerse
+    options = options or (listed if [*listed] == [*ascii_uppercase[: len(listed)]] else {})
+    options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
     question = asked if options else question
     if "correct_choice" in row:  # LongVideoBench
         answer = ascii_uppercase[int(row["correct_choice"])]
@@ -281,54 +278,52 @@ def record_of_row(row, benchmark, images):
         kind = "numerical"
     elif re.fullmatch(r"\[[-\d., ]+\]", str(answer)):  # MathVista
         kind = "math"
-    options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
     if "<image " in question + "".join(options):  # MMMU: "Is <image 2> like <image 1>?"
-        named = (re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options])
-        question, *options = named
-        media = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images)))
-        question = media + question
+        question = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images))) + question
+        question, *options = (
+            re.sub(r"<image (\d+)>", r"image \1", x) for x in [question, *options]
+        )
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
-        video = os.path.join(benchmark.media, name if os.path.splitext(name)[1] else f"{name}.mp4")
+        video = os.path.join(benchmark.media, name if "." in name else f"{name}.mp4")
     raw = dict(problem_id=row["index"], problem=question, problem_type=kind, options=options)
     return raw | dict(answer=answer, images=images, videos=[video] if video else [])
-
-
-def fingerprint(path):
-    """Tells model folders apart by the middle of their weight files. A hub id is its own."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    middles = [np.memmap(file)[file.stat().st_size // 2 :][: 2**20] for file in files]
-    return [zlib.crc32(middle) for middle in middles] or path
 
 
 def check(args):
     """Refuses wrong input before a model is loaded -> {benchmark: {position: record}}, the settings
     of the answers, and, without --regrade, the arguments of prompt_of."""
-    benchmarks, settings, encode, sam2 = {}, {}, {}, args.sam2
+    benchmarks, settings, encode, sam2 = {}, {}, {}, args.sam2 or ""
     if not (args.data and args.out and (args.model or args.regrade)):
         data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
     if bool(args.judge_url) != bool(args.judge_model):
         data.refuse("--judge-url and --judge-model go together")
-    if sam2 and not os.path.exists(f"{sam2}/preprocessor_config.json"):
-        if sam2.count("/") != 1 or os.path.exists(os.path.dirname(sam2)):
-            data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
+    here = os.path.isdir(sam2) or os.path.isdir(os.path.dirname(sam2) or ".")
+    if sam2 and not os.path.exists(f"{sam2}/config.json") and (here or sam2.count("/") != 1):
+        data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
     try:
         if not args.regrade:
             system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
             limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
-            encode = dict(limits=limits, prompts=prompts, system=system)
-            settings = encode | dict(limits=limits._asdict(), model=fingerprint(args.model))
-            for name in ("dtype", "max_response_tokens", *["sam2"] * bool(sam2)):
-                settings[name] = getattr(args, name)
-            encode["processor"] = data.load_processor(args.model)
+            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
+            settings |= {name: getattr(args, name) for name in ("dtype", "max_response_tokens")}
+            settings |= dict(model=fingerprint(args.model)) | (dict(sam2=sam2) if sam2 else {})
+            processor = data.load_processor(args.model)
+            encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
                 raise ValueError(f"--data: {path}: a second file of {name!r}: rename one")
-            benchmarks[name] = load_benchmark(path, args.media_root, args.out)
+            records = benchmarks[name] = load_benchmark(path, args.media_root, args.out)
             settings[f"{name} data"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            check_records(path, benchmarks[name].values(), args)
+            if any(record["answer"] is None for record in records.values()):
+                raise ValueError(f"{path}: SFT records (messages), where answers are needed")
+            media = [medium["path"] for record in records.values() for medium in record["media"]]
+            lost = [path for path in media if not os.path.exists(path)]
+            if not args.regrade and len(lost) > len(media) / 2:
+                where = f"such as {lost[0]} (see --media-root)"
+                raise ValueError(f"{path}: {len(lost)} of {len(media)} media are missing, {where}")
     except (OSError, ValueError, csv.Error) as error:
         data.refuse(error)
     old = read_object(f"{args.out}/settings.json")
@@ -340,35 +335,15 @@ def check(args):
     return benchmarks, old | settings, encode
 
 
-def check_records(path, records, args):
-    """Raises ValueError where records lack answers, media, or masks for --sam2."""
-    lost = [
-        each["path"] for r in records for each in r["media"] if not os.path.exists(each["path"])
-    ]
-    if not args.regrade and len(lost) > args.max_bad_share * len(records):
-        hint = "see --media-root, --max-bad-share"
-        raise ValueError(f"{path}: {len(lost)} media do not exist, such as {lost[0]} ({hint})")
-    for record in records:
-        where, masks = f"{path}: record {record['index']}", record.get("segmentation_output") or {}
-        if record["answer"] is None:
-            raise ValueError(f"{where}: an SFT record (messages), where answers are needed")
-        if (
-            args.sam2
-            and record["problem_type"] == "segmentation"
-            and not masks.get("segmentation_rle")
-        ):
-            raise ValueError(f"{where}: no segmentation_rle to compare masks with (--sam2)")
+def fingerprint(path):
+    """Tells model folders apart by the middle of their weight files. A hub id is its own."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return [zlib.crc32(np.memmap(f)[f.stat().st_size // 2 :][: 2**20]) for f in files] or path
 
 
 def read_object(path):
     """The object in a JSON file; {} if there is no file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
-
-
-def write_whole(path, text):
-    """Writes a file so that it is there in full or not at all."""
-    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-    os.replace(f"{path}.tmp", path)
 
 
 def read_lines(path):
@@ -382,9 +357,12 @@ def read_lines(path):
     return lines
 
 
-def write_lines(path, lines):
-    """{position: line} -> JSONL, in the order of positions."""
-    write_whole(path, "".join(json.dumps(lines[position]) + "\n" for position in sorted(lines)))
+def write_whole(path, content):
+    """Writes a text, or {position: line} as JSONL, so that it is there in full or not at all."""
+    if isinstance(content, dict):
+        content = "".join(json.dumps(content[position]) + "\n" for position in sorted(content))
+    Path(f"{path}.tmp").write_text(content, encoding="utf-8")
+    os.replace(f"{path}.tmp", path)
 
 
 def append(out, rank, name, line):
@@ -399,7 +377,7 @@ def join_parts(out):
     kill at any moment leaves every line in at least one of the two."""
     for part in sorted(Path(out, "parts").glob("*/*.jsonl")):
         path = f"{out}/{part.parent.name}.jsonl"
-        write_lines(path, read_lines(path) | read_lines(part))
+        write_whole(path, read_lines(path) | read_lines(part))
         part.unlink()
 
 
@@ -410,9 +388,8 @@ def join_parts(out):
 def prompt_of(record, processor, limits, prompts, system):
     """A benchmark's record -> data.Prompt, without what only a trainer needs."""
     row = benchmark_row(record["benchmark"])
-    limits = limits._replace(max_frames=min(limits.max_frames, row.frames))
-    if row.spread:
-        limits = limits._replace(fps=1000.0)  # of more frames than there are max_frames remain
+    fps = 1000.0 if row.spread else limits.fps  # 1000: of all frames max_frames are taken
+    limits = limits._replace(fps=fps, max_frames=min(limits.max_frames, row.frames))
     prompt = data.encode(record, processor, limits, prompts, system if row.source != HUB else None)
     prompt.patches = prompt.positions = prompt.grids = None
     return prompt
@@ -452,46 +429,37 @@ def masks_of(record, answer, sam2):
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
     size, prompts = next(iter(truths.values())).shape, bool(marks.boxes or marks.positive)
     if record["data_type"] == "image":
-        p, y = np.zeros(size, dtype=bool), truths[0]
+        masks, y, shown = np.zeros((1, *size), dtype=bool), truths[0], [0]
         if prompts:  # without an answer the image may not even be there
             image = ImageOps.exif_transpose(Image.open(record["media"][0]["path"]))
-            p = segment_images(sam2, [(image.convert("RGB").resize(size[::-1]), marks)])[0]
-        parts = {"cIoU": [int((p & y).sum()), int((p | y).sum())], "gIoU": jaccard(p, y, empty=1.0)}
-        return dict(answer=answer, parts=parts, frames={"0": encode_mask(p)})
-    count, place, parts = len(record["segmentation_output"]["frames"]), 0, {}
-    masks = np.zeros((count, *size), dtype=bool)
-    if prompts:
-        place = min(max(round(marks.time * record["fps"]), 0), count - 1)
-        masks = segment_video(sam2, frames_at(record, count, size), place, marks)
-    for by, davis in (("", False), (" (DAVIS)", True)):
-        j = np.mean([jaccard(masks[k], y, empty=float(davis)) for k, y in truths.items()])
-        f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
-        parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
-    shown = sorted({*np.linspace(0, count - 1, min(7, count)).round().astype(int).tolist(), place})
-    frames = {str(k): encode_mask(masks[k]) for k in shown}
-    return dict(answer=answer, parts=parts, frames=frames)
+            masks = segment_images(sam2, [(image.convert("RGB").resize(size[::-1]), marks)])
+        both, either = int((masks[0] & y).sum()), int((masks[0] | y).sum())
+        parts = {"cIoU": [both, either], "gIoU": jaccard(masks[0], y, empty=1.0)}
+    else:
+        count, parts = len(record["segmentation_output"]["frames"]), {}
+        place = round((marks.time or 0) * record["fps"])
+        place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
+        if prompts:
+            masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+        for by, davis in (("", False), (" (DAVIS)", True)):
+            j = np.mean([jaccard(masks[k], y, empty=float(davis)) for k, y in truths.items()])
+            f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
+            parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
+        shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
+    codes = {k: coco.encode(np.asfortranarray(masks[k], dtype=np.uint8)) for k in shown}
+    frames = {k: dict(size=c["size"], counts=c["counts"].decode()) for k, c in codes.items()}
+    return dict(answer=answer, parts=parts, frames={str(k): code for k, code in frames.items()})
 
 
 def true_masks(record):
     """{frame's place in the record's list: bool (H, W)} of segmentation_output: one, or several."""
     truth = record["segmentation_output"]
-    rles = truth["segmentation_rle"]
-    if "counts" in rles:
-        return {0: decode_mask(rles)}
-    named = {k: rles.get(str(name)) for k, name in enumerate(truth["frames"])}
-    return {k: decode_mask(rle) for k, rle in named.items() if rle}
-
-
-def decode_mask(rle):
-    """COCO RLE -> bool (H, W)."""
-    packed = not isinstance(rle["counts"], list)
-    return coco.decode(rle if packed else coco.frPyObjects(rle, *rle["size"])).astype(bool)
-
-
-def encode_mask(mask):
-    """bool (H, W) -> COCO RLE that JSON can hold."""
-    rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return dict(size=rle["size"], counts=rle["counts"].decode())
+    rles, masks = truth["segmentation_rle"], {}
+    for k, name in enumerate(["all"] if "counts" in rles else truth["frames"]):
+        if rle := rles if "counts" in rles else rles.get(str(name)):
+            packed = isinstance(rle["counts"], (str, bytes))
+            masks[k] = coco.decode(rle if packed else coco.frPyObjects(rle, *rle["size"])) > 0
+    return masks
 
 
 def frames_at(record, count, size):
@@ -534,12 +502,11 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=answer[:20000]))
     body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
-    headers = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"}
     request = urllib.request.Request(
-        f"{url.rstrip('/')}/chat/completions",
-        json.dumps(body).encode(),
-        headers | {"Content-Type": "application/json"},
+        f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode()
     )
+    request.add_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}")
+    request.add_header("Content-Type", "application/json")
     for attempt in range(tries):
         time.sleep(pause * attempt)
         try:
@@ -556,11 +523,6 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     return None, wrong
 
 
-def is_judged(record):
-    """Whether only a judge can grade the answer. Other open-ended answers are graded by ROUGE."""
-    return benchmark_row(record["benchmark"]).judged and record["problem_type"] == TEXT
-
-
 def judge_answers(benchmarks, out, url, model):
     """Asks the judge about the stored answers that have no verdict of this model, 8 at a time. The
     first failure is printed at once; the next run asks again."""
@@ -570,7 +532,7 @@ def judge_answers(benchmarks, out, url, model):
             record, verdict = records[position], line.get("verdict", {})
             answer = answer_of(record, line["response"])
             known = (verdict.get("judge"), verdict.get("answer")) == (model, answer)
-            if is_judged(record) and answer is not None and not known:
+            if record["judged"] and answer is not None and not known:
                 waiting.append((line, record, answer))
     with ThreadPoolExecutor(8) as pool:
         asked = pool.map(lambda each: ask_judge(url, model, *each[1:]), waiting)
@@ -594,23 +556,22 @@ def grade(benchmarks, out, judge):
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
             pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
-            accuracies = grader.accuracies(pairs)
-            for (record, answer), accuracy, line in zip(pairs, accuracies, [*lines.values()]):
-                task, kept = task_of(record), {}
-                for key in ("masks", "verdict"):
-                    if line.get(key, {}).get("answer") == answer and key in line:
-                        kept[key] = line[key]
-                if is_judged(record) and answer is not None:
+            ruled = [(r, None if r["judged"] else answer) for r, answer in pairs]
+            for (record, answer), accuracy in zip(pairs, grader.accuracies(ruled)):
+                old, task = lines[record["index"]], task_of(record)
+                kept = {key: old[key] for key in ("masks", "verdict") if key in old}
+                kept = {key: value for key, value in kept.items() if value["answer"] == answer}
+                if record["judged"] and answer is not None:
                     verdict = kept.get("verdict", {})
                     accuracy = verdict.get("score") if verdict.get("judge") == judge else None
-                trouble = [what for what in line["trouble"] if what != "unreadable"]
-                if line["response"] is not None and not readable(record, answer):
+                trouble = [what for what in old["trouble"] if what != "unreadable"]
+                if old["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
+                line = {key: old[key] for key in ("problem_id", "position", "response")}
+                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy) | kept
                 parts = parts_of(task, record, answer) | kept.get("masks", {}).get("parts", {})
-                new = {key: line[key] for key in ("problem_id", "position", "response")}
-                new |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy)
-                lines[line["position"]] = new | dict(parts=parts) | kept
-            write_lines(f"{out}/{name}.jsonl", lines)
+                lines[record["index"]] = line | dict(parts=parts)
+            write_whole(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
             print(f"{killed} answers took too long to grade and count 0")
 
@@ -727,20 +688,12 @@ UNKNOWN = {  # no grade: the largest share with which a benchmark enters the mea
 }
 
 
-def headline_metric(name, lines, metrics):
-    """The metric with which a benchmark enters the mean: the paper's; for a file of one's own the
-    accuracy, or that of its masks. metrics: the names of those it has."""
-    headline = benchmark_row(name).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
-    masks = headline in metrics and headline in ("cIoU", "J&F")
-    return headline if name in BENCHMARKS or masks else "accuracy"
-
-
 def columns_of(name, lines):
     """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to the
     metric's two sums, 0 and 0 where it does not count. accuracy, then the metrics of the records'
     task, then the shares of what went wrong. A file with several tasks gets the metrics of each
     over its own records, named like "mIoU (temporal grounding)"."""
-    columns, tasks = {}, sorted({line["task"] for line in lines})
+    columns, tasks, orders = {}, sorted({line["task"] for line in lines}), {}
 
     def add(metric, parts):  # one per line: a number, a pair, or None
         pairs = [p if isinstance(p, (list, tuple)) else (p or 0, p is not None) for p in parts]
@@ -748,13 +701,12 @@ def columns_of(name, lines):
 
     add("accuracy", [line["accuracy"] for line in lines])
     if benchmark_row(name).metric == "circular accuracy":  # right in every order of the options:
-        orders = {}  # VLMEvalKit's index of question k in another order is k + some 1,000,000
-        for line in lines:
+        for line in lines:  # VLMEvalKit's index of question k in another order is k + n * 1,000,000
             orders.setdefault(int(line["problem_id"]) % 10**6, []).append(line)
         right = {o[0]["position"]: min(line["accuracy"] for line in o) for o in orders.values()}
         add("circular accuracy", [right.get(line["position"]) for line in lines])
     for task in tasks:
-        own = [dict(accuracy=line["accuracy"]) | line["parts"] for line in lines]
+        own = [{"accuracy": line["accuracy"], **line["parts"]} for line in lines]
         own = [parts if line["task"] == task else {} for parts, line in zip(own, lines)]
         for metric in next(filter(None, own)):
             if all(metric in parts for parts in own if parts):  # of masks: once all have them
@@ -766,8 +718,21 @@ def columns_of(name, lines):
     return {metric: column for metric, column in columns.items() if column[1].any()}
 
 
+def headline_metric(name, lines, metrics):
+    """The metric with which a benchmark enters the mean, and why it is not in it ("" if it is). The
+    paper's metric; for a file of one's own the accuracy, or that of its masks."""
+    headline = benchmark_row(name).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
+    if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
+        headline = "accuracy"
+    for what, (most, hint) in UNKNOWN.items():
+        if metrics.get(what, {"value": 0})["value"] > most:
+            count = metrics[what]["value"] * metrics[what]["n"]
+            return headline, f"{count:.0f} {what} ({hint})"
+    return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
+
+
 # --------------------------------------------------------------------------------------------------
-# Numbers with their intervals, and the table
+# Numbers with their intervals, the table, the report
 
 
 def ratios(sums):
@@ -793,21 +758,16 @@ def interval(value, draws, **more):
 def metrics_of(name, lines, failed=0):
     """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}; n: how many records
     (or questions, or sequences) count. failed: how many records have no line."""
-    columns = columns_of(name, lines)
+    columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
     values, draws = ratios(stacked.sum(-1)), resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
-    n, share = len(lines) + failed, failed / (len(lines) + failed)
-    return cells | dict(failed=dict(value=share, low=share, high=share, n=n))
+    return cells | dict(failed=interval(failed / n, [failed / n], n=n))
 
 
 def weights_of(names):
-    """A weight for each benchmark: the files of one of the paper's benchmarks share one.
-
-    >>> weights_of(["eval_stvg", "eval_refcoco_val", "eval_refcoco_testA", "mine"])
-    [1.0, 0.5, 0.5, 1.0]
-    """
+    """A weight for each benchmark: the files of one of the paper's benchmarks share one."""
     titles = [benchmark_row(name).name or name for name in names]
     return [1 / titles.count(title) for title in titles]
 
@@ -818,38 +778,28 @@ def percent(cell, form="5.1f"):
     return f"{value} [{low}, {high}]"
 
 
-def missing_of(metrics, headline):
-    """Why a benchmark is not in the mean; "" if it is."""
-    why = [] if headline in metrics else [f"no {headline} without --sam2"]
-    for what, (most, hint) in UNKNOWN.items():
-        if what in metrics and metrics[what]["value"] > most:
-            why = [f"{metrics[what]['value'] * metrics[what]['n']:.0f} {what} ({hint})"]
-    return ", ".join(why)
-
-
 def table_of(results, headlines):
     """The results as rows of cells, one per metric: the headline metric has a star, and a trouble
     that nobody had has no row. The paper's numbers stand beside them. Then sentences: the mean over
     benchmarks, each by its headline metric, and what is not in it and why."""
     papers = any(map(paper_numbers, results))
     head = ["benchmark", "metric", "n", "percent [95% interval]"]
-    rows, named, said = [head + ["paper", "Qwen3-VL"] * papers], [], []
+    rows, values, said = [head + ["paper", "Qwen3-VL"] * papers], {}, []
     for name, metrics in results.items():
-        title = name
+        title, (headline, why) = name, headlines[name]
         for metric, cell in metrics.items():
             if cell["value"] or metric not in (*TROUBLES, *UNKNOWN):
                 paper = paper_numbers(name).get(metric, ("", ""))
-                star = "*" * (metric == headlines[name])
-                cells = [title, metric + star, str(cell["n"]), percent(cell)]
+                cells = [title, metric + "*" * (metric == headline), str(cell["n"]), percent(cell)]
                 rows.append(cells + [str(number) for number in paper] * papers)
                 title = ""
-        why = missing_of(metrics, headlines[name])
-        said += [f"not in the mean: {name}: {why}"] * bool(why)
-        named += [name] * (not why)
-    if named:
-        values = [100 * results[name][headlines[name]]["value"] for name in named]
-        mean = f"{np.average(values, weights=weights_of(named)):.1f}"
-        said.insert(0, f"mean over {len(named)} benchmarks, each by its headline metric *: {mean}")
+        if why:
+            said.append(f"not in the mean: {name}: {why}")
+        else:
+            values[name] = 100 * metrics[headline]["value"]
+    if values:
+        mean = f"{np.average([*values.values()], weights=weights_of(values)):.1f}"
+        said.insert(0, f"mean over {len(values)} benchmarks, each by its headline metric *: {mean}")
     return rows, said
 
 
@@ -860,9 +810,6 @@ def aligned(rows, left=1):
     lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
-
-# --------------------------------------------------------------------------------------------------
-# The report: one page that needs nothing else. All that a model or a record says is escaped.
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
@@ -881,8 +828,7 @@ td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } pre { white-space: p
 </style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
 <div class="box"><table>$table</table></div><p class="small">Percent, with 95% bootstrap intervals.
 Below, answers of each benchmark from the worst to the best: orange is the answer, green the truth,
-drawn beneath it and wider.</p>$sections</html>
-""")
+drawn beneath it and wider.</p>$sections</html>""")
 
 
 def image_of(record, line):
@@ -897,10 +843,9 @@ def image_of(record, line):
         true = np.stack([truths.get(k, np.zeros_like(drawn[0])) for k in places])
         masks = {"lime": true, "orange": drawn}
     if medium["type"] == "image":
-        image = Image.fromarray(data.read_image(medium["path"], 0, 480 * 480))
+        image = data.enlarged(Image.fromarray(data.read_image(medium["path"], 0, 480 * 480)))
         for colour, each in marks.items():
-            mask = masks[colour][0] if masks else None
-            image = draw(image, each, colour=colour, mask=mask)
+            image = draw(image, each, None, colour, masks[colour][0] if masks else None)
         return image
     if masks:
         frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
@@ -910,15 +855,15 @@ def image_of(record, line):
 
 
 def card(record, line, score):
-    """One answer of the report as HTML."""
+    """One answer of the report as HTML. All that a model or a record says is escaped."""
     parts, kind = [], "card" if record["data_type"] in ("image", "text") else "card wide"
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
         image_of(record, line).save(buffer := io.BytesIO(), "JPEG", quality=85)
         code = base64.b64encode(buffer.getvalue()).decode()
         parts.append(f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">')
     question = "\n".join([re.sub("<(image|video)>", "", record["problem"]), *record["options"]])
-    texts = dict(question=question, answer=line["answer"] or "(none)", truth=record["answer"])
     where = f"{score:.2f}, record {line['position']}, id {line['problem_id']}"
+    texts = dict(question=question, answer=line["answer"] or "(none)", truth=record["answer"])
     for name, text in (texts | dict(small="; ".join([where, *line["trouble"]]))).items():
         parts.append(f'<p class="{name}">{html.escape(text[:2000].strip())}</p>')
     response = html.escape((line["response"] or "")[:20000].strip())
@@ -927,29 +872,28 @@ def card(record, line, score):
 
 
 def write_report(out, table, said, benchmarks, lines, count=9):
-    """report.html under `out`: the table, and of each benchmark `count` answers."""
+    """report.html under `out`, which needs no other file: the table, and of each benchmark `count`
+    answers. A score: that of the masks if there are any, else the accuracy."""
     args, sections, rows = read_object(f"{out}/args.json"), [], []
     for i, row in enumerate(table):
         kind, tag = ' class="headline"' * row[1].endswith("*"), "td" if i else "th"
         cells = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
         rows.append(f"<tr{kind}>{cells}</tr>")
-    for name in lines:
-        scored = [
-            (each["parts"].get("J&F", each["parts"].get("gIoU", each["accuracy"])), each) for each in lines[name]
-        ]
-        scored = sorted((s, line["position"], line) for s, line in scored if s is not None)
-        places = sorted(
-            {*np.linspace(0, len(scored) - 1, count).round().astype(int)} if scored else ()
-        )
-        cards = [card(benchmarks[name][scored[i][1]], scored[i][2], scored[i][0]) for i in places]
-        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">{"".join(cards)}</div>')
+    for name, each in lines.items():
+        scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
+        ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
+        chosen = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round())
+        cards = ""
+        for score, i in (ranked[int(place)] for place in chosen):
+            cards += card(benchmarks[name][each[i]["position"]], each[i], score)
+        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">{cards}</div>')
     shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model", "commit")
     settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
     settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
-    page = dict(title=f"Evaluation of {os.path.basename(os.path.abspath(out))}")
-    page |= dict(settings="; ".join(settings), said="; ".join(said))
-    page = {key: html.escape(text) for key, text in page.items()}
-    page = PAGE.substitute(page, table="\n".join(rows), sections="\n".join(sections))
+    texts = dict(settings="; ".join(settings), said="; ".join(said))
+    texts |= dict(title=f"Evaluation of {os.path.basename(os.path.abspath(out))}")
+    texts = {key: html.escape(text) for key, text in texts.items()}
+    page = PAGE.substitute(texts, table="\n".join(rows), sections="\n".join(sections))
     write_whole(f"{out}/report.html", page)
 
 
@@ -1012,8 +956,9 @@ def evaluate(args):
     # 3 Masks, each rank its share.
     pairs = joined()
     if args.sam2:
-        pairs = [(record, line) for record, line in pairs if line and "masks" not in line]
-        pairs = [pair for pair in pairs if pair[0]["problem_type"] == "segmentation"][rank::world]
+        masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
+        pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
+        pairs = pairs[rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
             masks = masks_of(record, answer_of(record, line["response"]), sam2)
@@ -1021,11 +966,11 @@ def evaluate(args):
 
     # 4 Grades and numbers.
     dist.barrier(group=patient)
-    failed = sum_up(args, benchmarks) if rank == 0 else 0
+    code = sum_up(args, benchmarks, settings) if rank == 0 else 0
     dist.barrier(group=patient)
     if todo:
         llm.llm_engine.engine_core.shutdown()  # takes the process group with it
-    sys.exit(1 if failed else 0)
+    sys.exit(code)
 
 
 def stopped(out, *_):
@@ -1037,35 +982,28 @@ def stopped(out, *_):
     os._exit(130)
 
 
-def sum_up(args, benchmarks):
-    """Verdicts, grades, metrics, table, report, from the stored responses. Returns how many records
-    have none."""
-    join_parts(args.out)
-    if args.judge_url:
-        judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
-    grade(benchmarks, args.out, read_object(f"{args.out}/settings.json").get("judge"))
-    lines = {name: list(read_lines(f"{args.out}/{name}.jsonl").values()) for name in benchmarks}
-    failed = {name: len(benchmarks[name]) - len(lines[name]) for name in benchmarks}
-    lines = {name: each for name, each in lines.items() if each}
-    if lines:
-        results = {name: metrics_of(name, each, failed[name]) for name, each in lines.items()}
-        headlines = {n: headline_metric(n, lines[n], metrics) for n, metrics in results.items()}
-        path, (table, said) = f"{args.out}/results.json", table_of(results, headlines)
-        write_whole(path, json.dumps(read_object(path) | results, indent=1))
-        print("", aligned(table, left=2), *said, sep="\n")
-        write_report(args.out, table, said, benchmarks, lines)
-        print(f"written to {args.out}: results.json, report.html")
-    return sum(failed.values())
-
-
-def regrade(args):
-    """Grades stored responses once more, without a model."""
-    benchmarks, settings, _ = check(args)
+def sum_up(args, benchmarks, settings):
+    """Verdicts, grades, metrics, table, report, from the stored responses. The exit code: 1 if some
+    records have none."""
     join_parts(args.out)
     if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
-        data.refuse(f"--regrade: {args.out} holds no answers to {', '.join(benchmarks)}")
+        data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
     write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-    sys.exit(1 if sum_up(args, benchmarks) else 0)
+    if args.judge_url:
+        judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
+    grade(benchmarks, args.out, settings.get("judge"))
+    lines, results, headlines = {}, {}, {}
+    for name, records in benchmarks.items():
+        if each := [*read_lines(f"{args.out}/{name}.jsonl").values()]:
+            lines[name] = each
+            results[name] = metrics_of(name, each, failed=len(records) - len(each))
+            headlines[name] = headline_metric(name, each, results[name])
+    path, (table, said) = f"{args.out}/results.json", table_of(results, headlines)
+    write_whole(path, json.dumps(read_object(path) | results, indent=1))
+    print("", aligned(table, left=2), *said, sep="\n")
+    write_report(args.out, table, said, benchmarks, lines)
+    print(f"written to {args.out}: results.json, report.html")
+    return int(sum(map(len, lines.values())) < sum(map(len, benchmarks.values())))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1080,8 +1018,8 @@ def read_finished(out):
         data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
     for name, metrics in results.items():
         lines = list(read_lines(f"{out}/{name}.jsonl").values())
-        headline = headline_metric(name, lines, metrics)
-        if not missing_of(metrics, headline):
+        headline, why = headline_metric(name, lines, metrics)
+        if not why:
             column = columns_of(name, lines)[headline]
             found[name, headline] = [line["problem_id"] for line in lines], column
     return found
@@ -1135,12 +1073,16 @@ def compare(args):
     alike = all(row["metric"] == "accuracy" for row in rows.values())
     what = "accuracy" if alike else "headline metric"
     table = [[f"{what} in percent [95% interval]", "n", *(f"{name[:20]} " for name in names)]]
-    for name, row in rows.items():
-        signs = [" ", *map(sign, row["differences"].values())]
+    for name, row in (rows | {f"mean over {len(rows)} benchmarks": mean | {"n": ""}}).items():
+        signs = (
+            [" "] * len(names)
+            if row["metric"] == "mean"
+            else [" ", *map(sign, row["differences"].values())]
+        )
         cells = [percent(cell) + mark for cell, mark in zip(row["models"].values(), signs)]
-        table.append([name if alike else f"{name}, {row['metric']}", str(row["n"]), *cells])
-    cells = [f"{percent(cell)} " for cell in mean["models"].values()]
-    print(aligned([*table, [f"mean over {len(rows)} benchmarks", "", *cells]]))
+        title = name if alike or row["metric"] == "mean" else f"{name}, {row['metric']}"
+        table.append([title, str(row["n"]), *cells])
+    print(aligned(table))
     for before, (model, row) in zip(names, mean["differences"].items()):
         says = {"+": "above", "-": "below", " ": "no clear difference"}[sign(row)]
         p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
@@ -1174,7 +1116,6 @@ def parse_args():
     group = parser.add_argument_group("machine")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
     group.add_argument("--workers", type=data.at_least(0), default=data.WORKERS, help="decoding processes per rank (%(default)s)")
-    group.add_argument("--max-bad-share", type=data.at_least(0, float), default=0.05, help="largest share of missing media in a file (%(default)s)")
     # 128 frames of 256 tokens per pair are 16,384 tokens and the text; the release's processor has at most 24,576 in all
     data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32,
                     video_total_pixels=24576 * 32 * 32, max_prompt_tokens=20480)
@@ -1192,6 +1133,6 @@ if __name__ == "__main__":
         except OSError as error:
             data.refuse(error)
     elif args.regrade:
-        regrade(args)
+        sys.exit(sum_up(args, *check(args)[:2]))
     else:
         evaluate(args)
