@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-import bandit  # tests/bandit.py
+import method_without_images
 import matplotlib
 
 matplotlib.use("Agg")
@@ -38,7 +38,7 @@ def collect(folder):
     "runs": <method>-<seed> -> metric -> one number per step (None where a step had no record of the task);
     "groups": method -> [task, std of the group's rewards, root mean square of its advantages] of sampled groups;
     "heldout": sft or <method>-<seed> -> task -> accuracy of each held-out record;
-    "bandit": what tests/bandit.py gives, every third step.
+    "without_images": what tests/method_without_images.py gives, every third step.
     """
     result = dict(runs={}, groups={method: [] for method in METHODS}, heldout={})
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
@@ -63,8 +63,9 @@ def collect(folder):
             result["heldout"].setdefault(path.parent.name, {})[task] = [
                 short(line["accuracy"]) for line in lines
             ]
-    result["bandit"] = {
-        method: shares[:, ::3].round(4).tolist() for method, shares in bandit.curves().items()
+    result["without_images"] = {
+        method: shares[:, ::3].round(4).tolist()
+        for method, shares in method_without_images.curves().items()
     }
     return result
 
@@ -201,14 +202,14 @@ def draw(result, tasks, table, path):
         for k, (kind, style) in enumerate(
             (("QA, reward 0 or 1", "--"), ("box, reward 0.70 or 0.75", "-"))
         ):
-            shares = 100 * np.array(result["bandit"][method])[:, :, k]
+            shares = 100 * np.array(result["without_images"][method])[:, :, k]
             steps = np.arange(shares.shape[1]) * 3
             axis.plot(steps, shares.mean(0), style, color=colour, label=f"{title}: {kind}")
             axis.fill_between(
                 steps, shares.min(0), shares.max(0), color=colour, alpha=0.1, linewidth=0
             )
     axis.set(
-        title="A task of tiny reward spread (tests/bandit.py):\nright answers in percent; band: all ten seeds",
+        title="A task of tiny reward spread (tests/method_without_images.py):\nright answers in percent; band: all ten seeds",
         xlabel="step",
     )
     axis.legend(fontsize="small")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-import bandit
+import method_without_images
 import rl_ema_grpo
 from rl_ema_grpo import EMAStd, advantages, deal_minibatches, policy_loss
 
@@ -159,8 +159,8 @@ def test_minibatches_take_every_group_once(counts):
 def test_a_task_of_tiny_spread_keeps_up():
     """The imbalance that the method is made against, learned end to end: without division boxes drown beside QA."""
     right = {
-        method: sum(bandit.train(method, seed, 60)[-1] for seed in range(2)) / 2
-        for method in bandit.METHODS
+        method: sum(method_without_images.train(method, seed, 60)[-1] for seed in range(2)) / 2
+        for method in method_without_images.METHODS
     }
     assert right["ema_grpo"].min() > 0.7  # QA and box
     assert right["dr_grpo"][1] < 0.5 < 0.7 < right["dr_grpo"][0]

@@ -107,7 +107,7 @@ def test_ablation_table(capsys):
     )
     for k, row in enumerate(rows):  # after 105 steps, of which every third is there
         shares = [
-            100 * sum(seed[35][k] for seed in result["bandit"][method]) / 10
+            100 * sum(seed[35][k] for seed in result["without_images"][method]) / 10
             for method in ablation.METHODS
         ]
         assert list(map(float, row.split(" | "))) == pytest.approx(shares, abs=0.06)
