@@ -348,7 +348,7 @@ _DENIED = re.compile(
 
 
 def fold(text):
-    return " ".join(text.split()).casefold().strip(" .!\"'")
+    return " ".join(text.split()).casefold().strip(" .!\"')]")
 
 
 @lru_cache(256)
@@ -407,7 +407,7 @@ def read_choice(text, options=()):
     if letter := read_phrase(text[:2000], *known):
         return letter
     stated, alone = [], set()
-    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+|\n+", text[-5000:]):
+    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
         sentence = sentence[:500]
         alone.add(read_phrase(sentence, *known))
         for start in _STATED.finditer(sentence):
