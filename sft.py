@@ -29,6 +29,7 @@ from argparse import BooleanOptionalAction
 from collections import Counter, deque
 from datetime import timedelta
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,11 +101,15 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     """
     if query.is_cuda and query.dtype != torch.float32:  # the varlen kernel takes 16 bits only
         return varlen_attention(query, key, value, scaling, sequences), None
+    # Cut once: a slice for each sequence would make a gradient of full length for each.
+    cuts = sorted({cut for spans in sequences for span in spans for cut in span})
+    sizes, place = [b - a for a, b in pairwise(cuts)], {cut: i for i, cut in enumerate(cuts)}
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     out = []
     for spans in sequences:
-        begin, end = spans[-1]
-        q = query[:, :, begin:end]
-        k, v = (torch.cat([x[:, :, a:b] for a, b in spans], dim=2) for x in (key, value))
+        q = torch.cat(queries[place[spans[-1][0]] : place[spans[-1][1]]], dim=2)
+        seen = [i for a, b in spans for i in range(place[a], place[b])]
+        k, v = (torch.cat([x[i] for i in seen], dim=2) for x in (keys, values))
         # Causal from the bottom right corner: `before` keys stand before the first query.
         before = k.shape[2] - q.shape[2]
         mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before) if before else None
@@ -411,7 +416,8 @@ def save_checkpoint(args, model, optimizer, state):
     try:
         dcp.save(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=aside)
     except dcp.api.CheckpointException as error:
-        raise OSError(f"{folder} could not be saved, older ones are whole: {error}") from error
+        cause = list(error.failures.values())[0][0]
+        raise OSError(f"{folder} could not be saved, older ones are whole: {cause}") from error
     if dist.get_rank() == 0:
         with open(aside / "state.json", "w") as file:
             json.dump(state | dict(args=vars(args)), file, indent=1)
@@ -590,7 +596,7 @@ def new_parser(doc, lr, weight_decay, save_every):
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are float32")
     group.add_argument("--shard-size", type=positive, help="ranks that share one copy of the trainer (default: all)")
     group.add_argument("--recompute", action=BooleanOptionalAction, default=True, help="layers again in backward: less memory")
-    group.add_argument("--workers", type=data.at_least(0), default=min(4, os.cpu_count()), help="decoding processes per rank (%(default)s)")
+    group.add_argument("--workers", type=data.at_least(0), default=data.WORKERS, help="decoding processes per rank (%(default)s)")
     group.add_argument("--max-bad-share", type=number, default=0.05, help="largest share of unusable records (%(default)s)")
     return parser
 

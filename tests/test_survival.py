@@ -81,11 +81,9 @@ def test_rl_killed_in_every_phase_ends_as_if_nothing_had_happened(damaged_toy, t
     last = metrics(whole)[-1]
     records = data.load_records(files[0], max_bad_share=0.5)
     taken = itertools.islice(data.data_order(len(records), 0), states[0]["cursor"])
-    assert (
-        last["skipped/unreadable_image"] + last["skipped/unreadable_video"]
-        == sum(records[i]["index"] % 10 == 0 for i in taken)
-        > 0
-    )
+    damaged = sum(records[i]["index"] % 10 == 0 for i in taken)
+    skipped = sum(count for name, count in last.items() if name.startswith("skipped/unreadable"))
+    assert skipped == damaged > 0
     assert last["records"] == states[0]["cursor"] and math.isfinite(last["grad_norm"])
     assert not list(killed.glob("checkpoints/*.tmp"))
 
@@ -171,9 +169,9 @@ sys.stdin.read()
 def test_every_free_setting_is_a_setting():
     """A name in MAY_CHANGE that no flag has any more."""
     for script in (sft, rl_ema_grpo):
-        source = (ROOT / f"{script.__name__}.py").read_text()
+        source = "".join((ROOT / f"{each}.py").read_text() for each in {"sft", script.__name__})
         for name in script.MAY_CHANGE:
-            assert f'"--{name.replace("_", "-")}"' in source or name in data.Limits._fields, name
+            assert f'"--{name.replace("_", "-")}"' in source, name
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +200,9 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(trainer, tmp_pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # as a disk that is full after 1 MB
     try:
-        with pytest.raises(OSError, match="step-000002 could not be saved.*File too large"):
+        with pytest.raises(
+            OSError, match="step-000002 could not be saved, older ones are whole: \\S"
+        ):
             sft.save_checkpoint(args, *trainer, dict(step=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
