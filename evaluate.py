@@ -280,9 +280,8 @@ def record_of_row(row, benchmark, images):
         kind = "math"
     if "<image " in question + "".join(options):  # MMMU: "Is <image 2> like <image 1>?"
         question = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images))) + question
-        question, *options = (
-            re.sub(r"<image (\d+)>", r"image \1", x) for x in [question, *options]
-        )
+        named = re.sub(r"<image (\d+)>", r"image \1", "\0".join([question, *options]))
+        question, *options = named.split("\0")
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
@@ -446,9 +445,9 @@ def masks_of(record, answer, sam2):
             f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
             parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
         shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
-    codes = {k: coco.encode(np.asfortranarray(masks[k], dtype=np.uint8)) for k in shown}
-    frames = {k: dict(size=c["size"], counts=c["counts"].decode()) for k, c in codes.items()}
-    return dict(answer=answer, parts=parts, frames={str(k): code for k, code in frames.items()})
+    codes = coco.encode(np.asfortranarray(np.stack([masks[k] for k in shown], -1), dtype=np.uint8))
+    frames = {str(k): c | dict(counts=c["counts"].decode()) for k, c in zip(shown, codes)}
+    return dict(answer=answer, parts=parts, frames=frames)
 
 
 def true_masks(record):
@@ -502,9 +501,8 @@ def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=answer[:20000]))
     body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode()
-    )
+    url = f"{url.rstrip('/')}/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode())
     request.add_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}")
     request.add_header("Content-Type", "application/json")
     for attempt in range(tries):
@@ -662,23 +660,23 @@ def parts_of(task, record, answer):
     if task == TRACK:
         p, y = (side if isinstance(side, dict) else {} for side in boxes)
         ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
-        rest = track_parts([iou for k, iou in ious.items() if k != "1"])
-        rest = {f"{metric}, given box left out": part for metric, part in rest.items()}
-        return track_parts([*ious.values()]) | rest
+        rest = track_parts([iou for k, iou in ious.items() if k != "1"], ", given box left out")
+        return track_parts(ious.values()) | rest
     return {"box_mIoU": rewards.iou_box(*boxes)} if task in (IMAGE, VIDEO) else {}
 
 
-def track_parts(ious):
+def track_parts(ious, title=""):
     """IoUs of a sequence's frames -> its parts in AO and R@t, where each sequence counts once, and
     in SR@t, where each frame does. A sequence without frames does not count.
 
-    >>> track_parts([1.0, 0.0])["AO"], track_parts([1.0, 0.0])["SR@0.5"], track_parts([])["AO"]
-    ((0.5, 1), (1, 2), (0.0, 0))
+    >>> {metric: track_parts([1.0, 0.0])[metric] for metric in ("AO", "R@0.5", "SR@0.5")}
+    {'AO': (0.5, 1), 'R@0.5': (True, 1), 'SR@0.5': (1, 2)}
     """
-    n = len(ious)
-    iou, one = sum(ious) / max(1, n), min(1, n)
+    n, one = len(ious), min(1, len(ious))
+    iou = sum(ious) / max(1, n)
     parts = {"AO": (iou, one)} | {f"R@{t}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
-    return parts | {f"SR@{t}": (sum(v >= t for v in ious), n) for t in (0.5, 0.75)}
+    parts |= {f"SR@{t}": (sum(v >= t for v in ious), n) for t in (0.5, 0.75)}
+    return {metric + title: part for metric, part in parts.items()}
 
 
 TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
@@ -828,7 +826,7 @@ td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } pre { white-space: p
 </style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
 <div class="box"><table>$table</table></div><p class="small">Percent, with 95% bootstrap intervals.
 Below, answers of each benchmark from the worst to the best: orange is the answer, green the truth,
-drawn beneath it and wider.</p>$sections</html>""")
+beneath it and wider.</p>$sections</html>""")
 
 
 def image_of(record, line):
@@ -836,7 +834,14 @@ def image_of(record, line):
     its first image -> PIL.Image."""
     task, masks = task_of(record), {}
     medium = min(record["media"], key=lambda medium: medium["type"] == "image")
-    marks = {"lime": marks_of(task, record["answer"]), "orange": marks_of(task, line["answer"])}
+    truth, wide = marks_of(task, record["answer"]), {}
+    for second, (x1, y1, x2, y2) in truth.boxes.items():
+        wide[second] = [x1 - 8, y1 - 8, x2 + 8, y2 + 8]
+    marks = {
+        "limegreen": data.Marks(boxes=wide),
+        "lime": truth,
+        "orange": marks_of(task, line["answer"]),
+    }
     if "masks" in line:
         truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
         drawn = np.stack([coco.decode(rle) for rle in line["masks"]["frames"].values()]) > 0
@@ -845,7 +850,7 @@ def image_of(record, line):
     if medium["type"] == "image":
         image = data.enlarged(Image.fromarray(data.read_image(medium["path"], 0, 480 * 480)))
         for colour, each in marks.items():
-            image = draw(image, each, None, colour, masks[colour][0] if masks else None)
+            image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
         return image
     if masks:
         frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
@@ -1073,16 +1078,12 @@ def compare(args):
     alike = all(row["metric"] == "accuracy" for row in rows.values())
     what = "accuracy" if alike else "headline metric"
     table = [[f"{what} in percent [95% interval]", "n", *(f"{name[:20]} " for name in names)]]
-    for name, row in (rows | {f"mean over {len(rows)} benchmarks": mean | {"n": ""}}).items():
-        signs = (
-            [" "] * len(names)
-            if row["metric"] == "mean"
-            else [" ", *map(sign, row["differences"].values())]
-        )
+    for name, row in rows.items():
+        signs = [" ", *map(sign, row["differences"].values())]
         cells = [percent(cell) + mark for cell, mark in zip(row["models"].values(), signs)]
-        title = name if alike or row["metric"] == "mean" else f"{name}, {row['metric']}"
-        table.append([title, str(row["n"]), *cells])
-    print(aligned(table))
+        table.append([name if alike else f"{name}, {row['metric']}", str(row["n"]), *cells])
+    cells = [f"{percent(cell)} " for cell in mean["models"].values()]
+    print(aligned([*table, [f"mean over {len(rows)} benchmarks", "", *cells]]))
     for before, (model, row) in zip(names, mean["differences"].items()):
         says = {"+": "above", "-": "below", " ": "no clear difference"}[sign(row)]
         p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
@@ -1130,7 +1131,7 @@ if __name__ == "__main__":
     elif args.compare:
         try:
             compare(args)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             data.refuse(error)
     elif args.regrade:
         sys.exit(sum_up(args, *check(args)[:2]))
