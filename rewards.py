@@ -194,9 +194,9 @@ def plain(text):
 
 _LEAD = re.compile(  # words before an answer that do not change it
     r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
-    r"probably|clearly|definitely|answer|option|choice|letter|one|result|value|score|total|that|this|"
-    r"it's|it|is|(?:would|must|should|will|has to) be|approximately|about|roughly|around|nearly|"
-    r"i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|go with)|"
+    r"probably|clearly|definitely|answer|option|choice|letter|one|result|value|score|rating|total|that|"
+    r"this|it's|it|is|(?:would|must|should|will|has to) be|approximately|about|roughly|around|nearly|"
+    r"i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|give|go with)|"
     r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
     r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
     re.IGNORECASE,
