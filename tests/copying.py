@@ -12,8 +12,10 @@ OWN = {path.stem for path in ROOT.glob("*.py")}
 
 
 def pieces():
-    """The README's table of pieces: {title: {script: [names]}}. A cell reads `script.py`: `name`, `name`; `other.py`: ..."""
-    section = (ROOT / "README.md").read_text().split("## Copying pieces")[1].split("\n## ")[0]
+    """The table of tests/README.md of pieces: {title: {script: [names]}}. A cell reads `script.py`: `name`, `name`; `other.py`: ..."""
+    section = (
+        (ROOT / "tests" / "README.md").read_text().split("## Copying pieces")[1].split("\n## ")[0]
+    )
     rows = re.findall(r"^\| ([^|]+) \| (`[^|]+) \|$", section, re.MULTILINE)
     return {
         title: {

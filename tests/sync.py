@@ -32,7 +32,7 @@ strange = [
     for path in (f"{out}/variable.mp4", f"{out}/wide.mp4")
 ]
 chosen = [*images[rank::2][:4], *videos[rank::2][:4], text, *strange]
-prompts = [data.encode(record, processor) for record in chosen]
+prompts = [data.encode(record, processor, data.Limits(image_min_pixels=4096)) for record in chosen]
 
 
 def rollouts():

@@ -32,29 +32,33 @@ def test_help():
 
 
 @pytest.mark.parametrize(
-    "change, sentence",
+    "flags, sentence",
     [
-        (dict(data="nowhere.json"), "nowhere.json"),
-        (
-            dict(data="no_answer.json"),
-            "no_answer.json: record 3: answer is 'None', expected the true answer",
-        ),
-        (dict(prompts=5), "--prompts-per-step 5 does not divide among 2 ranks"),
+        ({"--data": "nowhere.json"}, "nowhere.json"),
+        ({"--data": "no_answer.json"}, "no_answer.json: record 3: answer is"),
+        ({"--steps": 0}, "argument --steps: 0 is"),
+        ({"--model": "runs/nothere"}, "runs/nothere: no such folder"),
+        ({"--model": "other_model"}, "model_type is 'qwen2_5_vl', expected 'qwen3_vl'"),
     ],
 )
-def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path, change, sentence):
-    """The release loads 8B parameters on every GPU and then dies of a typing error, or waits forever."""
+def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path, flags, sentence):
+    """The release loads 8B parameters on every GPU and then dies of a typing error. Under torchrun the
+    sentence must not be lost above forty lines of its own."""
+    (ROOT / "runs").mkdir(exist_ok=True)
     records = json.loads((toy / "rl_train.json").read_text())[:8]
     del records[3]["answer"]
     (toy / "no_answer.json").write_text(json.dumps(records))
-    result = run(
-        "rl_ema_grpo.py", "--model", toy / "model", "--data", toy / change.get("data", "rl_train.json"),
-        "--prompts-per-step", change.get("prompts", 4), "--out", tmp_path / "run", ranks=2, check=False,
-    )  # fmt: skip
+    (toy / "other_model").mkdir(exist_ok=True)
+    (toy / "other_model" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    flags = {"--model": "model", "--data": "rl_train.json", "--steps": 1, **flags}
+    at_toy = lambda value: toy / value if (toy / str(value)).exists() else value
+    command = [part for flag, value in flags.items() for part in (flag, at_toy(value))]
+    run_folder = tmp_path / "run"
+    result = run("rl_ema_grpo.py", *command, "--out", run_folder, ranks=2, check=False)
+    assert result.returncode != 0 and not run_folder.exists()
     said = [line for line in result.stderr.splitlines() if line.startswith("rl_ema_grpo.py: ")]
-    assert result.returncode != 0
     assert len(said) == 1 and sentence in said[0], result.stderr
-    assert "Loading" not in result.stderr and not (tmp_path / "run").exists()
+    assert sentence in "".join(result.stderr.splitlines()[-3:]) and "Loading" not in result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +87,11 @@ def test_demo_runs_to_the_end(demo):
     sft, rl = rows(out / "sft" / "metrics.jsonl"), rows(out / "rl" / "metrics.jsonl")
     assert [row["step"] for row in sft] == [1, 2, 3] and all(row["grad_norm"] > 0 for row in sft)
     assert [row["step"] for row in rl] == [1, 2]
-    for row in rl:
-        assert {
-            "reward",
-            "accuracy",
-            "kept_share",
-            "response_tokens",
-            "finished_share",
-            "tokens_per_second",
-            "gb",
-        } <= set(row)
-        assert {"seconds/sync", "seconds/generate", "seconds/grade", "seconds/update"} <= set(row)
+    named = "reward accuracy kept_share response_tokens finished_share tokens_per_second gb"
+    named += " seconds/sync seconds/generate seconds/grade seconds/update"
+    assert all(set(named.split()) <= set(row) for row in rl)
     for stage in ("sft", "rl"):
-        assert (out / stage / "args.json").exists() and (
-            out / stage / "checkpoints" / "latest"
-        ).exists()
+        assert (out / stage / "args.json").exists() and list((out / stage).glob("checkpoints/*"))
     assert (out / "curves.png").stat().st_size > 10_000
     for line in (out / "rl" / "rollouts.jsonl").read_text().splitlines():
         entry = json.loads(
@@ -122,22 +116,11 @@ def test_same_command_resumes(demo, toy):
         file.write(
             '{"step": 4, "loss": 9.9}\n{"step": 5, "lo'
         )  # as a kill between two checkpoints leaves it
-    options = "--lr 2e-3 --train-vision --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400".split()
+    options = "--lr 2e-3 --train-vision --dtype float32 --no-recompute --workers 1".split()
+    options += "--max-prompt-tokens 400 --image-min-pixels 4096".split()
     data = sorted((out / "toy").glob("sft_*.json"))
-    run(
-        "sft.py",
-        "--model",
-        out / "toy" / "model",
-        "--data",
-        *data,
-        "--out",
-        out / "sft",
-        "--steps",
-        5,
-        "--force",
-        *options,
-        ranks=2,
-    )
+    files = ["--model", out / "toy/model", "--data", *data, "--out", out / "sft"]
+    run("sft.py", *files, "--steps", 5, "--force", *options, ranks=2)
     metrics = rows(out / "sft" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5] and metrics[3]["loss"] != 9.9
     assert (out / "sft" / "model.safetensors").read_bytes() != before
