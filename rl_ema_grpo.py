@@ -691,9 +691,7 @@ def main():
         if stopping:
             break
 
-    sft.export_model(model, args.model, args.out)
-    if rank == 0:
-        print(sft.where_it_is(args.out, state["step"], args.steps))
+    sft.end_run(args, model, state["step"], args.steps)
     grader.close()
     llm.llm_engine.engine_core.shutdown()  # ends the process group too
 

@@ -135,8 +135,8 @@ def varlen_plan(sequences, device):
     queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
     keys = [sum(end - begin for begin, end in spans) for spans in sequences]
     offsets = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
-    offsets = [offset.to(device, torch.int32) for offset in offsets]
-    return key_rows.to(device), *offsets, max(queries), max(keys)
+    q_offsets, k_offsets = (offset.to(device, torch.int32) for offset in offsets)
+    return key_rows.to(device), q_offsets, k_offsets, max(queries), max(keys)
 
 
 def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max_length_q, **_):
@@ -460,8 +460,8 @@ NOT_COPIED += ("metrics.jsonl", "rollouts.jsonl", "args.json")  # ours: RL start
 def export_model(model, source, out):
     """Writes a folder that transformers and vLLM load as it is. All ranks call this.
 
-    bfloat16 safetensors, and all other files of the input folder or hub id `source` as they are: what
-    a newer transformers writes, an older one may not read. Of the config only the dtype is changed.
+    bfloat16 safetensors, and all other files of the input folder or hub id `source` as they are, since
+    an older transformers cannot read what a newer one writes. In the config only the dtype changes.
     """
     weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
@@ -482,6 +482,15 @@ def export_model(model, source, out):
                 part[key] = "bfloat16"
         Path(out, "config.json").write_text(json.dumps(config, indent=2))
     dist.barrier()
+
+
+def end_run(args, model, step, steps):
+    """Writes the model and says where it is. All ranks call this."""
+    export_model(model, args.model, args.out)
+    if dist.get_rank() == 0:
+        more = "; the same command goes on from here" if step < steps else ""
+        print(f"step {step} of {steps}: model in {args.out}{more}")
+        print(f"python tests/curves.py {args.out} draws its curves", flush=True)
 
 
 def log_metrics(out, row):
@@ -507,12 +516,6 @@ def peak_gb():
     peak = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.reset_peak_memory_stats()
     return peak
-
-
-def where_it_is(out, step, steps):
-    """The last line of a run."""
-    more = "; the same command goes on from here" if step < steps else ""
-    return f"step {step} of {steps}: model in {out}{more}. Curves: python tests/curves.py {out}"
 
 
 class Stop:
@@ -686,9 +689,7 @@ def main():
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
 
     bar.close()
-    export_model(model, args.model, args.out)
-    if rank == 0:
-        print(where_it_is(args.out, step, steps))
+    end_run(args, model, step, steps)
     dist.destroy_process_group()
 
 
