@@ -299,7 +299,8 @@ def check(args):
     if bool(args.judge_url) != bool(args.judge_model):
         data.refuse("--judge-url and --judge-model go together")
     here = os.path.isdir(sam2) or os.path.isdir(os.path.dirname(sam2) or ".")
-    if sam2 and not os.path.exists(f"{sam2}/config.json") and (here or sam2.count("/") != 1):
+    kind = read_object(f"{sam2}/config.json").get("model_type", "") if sam2 else "sam2"
+    if not kind.startswith("sam2") and (here or sam2.count("/") != 1):
         data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
     try:
         if not args.regrade:
@@ -908,16 +909,17 @@ def write_report(out, table, said, benchmarks, lines, count=9):
 
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
+    handler = partial(stopped, args.out) if data.FIRST_RANK else signal.SIG_DFL
+    signal.signal(signal.SIGINT, handler)
+    import cpu_compat  # noqa: F401  (before transformers)
+
+    benchmarks, settings, encode = check(args)
     import torch.distributed as dist
     from tqdm import tqdm
 
-    import cpu_compat  # noqa: F401  (before transformers)
     from rl_ema_grpo import make_engine
     from sft import init_distributed, start_run
 
-    handler = partial(stopped, args.out) if data.FIRST_RANK else signal.SIG_DFL
-    signal.signal(signal.SIGINT, handler)
-    benchmarks, settings, encode = check(args)
     rank, world, device = init_distributed()
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # ranks end far apart
 
@@ -1100,19 +1102,19 @@ def compare(args):
 def parse_args():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("--list", action="store_true", help="print the paper's benchmarks and the downloads, and end")
+    group.add_argument("--list", action="store_true", help="print the paper's benchmarks, and end")
     group.add_argument("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
     group.add_argument("--data", nargs="+", help="record files with answers, one per benchmark")
     group.add_argument("--media-root", help="folder of the media paths (default: each file's own)")
     group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
     group.add_argument("--system", help='file with a system prompt, for own files and those marked "system" by --list')
-    group.add_argument("--out", help="folder for the outputs, where the same command goes on; with --compare a JSON file")
+    group.add_argument("--out", help="folder for the outputs; with --compare a JSON file")
     group.add_argument("--max-response-tokens", type=data.at_least(1), default=8192, help="per answer (%(default)s)")
     group.add_argument("--sam2", help="folder or hub id of a SAM2 model, for segmentation masks")
-    group.add_argument("--regrade", action="store_true", help="grade the responses in --out once more, without a model")
+    group.add_argument("--regrade", action="store_true", help="grade the answers in --out again")
     group.add_argument("--judge-url", help="OpenAI-compatible server, such as http://localhost:8000/v1; key: OPENAI_API_KEY")
     group.add_argument("--judge-model", help="the model's name there; another one than before grades all captions anew")
-    group.add_argument("--compare", nargs="+", metavar="DIR", help="--out folders of models to put side by side, in order")
+    group.add_argument("--compare", nargs="+", metavar="DIR", help="--out folders of models, in order")
     group.add_argument("--names", nargs="+", help="what to call them (default: the folders' names)")
     group = parser.add_argument_group("machine")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute (%(default)s)")
