@@ -24,6 +24,12 @@ The same command goes on where it was, with any number of ranks. Grading is rewa
 training; only the reading is more lenient (rewards.answer_of). An answer that cannot be read counts
 0, and so does a record whose media cannot be opened (the next run tries it again). A generation
 that failed in vLLM is no answer: it is not stored, and its benchmark is not in the mean.
+
+Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
+R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds that
+both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of intersections
+by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the rules of
+the paper's code and by those of DAVIS. The headline metric (*) is the one that enters the mean.
 """
 
 import ast
