@@ -284,7 +284,6 @@ def test_no_choice(text):
     """ "Not B" scored as B in evaluation; several letters scored as the first."""
     for answer_is in (accuracy, lambda record, text: accuracy(record, answer_of(record, text))):
         assert answer_is(ask("multiple choice", "B", options=ANIMALS), text) == 0
-    assert read_choice(text) is None or len(text) > 8 or text == "E"
 
 
 def test_choice_by_the_text_of_the_option():
@@ -400,7 +399,7 @@ def test_several_json_answers_are_none():
         + """ or {"boxes": [5, 6, 7, 8]}
 [1, 2, 3, 4] and [5, 6, 7, 8]
 [{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8]}]
-{"bbox": [1, 2, 3, 4], "box": [5, 6, 7, 8]}
+{"bbox": [5, 6, 7, 8], "box": [1, 2, 3, 4]}
 [1, 2, 3]"""
     )
     for text in texts.split("\n"):
