@@ -63,17 +63,3 @@ def test_sampling_is_seeded_and_never_writes_vision_tokens(measured):
     """Rollouts that cannot be repeated after a restart; a sampled <|image_pad|> that claims the prompt's pixels."""
     assert all(part["same_seed_same_tokens"] for part in measured)
     assert sum(part["banned_sampled"] for part in measured) == 0
-
-
-def test_two_ranks_that_hold_one_engine(toy, tmp_path):
-    """--rollout-tp: a group that both ranks train, an engine that gets half of the new weights, ranks out of step."""
-    options = "--steps 2 --prompts-per-step 4 --rollouts-per-prompt 4 --updates-per-step 2 --lr 1e-3 --max-response-tokens 16"
-    options += " --dtype float32 --no-recompute --workers 1 --max-prompt-tokens 400 --rollout-tp 2 --shard-size 1"
-    files = ["--model", toy / "model", "--data", toy / "rl_train.json", "--out", tmp_path]
-    run("tests/doomed.py", "", "rl_ema_grpo", *files, *options.split(), ranks=2)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    state = json.loads((tmp_path / "checkpoints/step-000002/trainer_state.json").read_text())
-    assert (
-        sum(row["groups"] for row in rows) == rows[-1]["records"] == state["cursor"]
-    )  # all kept, each on one rank
-    assert all(row["logp_gap"] < 1e-5 and row["grad_norm"] > 0 for row in rows)
