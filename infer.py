@@ -6,11 +6,10 @@
     python infer.py --model runs/rl --video a.mp4                    # asks for questions
     python infer.py --base-url http://127.0.0.1:8000/v1 --image a.jpg "..."    # a `vllm serve`
 
-transformers runs --model, with prompts as in training (data.encode) and greedy decoding; answers are
-read as in evaluation (rewards.answer_of). Exit code 1: an answer cannot be read, 2: the request
-cannot be used. A server gets the same pixels and times, but writes the prompt by its own chat
-template (transformers 5 puts one more <|vision_start|>, <|vision_end|> around a whole video) and may
-answer with vision tokens. For videos it needs --trust-request-mm-kwargs, which tests/serve.py gives.
+Prompts are those of training, decoding is greedy, answers are read as in evaluation. Exit code 1: an
+answer cannot be read, 2: the request cannot be used. A server gets the same pixels and times. It
+writes the prompt by its own chat template (transformers 5 puts one more pair of vision tokens around
+a whole video), may answer with vision tokens, and for videos needs --trust-request-mm-kwargs.
 """
 
 import base64
@@ -19,7 +18,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 import urllib.request
 from contextlib import closing
 from fractions import Fraction
@@ -32,11 +30,12 @@ import torch
 from PIL import Image, ImageOps
 from tokenizers.decoders import DecodeStream
 
+import cpu_compat  # noqa: F401  (before transformers)
 import data
 import rewards
 
 TASKS = [*data.PROMPTS, "segmentation"]
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".m4v")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
 LABELS = {"<think>": "thinking: ", "</think>": "\n", "<answer>": "\nanswer: ", "</answer>": "\n"}
 
@@ -48,8 +47,8 @@ def iter_frames(path, folder_fps):
     """The length of a video (file, or folder of numbered images) in seconds, and an iterator of
     (second, PIL image) of all its frames, upright and in their own size."""
     if os.path.isdir(path):
-        endings = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-        names = [n for n in os.listdir(path) if n.lower().endswith(endings) and n[0] != "."]
+        names = [name for name in os.listdir(path) if name.lower().endswith(data.IMAGE_ENDINGS)]
+        names = [name for name in names if name[0] != "."]
         names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
         images = (ImageOps.exif_transpose(Image.open(os.path.join(path, name))) for name in names)
         return len(names) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
@@ -91,24 +90,22 @@ def save_video(path, frames, length):
 def save_drawing(path, record, answer, limits, sam2=None):
     """Draws an answer on its record's image (PNG) or video (PNG: a few frames; MP4, GIF: all), in its
     own size unless it is tiny. Text, and what cannot be read, is written below."""
-    task, marks = data.task_of(record), data.marks_of(data.task_of(record), answer)
+    task = data.task_of(record)
+    marks = data.marks_of(task, answer)
     has_marks = task not in rewards.TEXT_TYPES and rewards.readable(record, answer)
     caption = "" if has_marks else answer or "(no answer)"
     medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
     if medium["type"] == "image":
         with Image.open(medium["path"]) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
-        segment = sam2 and task == "segmentation-image"
-        mask = segment_images(sam2, [(image, marks)])[0] if segment else None
+        mask = segment_images(sam2, [(image, marks)])[0] if sam2 else None
         return data.captioned(data.draw(data.enlarged(image), marks, mask=mask), caption).save(path)
 
     fps, masks = record.get("fps") or limits.fps, None
-    if path.endswith(".png") or sam2:
-        video = data.read_medium(medium, limits, fps)
-        seconds = [index / video.fps for index in video.indices]
-        if sam2 and marks.time is not None:
-            prompted = data.nearest(seconds, marks.time)
-            masks = segment_video(sam2, video.frames, prompted, marks)
+    video = data.read_medium(medium, limits, fps)
+    seconds = [index / video.fps for index in video.indices]
+    if sam2 and marks.time is not None:
+        masks = segment_video(sam2, video.frames, data.nearest(seconds, marks.time), marks)
     if path.endswith(".png"):
         strip = data.draw_strip(video.frames, seconds, {"orange": marks}, {"orange": masks})
         return data.captioned(strip, caption).save(path)
@@ -117,11 +114,8 @@ def save_drawing(path, record, answer, limits, sam2=None):
         for second, image in frames:
             mask = None if masks is None else masks[data.nearest(seconds, second)]
             image = data.draw(data.enlarged(image), marks, second, mask=mask)
-            if marks.span and not marks.span[0] <= second < marks.span[1]:  # grey outside the span
-                grey = Image.new("RGB", image.size, "grey")
-                image = Image.blend(image.convert("L").convert("RGB"), grey, 0.5)
-            spans, places = [(marks.span, "orange")], [70, image.width - 4]
-            bar = data.timeline(image.width, spans, [0, length], places, now=second)
+            scale = [0, length], [70, image.width - 4]
+            bar = data.timeline(image.width, [(marks.span, "orange")], *scale, now=second)
             yield second, data.captioned(data.stack(image, bar), caption)
 
     length, frames = iter_frames(medium["path"], fps)
@@ -132,8 +126,7 @@ def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
-    owner, slash, _ = str(path).partition("/")
-    if not os.path.isdir(path) and (not slash or os.path.isdir(owner)):
+    if not os.path.isdir(path) and str(path).count("/") != 1:
         raise ValueError(f"--sam2 {path}: no such folder, and no hub id of the form owner/name")
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
@@ -179,10 +172,10 @@ def stream_model(prompt, model, tokenizer, max_tokens):
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     banned = tokenizer.convert_tokens_to_ids(data.BANNED)
     pixels = (prompt.patches.to(model.device) / 127.5 - 1).split(prompt.grids.prod(1).tolist())
-    media, kinds = {}, [medium["type"] for medium in prompt.record["media"]]
+    media = {}
     for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if kind in kinds:
-            which = [i for i, other in enumerate(kinds) if other == kind]
+        which = [i for i, m in enumerate(prompt.record["media"]) if m["type"] == kind]
+        if which:
             media[name] = torch.cat([pixels[i] for i in which])
             media[f"{kind}_grid_thw"] = prompt.grids[which].to(model.device)
 
@@ -236,8 +229,8 @@ def request_of(record, model, limits, max_tokens, prompts, system=None):
 
 
 def ask_server(url, request=None, silence=30):
-    """GETs a URL, or POSTs a request -> the lines of the reply, as they come. Raises OSError if the
-    server refuses, breaks off, or says nothing for so many seconds."""
+    """GETs a URL, or POSTs a request -> the lines of the reply, as they come. Raises OSError, also if
+    the server says nothing for so many seconds."""
     body = json.dumps(request).encode() if request else None
     key = f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"
     headers = {"Content-Type": "application/json", "Authorization": key}
@@ -246,28 +239,13 @@ def ask_server(url, request=None, silence=30):
         with urllib.request.urlopen(request, timeout=silence) as reply:
             yield from reply
     except (OSError, HTTPException) as error:
-        reason = f"{error}" if "timed out" not in str(error) else f"silent for {silence} s"
-        if isinstance(error, urllib.error.HTTPError):
-            reason += f": {error.read(1000).decode(errors='replace')}"
-        hint = " (see --max-response-tokens)" if "max_tokens" in reason else ""
-        raise OSError(f"{url}: {reason}{hint}") from error
+        refused = isinstance(error, urllib.error.HTTPError)
+        reason = error.read(1000).decode(errors="replace") if refused else ""
+        raise OSError(f"{url}: {error} {reason}") from error
 
 
-def meet_server(url, model=None):
-    """The name of a server's model, by default the first, and what its chat template has opened."""
-    reply = lambda *request: json.loads(b"".join(ask_server(*request)))
-    model = model or reply(f"{url}/models")["data"][0]["id"]
-    request = dict(model=model, messages=[dict(role="user", content="?")], return_token_strs=True)
-    try:
-        tokens = reply(f"{url.removesuffix('/v1')}/tokenize", request)["token_strs"]
-    except (OSError, ValueError, LookupError):  # not vLLM
-        return model, ""
-    return model, "".join(tokens).rpartition("<|im_start|>assistantĊ")[2].replace("Ċ", "\n")
-
-
-def stream_server(request, url, opened=""):
+def stream_server(request, url):
     """A chat request -> the stream of a server's response (server-sent events)."""
-    yield opened, None
     for line in ask_server(f"{url}/chat/completions", request):
         if line.startswith(b"data: {"):
             event = json.loads(line[6:])
@@ -285,37 +263,27 @@ def stream_server(request, url, opened=""):
 def parse_args():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("question", nargs="?", help="without it, and without --questions: asks for questions")
+    group.add_argument("question", nargs="?", help="without it, and without --questions: a prompt for questions")
     medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
-    medium.add_argument("--video", help="video file, or a folder of numbered images, shown at --fps")
-    group.add_argument("--task", choices=TASKS, metavar="TASK", default="open-ended", help=", ".join(TASKS) + " (%(default)s)")
-    group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question; letters are added")
-    group.add_argument("--questions", metavar="FILE", help='JSONL of {"problem": "What is it?", "problem_type": "OCR", "images": ["a.jpg"]}')
-    group.add_argument("--save", help=".png, of a video also .mp4, .gif; with --questions a folder, for 0.png, 1.png, ...")
-    group.add_argument("--json", action="store_true", help="print one JSON object per question, and nothing else")
+    medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
+    group.add_argument("--task", choices=TASKS, metavar="TASK", default="open-ended", help=", ".join(TASKS))
+    group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question")
+    group.add_argument("--questions", metavar="FILE",
+                       help='lines of {"problem": "What is it?", "problem_type": "OCR", "images": ["a.jpg"]}')
+    group.add_argument("--save", help=".png, .mp4 or .gif file; with --questions a folder for 0.png, 1.png, ...")
+    group.add_argument("--json", action="store_true", help="print one JSON object per question")
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="folder or hub id; with --base-url its name there (default: the first)")
     group.add_argument("--base-url", metavar="URL", help="vLLM server, http://127.0.0.1:8000/v1; key: OPENAI_API_KEY")
-    group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks from a segmentation's box and points")
+    group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks from box and points")
     group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
-    group.add_argument("--system", metavar="FILE", help="text file: the turn of the system, before the question")
-    group.add_argument("--max-response-tokens", type=data.at_least(1), default=8192, help="per answer (%(default)s)")
-    group.add_argument("--dtype", choices=["bfloat16", "float32"], help="of --model (bfloat16 on a GPU, float32 on a CPU)")
+    group.add_argument("--system", metavar="FILE", help="text file for a system turn before the question")
+    group.add_argument("--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)")
     data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32,
                     video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
     return parser.parse_args()
 # fmt: on
-
-
-def check_file(kind, path, sign="--"):
-    """Raises ValueError if there is no such file, or a video in place of an image."""
-    if not path:
-        raise ValueError("--image or --video is needed")
-    if kind == "image" and (os.path.isdir(path) or path.lower().endswith(VIDEOS)):
-        raise ValueError(f"{path} is a video: use {sign}video")
-    if not os.path.exists(path):
-        raise ValueError(f"{sign}{kind}: no file {path}")
 
 
 def read_questions(path):
@@ -327,7 +295,8 @@ def read_questions(path):
 
 def record_of(question, kind, path, task, options):
     """A request as a record (see data.load_records). Raises ValueError if it makes no sense."""
-    check_file(kind, path)
+    if not path:
+        raise ValueError("--image or --video is needed")
     if kind == "image" and task in ("temporal grounding", "spatial-temporal grounding", "tracking"):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
@@ -338,18 +307,6 @@ def record_of(question, kind, path, task, options):
     raw = dict(problem=question, problem_type=task.removesuffix(f"-{kind}"), options=options)
     raw |= {"data_type": kind, f"{kind}s": name, "answer": "{}"}
     return data.normalise(raw, "this question", 0, folder)
-
-
-def check_save(path, kind):
-    """Raises ValueError unless a drawing of this kind of medium can be saved there."""
-    endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
-    if not path.endswith(endings):
-        raise ValueError(f"--save {path}: with --{kind} it ends with {' or '.join(endings)}")
-    try:
-        os.makedirs(folder := os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--save {path}: cannot be written: {error.strerror}") from error
 
 
 def print_stream(record, pieces, as_json=False):
@@ -367,9 +324,7 @@ def print_stream(record, pieces, as_json=False):
     answer, task = rewards.answer_of(record, text), data.task_of(record)
     readable = rewards.readable(record, answer)
     if as_json:
-        thought = text.partition("</think>")[0].rpartition("<think>")[2].strip()
-        thought = thought if "think>" in text else ""
-        line = dict(problem_id=record["problem_id"], task=task, thinking=thought, answer=answer)
+        line = dict(problem_id=record["problem_id"], task=task, response=text, answer=answer)
         print(json.dumps(line | dict(readable=readable, finished=end == "stop")), flush=True)
     else:
         line = f"answer: {answer or ''}"
@@ -385,16 +340,15 @@ def converse(ask, kind, path, task, save):
     """Asks for questions until Ctrl-D. What cannot be used is named; Ctrl-C stops an answer."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
-    print("Ask (of a choice: Which one? | a cat | a dog), or: /image FILE, /video FILE, /task NAME")
-    print("Ctrl-C stops an answer, Ctrl-D ends.")
+    print(
+        "Ask (a choice: Which? | a cat | a dog), or /image FILE, /video FILE, /task NAME; Ctrl-D ends"
+    )
     while True:
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
-            rest = os.path.expanduser(rest.strip())
             if command in ("/image", "/video"):
-                check_file(command[1:], rest, "/")
-                kind, path = command[1:], rest
+                kind, path = command[1:], os.path.expanduser(rest.strip())
             elif command == "/task" and rest in TASKS:
                 task = rest
             elif line.startswith("/"):
@@ -411,56 +365,54 @@ def converse(ask, kind, path, task, save):
 
 
 @cache
-def load_model(path, dtype, device):
+def load_model(path):
     from transformers import AutoModelForImageTextToText
 
-    load = AutoModelForImageTextToText.from_pretrained
-    model = load(path, dtype=dtype, use_safetensors=True).to(device).eval()
+    dtype = "bfloat16" if DEVICE == "cuda" else "float32"
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
     data.one_matrix_patch_embedding(model.model.visual)
-    return model
+    return model.to(DEVICE).eval()
 
 
 def main():
     args = parse_args()
     kind, path = ("image", args.image) if args.image else ("video", args.video)
     limits, most = data.limits_of(args), args.max_response_tokens
-    device = "cuda" if torch.cuda.is_available() else "cpu"
 
     # 1 What can be refused is refused before a model is loaded
     if not (args.model or args.base_url):
         raise ValueError("--model or --base-url is needed")
     if args.json and not (args.question or args.questions):
         raise ValueError("--json: a question or --questions is needed")
-    if args.save:
-        check_save(os.path.join(args.save, "0.png") if args.questions else args.save, kind)
-    if path:
-        check_file(kind, path)
-    asked = [args.question] if args.question else []
-    records = [record_of(question, kind, path, args.task, args.options) for question in asked]
-    records = read_questions(args.questions) if args.questions else records
+    if args.questions:
+        records, folder = read_questions(args.questions), args.save
+    else:
+        asked = [args.question] if args.question else []
+        records = [record_of(question, kind, path, args.task, args.options) for question in asked]
+        folder = args.save and os.path.dirname(os.path.abspath(args.save))
+        endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
+        if args.save and not args.save.endswith(endings):
+            raise ValueError(f"--save {args.save}: expected {' or '.join(endings)}")
+    if folder:
+        os.makedirs(folder, exist_ok=True)
     system = open(args.system, encoding="utf-8").read().strip() if args.system else None
     texts = dict(prompts=data.load_prompts(args.prompts), system=system)
 
     # 2 The model
-    import cpu_compat  # noqa: F401  (before transformers)
-
     if args.base_url:
         url = args.base_url.rstrip("/")
-        name, opened = meet_server(url, args.model)
+        name = args.model or json.loads(b"".join(ask_server(f"{url}/models")))["data"][0]["id"]
     else:
         processor = data.load_processor(args.model)
-    sam2 = load_sam2(args.sam2, device) if args.sam2 else None
-    dtype = args.dtype or ("bfloat16" if device == "cuda" else "float32")
+    sam2 = load_sam2(args.sam2, DEVICE) if args.sam2 else None
 
     # 3 The answers
     def ask(record, save):
         if args.base_url:
-            request = request_of(record, name, limits, most, **texts)
-            stream = stream_server(request, url, opened)
+            stream = stream_server(request_of(record, name, limits, most, **texts), url)
         else:
             prompt = data.encode(record, processor, limits, **texts)  # before a model is loaded
-            model = load_model(args.model, dtype, device)
-            stream = stream_model(prompt, model, processor.tokenizer, most)
+            stream = stream_model(prompt, load_model(args.model), processor.tokenizer, most)
         with closing(stream):
             answer, readable = print_stream(record, stream, args.json)
         if save and record["media"]:
@@ -473,7 +425,7 @@ def main():
     for i, record in enumerate(records):
         if args.questions and not args.json:
             print(f"--- {record['problem_id']}: {record['problem']}")
-        save = os.path.join(args.save, f"{i}.png") if args.save and args.questions else args.save
+        save = os.path.join(folder, f"{i}.png") if folder and args.questions else args.save
         unread += not ask(record, save)
     return int(unread > 0)
 

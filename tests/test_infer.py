@@ -79,16 +79,16 @@ def test_answers_of_all_tasks_are_read(task, kind, said, good, marks, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, printed, thinking, answer",
+    "text, printed, answer",
     [
-        ("<think>a < b </ c</think><answer>B</answer>", "thinking: a < b </ c\nanswer: B\n", "a < b </ c", "B"),
-        ("<think>\nHm.\n</think>\n\n<answer>\nB", "thinking: Hm.\nanswer: B\n", "Hm.", "B"),
-        ("no tags, it is a B", "no tags, it is a B\nanswer: no tags, it is a B\n", "", "no tags, it is a B"),
-        ("<think>cut off within </thi", "thinking: cut off within </thi\nanswer: \n", "cut off within </thi", None),
-        ("never opened</think><answer>B", "never opened\nanswer: B\n", "never opened", "B"),
+        ("<think>a < b </ c</think><answer>B</answer>", "thinking: a < b </ c\nanswer: B\n", "B"),
+        ("<think>\nHm.\n</think>\n\n<answer>\nB", "thinking: Hm.\nanswer: B\n", "B"),
+        ("no tags, it is a B", "no tags, it is a B\nanswer: no tags, it is a B\n", "no tags, it is a B"),
+        ("<think>cut off within </thi", "thinking: cut off within </thi\nanswer: \n", None),
+        ("never opened</think><answer>B", "never opened\nanswer: B\n", "B"),
     ],
 )  # fmt: skip
-def test_a_response_is_printed_as_it_comes(text, printed, thinking, answer, capsys):
+def test_a_response_is_printed_as_it_comes(text, printed, answer, capsys):
     """Half a tag on the screen, words twice or never, a "stream" that appears at its end."""
     record, parts = dict(problem_id="7", problem_type="OCR", data_type="image"), []
 
@@ -102,7 +102,7 @@ def test_a_response_is_printed_as_it_comes(text, printed, thinking, answer, caps
     assert "".join(parts) == printed
     assert sum(bool(part) for part in parts) > len(text.partition("</think>")[0]) / 4
     infer.print_stream(record, pieces(), as_json=True)
-    line = dict(problem_id="7", task="OCR", thinking=thinking, answer=answer)
+    line = dict(problem_id="7", task="OCR", response=text, answer=answer)
     line |= dict(readable=bool(answer), finished=False)
     assert json.loads(capsys.readouterr().out or parts[-1]) == line
 
@@ -218,18 +218,16 @@ def test_a_video_is_drawn_on_every_frame_at_its_own_time(tmp_path, rotated):
     frames = frames_of(tmp_path / "o.mp4")
     assert [second for second, _ in frames] == pytest.approx([ms / 1000 for ms in TIMES], abs=1e-4)
     corners = {1.0: (0, 0), 1.04: (0.02, 0), 2.5: (0.5, 0.25), 3.0: (0.5, 0.5), 3.96: (0.5, 0.5)}
-    grey_orange = [(0.299 * 255 + 0.587 * 165 + 128) / 2] * 3
     for (second, pixels), level in zip(frames, range(0, 64, 8)):
         assert pixels.shape[0] >= height + 18 and pixels.shape[1] == width
-        shown, inside, corner = pixels[:height], 1 <= second < 3, corners.get(round(second, 2))
-        colour, tolerance = (ORANGE, 70) if inside else (grey_orange, 25)
-        found = outline(shown, colour, tolerance)
+        shown, corner = pixels[:height], corners.get(round(second, 2))
+        found = outline(shown, ORANGE, 70)
         if corner is None:
             assert found is None and shown.std() < 4
         else:
             x, y = corner[0] * width, corner[1] * height
             assert found == pytest.approx((x, y, x + width / 2, y + height / 2), abs=2.1), second
-        assert np.median(shown) == pytest.approx(level if inside else (level + 128) / 2, abs=4)
+        assert np.median(shown) == pytest.approx(level, abs=4)
 
 
 def test_frames_are_turned_the_way_the_model_sees_them(tmp_path):
@@ -380,13 +378,10 @@ def test_masks_are_drawn(sam2, tmp_path):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        ("--image none.png --task OCR read", "--image: no file none.png"),
-        ("--image none.png", "--image: no file none.png"),
-        ("--image a.mp4 what", "a.mp4 is a video: use --video"),
+        ("--image none.png --task OCR read", "none.png"),
         ("--image a.png --task tracking follow", "--task 'tracking' does not go with --image"),
-        ("--image a.png --save o.mp4 read", "--save o.mp4: with --image it ends with .png"),
-        ("--image a.png --save o.jpg", "--save o.jpg: with --image it ends with .png"),
-        ("--image a.png --save /proc/o.png", "--save /proc/o.png: cannot be written"),
+        ("--image a.png --save o.mp4 read", "--save o.mp4: expected .png"),
+        ("--image a.png --save a.png/o.png", "File exists"),
         ("--image a.png --json", "--json: a question or --questions is needed"),
         ("--image a.png which --options one two", "--options are needed for a multiple choice"),
         ("--image torn.png what", "torn.png: cannot identify image file"),
@@ -439,7 +434,7 @@ def questions(toy):
 
 @pytest.fixture(scope="module")
 def model(toy):
-    return infer.load_model(str(toy / "model"), "float32", "cpu")
+    return infer.load_model(str(toy / "model"))
 
 
 LIMITS = data.Limits(frame_max_pixels=256 * 1024, image_min_pixels=4096)
@@ -530,16 +525,14 @@ def server(toy):
 def test_a_server_reads_the_same_prompt(server, processor, model, questions):
     """Times lost on the way (a video of 7 s read as 4 frames at 1 fps), frames blurred by JPEG, text
     in another order, a system turn left out."""
-    name, opened = infer.meet_server(server)
-    assert (name, opened) == ("toy", "")
     for record in questions[1]:
-        request = infer.request_of(record, name, LIMITS, 24, data.PROMPTS, "Be short.")
+        request = infer.request_of(record, "toy", LIMITS, 24, data.PROMPTS, "Be short.")
         at_once = request | dict(stream=False, return_token_ids=True)
         reply = json.loads(b"".join(infer.ask_server(f"{server}/chat/completions", at_once)))
         prompt = data.encode(record, processor, LIMITS, system="Be short.")
         assert reply["prompt_token_ids"] == prompt.token_ids, record["problem"]
 
-        request = infer.request_of(record, name, LIMITS, 24, data.PROMPTS)
+        request = infer.request_of(record, "toy", LIMITS, 24, data.PROMPTS)
         pieces = list(infer.stream_server(request, server))
         said, end = answers(record, processor, model)
         assert "".join(piece for piece, _ in pieces).rstrip("\ufffd") == said.rstrip("\ufffd")
@@ -549,7 +542,7 @@ def test_a_server_reads_the_same_prompt(server, processor, model, questions):
 def test_the_prompt_goes_on_after_a_mistake(server, questions, tmp_path):
     """A wrong path that ends a session with a large model; an answer that is not drawn."""
     media = {m["type"]: m["path"] for record in questions[1] for m in record["media"]}
-    typed = f"""what?\n/image none.png\n/image {media["video"]}\n/image {media["image"]}
+    typed = f"""what?\n/image none.png\nwhat?\n/image {media["image"]}
         /task spotting\n/task OCR\nWhat is here?\n/dance\n/task multiple choice\nWhat?
         Which? | a | b\n"""
     words = f"infer.py --base-url {server} --max-response-tokens 16 --save {tmp_path}/new/o.png"
@@ -559,8 +552,7 @@ def test_the_prompt_goes_on_after_a_mistake(server, questions, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     for sentence in (
         "--image or --video is needed",
-        "/image: no file none.png",
-        "is a video: use /video",
+        f"no file {ROOT}/none.png",
         "--options are needed",
         "no such task or command: /task spotting",
         "no such task or command: /dance",
@@ -577,8 +569,6 @@ class Canned(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.path == "/tokenize":
-            return self.reply(dict(token_strs=["<|im_start|>", "assistant", "Ċ", "<think>", "Ċ"]))
         self.server.requests.append((self.headers["Authorization"], request))
         if self.server.refusal:
             return self.reply(self.server.refusal, 400)
@@ -631,14 +621,12 @@ def ask(tmp_path, monkeypatch, canned):
 
 
 def test_exit_codes_and_the_request(ask, canned, tmp_path, monkeypatch, capsys):
-    """A script that calls this one cannot tell an answer from none; pixels that lose on the way;
-    a thought that a server's template has opened is not shown as one."""
+    """A script that calls this one cannot tell an answer from none; pixels that lose on the way."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     words = "where?", "--task", "spatial grounding", "--save", f"{tmp_path}/o.png"
     canned.text = 'I look.</think><answer>{"boxes": [250, 250, 750, 750]}</answer>'
     assert ask(*words) == 0
-    said = 'thinking: I look.\nanswer: {"boxes": [250, 250, 750, 750]}\n'
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == 'I look.\nanswer: {"boxes": [250, 250, 750, 750]}\n'
     ((key, request),) = canned.requests
     assert key == "Bearer secret" and request["model"] == "canned" and request["temperature"] == 0
     sent = request["messages"][0]["content"][0]["image_url"]["url"]
@@ -652,17 +640,17 @@ def test_exit_codes_and_the_request(ask, canned, tmp_path, monkeypatch, capsys):
 
 
 def test_a_server_that_fails(ask, canned, tmp_path):
-    """A failure taken for an answer, a refusal that does not name our flag, a wait for ever."""
+    """A failure taken for an answer, a refusal without its reason, a wait for ever."""
     canned.text, canned.error = "in the", True
     with pytest.raises(OSError, match="out of memory"):
         ask("where?")
     canned.refusal = dict(error=dict(message="max_tokens=8192 is more than 1024"))
-    with pytest.raises(OSError, match=r"max_tokens=8192.*--max-response-tokens"):
+    with pytest.raises(OSError, match="HTTP Error 400.*max_tokens=8192 is more"):
         ask("where?")
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1/models"
         start = time.monotonic()
-        with pytest.raises(OSError, match="silent for 0.2 s"):
+        with pytest.raises(OSError, match="timed out"):
             list(infer.ask_server(url, silence=0.2))
         assert time.monotonic() - start < 5
 
@@ -680,11 +668,11 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_model(ask, canned, monkeypatch, ca
     canned.text, canned.interrupt["now"] = "Hm.</think><answer>A dog.</answer>", True
     assert ask() == 0
     assert len(canned.requests) == 2
-    assert capsys.readouterr().out.endswith("thinking: Hm.\nanswer: A dog.\n\n")
+    assert capsys.readouterr().out.endswith("Hm.\nanswer: A dog.\n\n")
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2():
     """A script that calls this one takes a wrong request for an answer, or gets a traceback."""
     result = run("infer.py", "--model", "none", "--image", "none.png", "hi", check=False)
     said = result.returncode, result.stderr
-    assert said == (2, "infer.py: --image: no file none.png\n")
+    assert said == (2, "infer.py: none: no such folder, and no hub id of the form owner/name\n")
