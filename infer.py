@@ -37,7 +37,6 @@ import rewards
 TASKS = [*data.PROMPTS, "segmentation"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
-LABELS = {"<think>": "thinking: ", "</think>": "\n", "<answer>": "\nanswer: ", "</answer>": "\n"}
 
 # --------------------------------------------------------------------------------------------------
 # Drawing
@@ -310,26 +309,21 @@ def record_of(question, kind, path, task, options):
 
 
 def print_stream(record, pieces, as_json=False):
-    """Prints a response as it comes, then the answer if it is read otherwise; or one JSON object.
-    Returns the answer (None: there is none) and whether it can be read for its task."""
-    text, shown, end = "", "", None
+    """Prints a response as it comes, then the answer as it is read; or one JSON object. Returns the
+    answer (None: there is none) and whether it can be read for its task."""
+    text, finished = "", False
     for piece, end in pieces:
-        text += piece
-        sure = text if end else text[:-9] + text[-9:].partition("<")[0]  # without half a tag
-        for tag, label in LABELS.items():
-            sure = re.sub(rf"\s*{tag}\s*", label, sure)
+        text, finished = text + piece, end == "stop"
         if not as_json:
-            print(sure.strip()[len(shown) :], end="", flush=True)
-            shown = sure.strip()
+            print(piece, end="", flush=True)
     answer, task = rewards.answer_of(record, text), data.task_of(record)
     readable = rewards.readable(record, answer)
     if as_json:
         line = dict(problem_id=record["problem_id"], task=task, response=text, answer=answer)
-        print(json.dumps(line | dict(readable=readable, finished=end == "stop")), flush=True)
+        print(json.dumps(line | dict(readable=readable, finished=finished)), flush=True)
     else:
-        line = f"answer: {answer or ''}"
-        print("" if shown.endswith(line) else f"\n{line}", flush=True)
-    if end != "stop":
+        print(f"\nanswer: {answer or '(none)'}", flush=True)
+    if not finished:
         print("infer.py: cut off, by --max-response-tokens or by the server", file=sys.stderr)
     if not readable:
         print(f"infer.py: this answer cannot be read for the task {task!r}", file=sys.stderr)

@@ -73,24 +73,17 @@ def test_answers_of_all_tasks_are_read(task, kind, said, good, marks, capsys):
     assert readable is good
     assert data.marks_of(data.task_of(record), answer) == marks
     printed = capsys.readouterr()
-    assert printed.out.startswith(f"thinking: I look at it.\nanswer: {said}\n")
-    assert printed.out.endswith(f"answer: {answer}\n")
+    assert printed.out == f"{text}\nanswer: {answer}\n"
     assert ("cannot be read" in printed.err) is not good
 
 
-@pytest.mark.parametrize(
-    "text, printed, answer",
-    [
-        ("<think>a < b </ c</think><answer>B</answer>", "thinking: a < b </ c\nanswer: B\n", "B"),
-        ("<think>\nHm.\n</think>\n\n<answer>\nB", "thinking: Hm.\nanswer: B\n", "B"),
-        ("no tags, it is a B", "no tags, it is a B\nanswer: no tags, it is a B\n", "no tags, it is a B"),
-        ("<think>cut off within </thi", "thinking: cut off within </thi\nanswer: \n", None),
-        ("never opened</think><answer>B", "never opened\nanswer: B\n", "B"),
-    ],
-)  # fmt: skip
-def test_a_response_is_printed_as_it_comes(text, printed, answer, capsys):
-    """Half a tag on the screen, words twice or never, a "stream" that appears at its end."""
-    record, parts = dict(problem_id="7", problem_type="OCR", data_type="image"), []
+def test_a_response_is_printed_as_it_comes(capsys):
+    """Words twice or never, a "stream" that appears at its end, JSON with other words around it."""
+    record, text = (
+        dict(problem_id="7", problem_type="OCR", data_type="image"),
+        "<think>Hm.</think>B",
+    )
+    parts = []
 
     def pieces():
         for i, letter in enumerate(text):
@@ -98,13 +91,12 @@ def test_a_response_is_printed_as_it_comes(text, printed, answer, capsys):
             parts.append(capsys.readouterr().out)
 
     infer.print_stream(record, pieces())
-    parts.append(capsys.readouterr().out)
-    assert "".join(parts) == printed
-    assert sum(bool(part) for part in parts) > len(text.partition("</think>")[0]) / 4
-    infer.print_stream(record, pieces(), as_json=True)
-    line = dict(problem_id="7", task="OCR", response=text, answer=answer)
-    line |= dict(readable=bool(answer), finished=False)
-    assert json.loads(capsys.readouterr().out or parts[-1]) == line
+    assert parts == list(text) and capsys.readouterr().out == "\nanswer: B\n"
+    infer.print_stream(record, [(text, "length")], as_json=True)
+    line = dict(
+        problem_id="7", task="OCR", response=text, answer="B", readable=True, finished=False
+    )
+    assert json.loads(capsys.readouterr().out) == line
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,7 +618,8 @@ def test_exit_codes_and_the_request(ask, canned, tmp_path, monkeypatch, capsys):
     words = "where?", "--task", "spatial grounding", "--save", f"{tmp_path}/o.png"
     canned.text = 'I look.</think><answer>{"boxes": [250, 250, 750, 750]}</answer>'
     assert ask(*words) == 0
-    assert capsys.readouterr().out == 'I look.\nanswer: {"boxes": [250, 250, 750, 750]}\n'
+    said = '\nanswer: {"boxes": [250, 250, 750, 750]}\n'
+    assert capsys.readouterr().out == canned.text + said
     ((key, request),) = canned.requests
     assert key == "Bearer secret" and request["model"] == "canned" and request["temperature"] == 0
     sent = request["messages"][0]["content"][0]["image_url"]["url"]
@@ -668,7 +661,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_model(ask, canned, monkeypatch, ca
     canned.text, canned.interrupt["now"] = "Hm.</think><answer>A dog.</answer>", True
     assert ask() == 0
     assert len(canned.requests) == 2
-    assert capsys.readouterr().out.endswith("Hm.\nanswer: A dog.\n\n")
+    assert capsys.readouterr().out.endswith("</answer>\nanswer: A dog.\n\n")
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2():
