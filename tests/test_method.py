@@ -2,12 +2,15 @@
 
 import doctest
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import method_without_images
 import rl_ema_grpo
+from data import Prompt
+from rewards import Grader
 from rl_ema_grpo import EMAStd, advantages, deal_minibatches, policy_loss
 
 
@@ -174,3 +177,16 @@ def test_rounds_follow_the_keep_rate():
     assert rl_ema_grpo.round_size(128, 0.001, 128, 8) == 32  # at most two steps' worth
     assert rl_ema_grpo.round_size(1, 1.0, 128, 8) == 1
     assert rl_ema_grpo.round_size(5, 1.0, 5, 8) == 1  # any number of prompts on any number of ranks
+
+
+def test_what_the_prompt_has_opened_is_part_of_the_response():
+    """A Thinking checkpoint, whose template ends the prompt with <think>, earns nothing for ever."""
+    record = dict(problem_type="multiple choice", answer="B", options=[])
+    prompt = Prompt(record, [], None, None, None, {}, opened="<think>\n")
+    rollout = rl_ema_grpo.Rollout(prompt, [[1, 2]], [[0.0, 0.0]], [True])
+    decoder = SimpleNamespace(
+        decode=lambda tokens: f"hm</think><answer>{'AB'[len(tokens)]}</answer>"
+    )
+    with Grader(workers=1) as grader:
+        rl_ema_grpo.grade([rollout], grader, decoder)
+    assert rollout.scores[0].reward == 1.5
