@@ -633,21 +633,25 @@ def resizer(min_pixels, max_pixels, share):
     return pixels_of
 
 
+def list_frame_folder(path):
+    """The paths of a folder's numbered images, frame2 before frame10. Raises MediaError without one."""
+    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
+    names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
+    if not (paths := [os.path.join(path, name) for name in names if name[0] != "."]):
+        raise MediaError("unreadable_video", "no frames in this folder")
+    return paths
+
+
 def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
     frames = []
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
-    names = [name for name in names if name[0] != "."]
-    names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))  # 2 before 10
-    if not names:
-        raise MediaError("unreadable_video", "no frames in this folder")
-    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
-    for name in [names[i] for i in indices]:
-        image = os.path.join(path, name)
+    images = list_frame_folder(path)
+    indices = sample_positions(len(images), len(images) / folder_fps, fps, max_frames).tolist()
+    for image in [images[i] for i in indices]:
         frames.append(read_image(image, min_pixels, max_pixels, share(len(indices))))
         if frames[-1].shape != frames[0].shape:
             sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
-            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({name})")
-    return Video(np.stack(frames), indices, float(folder_fps), len(names))
+            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({image})")
+    return Video(np.stack(frames), indices, float(folder_fps), len(images))
 
 
 def read_medium(medium, limits, folder_fps=None):
