@@ -41,9 +41,7 @@ def main():
             cwd=ROOT,
             check=True,
         )
-    settings = (
-        "--max-response-tokens 128 --dtype float32 --workers 1 --max-prompt-tokens 400 --image-min-pixels 4096".split()
-    )
+    settings = "--max-response-tokens 128 --dtype float32 --workers 1 --max-prompt-tokens 400 --image-min-pixels 4096".split()
     out = folder / "eval" / "blind"
     command = [
         sys.executable,
