@@ -403,19 +403,15 @@ def limits_of(args):
 
 
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
-    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds.
-
-    share: of a video frame, its part of video_total_pixels, applied to the fitted size as by Qwen's
-    processor. The release's SFT and RL shrink an image twice, to int(side * sqrt(max_pixels /
-    (height * width))) and then to the nearest multiples of 32: over max_pixels 3 of 4 sizes differ
-    by up to 9%. Its evaluation does as we do, but rounds an image below 65,536 pixels to multiples
-    of 32 before it enlarges it: 3 of 5 sizes differ by up to 25%.
+    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
+    and once more within `share`, a video frame's part of video_total_pixels.
 
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
-    >>> fit(720, 1280, 4096, 256 * 1024, share=24576 * 1024 / 128)  # evaluation, 128 frames
-    (320, 576)
     """
+    # The release's training shrinks twice: to int(side * sqrt(max_pixels / (height * width))), then
+    # to multiples of 32. Its evaluation rounds an image below 65,536 pixels to multiples of 32
+    # before it enlarges it.
     if max(height, width) > 200 * min(height, width):
         raise MediaError("aspect_ratio", f"{width} x {height} pixels: an aspect ratio over 200")
     sides = height, width
@@ -429,8 +425,7 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
-# bomb, which is refused by its header.
+# What Pillow raises on damaged bytes, found by feeding it such.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
@@ -474,8 +469,6 @@ def sample_positions(total, duration, fps, max_frames):
 
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
-    >>> sample_positions(total=3, duration=3.0, fps=2.0, max_frames=128).tolist()
-    [0, 1, 2, 2]
     """
     count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999 s
     if count >= total:
@@ -484,27 +477,20 @@ def sample_positions(total, duration, fps, max_frames):
 
 
 def read_video(
-    path,
-    fps=2.0,
-    max_frames=128,
-    min_pixels=4096,
-    max_pixels=65536,
-    folder_fps=None,
-    total_pixels=0,
+    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    All packets are listed first, without decoding, for the true time of every frame. Then the
-    decoder jumps to the key frames before the wanted ones; where time stamps do not tell the order
-    of the frames, it decodes all, and the n-th one has the n-th stamp. With a variable frame rate
-    the wanted frames are spread evenly in time, and indices are milliseconds at 1000 fps. Raises
-    MediaError, also where a file ends before its header says or a wanted frame is missing.
+    All packets are listed without decoding, for the true time of every frame; then the decoder
+    seeks the key frames before the wanted ones or, where that fails, decodes all. With a variable
+    frame rate frames are spread evenly in time, and indices are milliseconds. Raises MediaError,
+    also where a file ends before its header says or a wanted frame is missing.
     """
+    bounds = min_pixels, max_pixels
     share = lambda count: total_pixels / count if total_pixels else math.inf
     try:
         if os.path.isdir(path):
-            bounds = fps, max_frames, min_pixels, max_pixels
-            return read_folder(path, folder_fps or fps, *bounds, share)
+            return read_folder(path, folder_fps or fps, fps, max_frames, bounds, share)
         with open_video(path) as container:
             stream = container.streams.best("video")
             pts, keys = list_frames(container, stream)
@@ -518,11 +504,14 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            pixels_of = resizer(min_pixels, max_pixels, share(len(positions)))
-            wanted, found = pts[positions], None
+            pixels_of = resizer(*bounds, share(len(positions)))
+            wanted, found = pts[positions], {}
             with suppress(MediaError, av.FFmpegError):
-                found = seek_frames(container, stream, wanted, keys, pixels_of)
-        found = found or walk_frames(path, pts, wanted, pixels_of)
+                for stamp, frame in seek_frames(container, stream, wanted, keys):
+                    found[stamp] = pixels_of(frame)
+        if not {*wanted} <= found.keys():
+            walked = walk_frames(path, pts)
+            found = {stamp: pixels_of(frame) for stamp, frame in walked if stamp in wanted}
         frames = np.stack([found[stamp] for stamp in wanted])
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
@@ -541,82 +530,64 @@ def open_video(path):
 
 
 def list_frames(container, stream):
-    """Time stamps of the frames that are shown, ascending (total,), and for each key frame its time
-    stamp and its place in decoding order, (keys, 2): empty where stamps do not tell which frame is
-    which. All in units of the stream's time_base."""
-    whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
-    shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
-    for packet in container.demux([*container.streams] if whole else stream):
-        pts, dts, index = packet.pts, packet.dts, packet.stream_index
-        stamp = dts if pts is None else pts
-        if stamp is not None:
-            ends[index] = max(ends[index], stamp + (packet.duration or 0))
-        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
-            continue  # what comes before the first key frame cannot be decoded
-        if not packet.is_discard:  # an edit list may hide frames that others need
-            shown.append((pts, dts))
-        if stamp is None:
+    """The time stamps of all frames that are shown and those of key frames, ascending, in units of
+    the stream's time_base. No key frames where the stamps do not tell which frame is which."""
+    stamps, keys, newest, last, reached = [], [], -math.inf, -math.inf, 0.0
+    for packet in container.demux():  # all streams: a header has one length for them
+        stamp = packet.dts if packet.pts is None else packet.pts
+        if stamp is None or not packet.size:
             continue
-        place = stamp if dts is None or whole else dts
-        if packet.is_keyframe:
-            keys.append((stamp, place))
-        if packet.is_keyframe and stamp <= newest or place < last and not whole:
+        reached = max(reached, float((stamp + (packet.duration or 0)) * packet.time_base))
+        if packet.stream_index != stream.index or not (keys or packet.is_keyframe):
+            continue  # what comes before the first key frame cannot be decoded
+        place = last if packet.dts is None else packet.dts  # in decoding order
+        if place < last or packet.is_keyframe and stamp <= newest:
             raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
-    ticks = stream.frames if container.format.name == "avi" else stream.frames and stream.duration
-    said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
-    reached = max([float(end * container.streams[i].time_base) for i, end in ends.items()] or [0])
-    if reached < 0.95 * said:  # other formats have no length in their header
-        raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
-    stamps = [pts for pts, _ in shown if pts is not None and pts >= keys[0][0]]
-    if 2 * len(stamps) < len(shown):  # AVI may have places in decoding order alone
-        stamps, keys = [dts for _, dts in shown if dts is not None], []
-    if 2 * len(stamps) < max(1, len(shown)):
+        keys += [stamp] * packet.is_keyframe
+        stamps += [stamp] * (not packet.is_discard)  # an edit list may hide frames
+    length = (container.duration or 0) / 1e6
+    if reached < 0.95 * length:
+        raise MediaError("truncated_video", f"ends after {reached:.1f} s of {length:.1f} s")
+    stamps = [stamp for stamp in stamps if stamp >= keys[0]]
+    if not stamps:
         raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
     if stream.codec_context.has_b_frames and stamps == sorted(stamps):
-        keys = []  # stamps in decoding order, of frames that are shown in another one
-    return np.array(sorted({*stamps})), np.array(keys).reshape(-1, 2)
+        keys = []  # AVI: stamps in decoding order, of frames that are shown in another one
+    return np.array(sorted({*stamps})), np.array(keys)
 
 
-def seek_frames(container, stream, wanted, keys, pixels_of):
-    """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
-    found, groups = {}, np.searchsorted(keys[:, 0], wanted, side="right") - 1
+def seek_frames(container, stream, wanted, keys):
+    """Yields (time stamp, frame) for the wanted stamps, each decoded from the key frame before."""
+    groups = np.searchsorted(keys, wanted, side="right") - 1
     for last in sorted({*groups.tolist()}) if len(keys) else ():
         targets = {*wanted[groups == last].tolist()}
-        # MP4 and Matroska seek by time, others by place in decoding order; should that be late too,
-        # the key frame before.
-        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
-            container.seek(place, stream=stream)
+        # Some formats seek by decoding order and come too late: then the key frame before.
+        for key in (keys[last], keys[max(0, last - 1)]):
+            container.seek(int(key), stream=stream)
             reached = -math.inf
             for frame in container.decode(stream):
                 if frame.pts is None or frame.pts <= reached:
                     raise MediaError("unreadable_video", "its time stamps are not in order")
                 reached = frame.pts
                 if reached in targets:
-                    found[reached] = pixels_of(frame)
-                if reached >= max(targets):
+                    targets.remove(reached)
+                    yield reached, frame
+                if not targets or reached > max(targets):
                     break
-            if targets <= found.keys():
+            if not targets:
                 break
-        else:
-            raise MediaError("unreadable_video", "a frame cannot be decoded")
-    return found
 
 
-def walk_frames(path, pts, wanted, pixels_of):
-    """The same by decoding all frames: the n-th one has the n-th time stamp of `pts`."""
-    found, place, begun = {}, 0, False
+def walk_frames(path, pts):
+    """Yields (time stamp, frame) for all frames: the n-th one has the n-th stamp of `pts`."""
     with open_video(path) as container:
-        for packet in container.demux(container.streams.best("video")):
-            begun = begun or packet.is_keyframe
-            for frame in packet.decode() if begun else ():
-                if frame.pts is None or frame.pts >= pts[0]:
-                    if place < len(pts) and pts[place] in wanted:
-                        found[pts[place]] = pixels_of(frame)
-                    place += 1
-    if place != len(pts):
-        raise MediaError("unreadable_video", f"{place} frames can be decoded of {len(pts)}")
-    return found
+        decoded = container.decode(container.streams.best("video"))
+        shown = (frame for frame in decoded if frame.pts is None or frame.pts >= pts[0])
+        for stamp, frame in itertools.zip_longest(pts, shown):
+            if stamp is None or frame is None:
+                raise MediaError("unreadable_video", f"not all of {len(pts)} frames can be decoded")
+            yield stamp, frame
 
 
 def resizer(min_pixels, max_pixels, share):
@@ -642,16 +613,13 @@ def list_frame_folder(path):
     return paths
 
 
-def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
-    frames = []
-    images = list_frame_folder(path)
-    indices = sample_positions(len(images), len(images) / folder_fps, fps, max_frames).tolist()
-    for image in [images[i] for i in indices]:
-        frames.append(read_image(image, min_pixels, max_pixels, share(len(indices))))
-        if frames[-1].shape != frames[0].shape:
-            sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
-            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({image})")
-    return Video(np.stack(frames), indices, float(folder_fps), len(images))
+def read_folder(path, folder_fps, fps, max_frames, bounds, share):
+    paths = list_frame_folder(path)
+    indices = sample_positions(len(paths), len(paths) / folder_fps, fps, max_frames).tolist()
+    frames = [read_image(paths[i], *bounds, share(len(indices))) for i in indices]
+    if len(sizes := {f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames}) > 1:
+        raise MediaError("unreadable_video", f"frames of two sizes: {' and '.join(sorted(sizes))}")
+    return Video(np.stack(frames), indices, float(folder_fps), len(paths))
 
 
 def read_medium(medium, limits, folder_fps=None):

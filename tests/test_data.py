@@ -165,9 +165,9 @@ BROKEN = {  # name: how it is written, and what is said
     "no_index.mp4": (dict(end=0.7), "no_index.mp4"),
     "half.mkv": (dict(end=0.5), "ends after 0.* s of 4.0 s"),
     "half.webm": (dict(end=0.5, **VP9), "ends after 1.* s of 4.0 s"),
-    "half.avi": (dict(end=0.5, count=400), "ends after 2.* s of 40.0 s"),
+    "half.avi": (dict(end=0.5, count=400), "not all of 201 frames"),
     "half.flv": (dict(end=0.5), "ends after 1.* s of 4.* s"),
-    "fragments.mp4": (dict(end=0.5, **VIDEOS["fragments.mp4"]), "frames can be decoded of"),
+    "fragments.mp4": (dict(end=0.5, **VIDEOS["fragments.mp4"]), "ends after 0.9 s of 1.0 s"),
     "damaged.mpg": (dict(end=0.6, **VIDEOS["mpeg1.mpg"]), "is damaged"),
     "joined.ts": (dict(joined=1, form="mpegts"), "time goes back"),
     "joined_cut.ts": (dict(joined=25, form="mpegts"), "time goes back"),
@@ -307,7 +307,7 @@ def test_folders_of_frames(tmp_path):
     video = data.read_video(str(tmp_path), folder_fps=2)
     assert [read_clock(frame) for frame in video.frames] == video.indices == list(range(12))
     Image.new("RGB", (128, 128)).save(tmp_path / "frame12².png")
-    with pytest.raises(data.MediaError, match="two sizes, 128 x 64 and 128 x 128 .*frame12²"):
+    with pytest.raises(data.MediaError, match="two sizes: 128 x 128 and 128 x 64"):
         data.read_video(str(tmp_path))
     (tmp_path / "none").mkdir()
     with pytest.raises(data.MediaError, match="no frames in this folder"):
