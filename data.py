@@ -52,12 +52,7 @@ FIRST_RANK = os.environ.get("RANK", "0") == "0"
 def refuse(message):
     """Ends the script before anything heavy has started: one sentence, from one rank, exit code 2."""
     if FIRST_RANK:
-        text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
-        print(text, file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            first = dict(message=text, extraInfo=dict(timestamp=0))  # torchrun prints it last
-            with open(report, "w") as file:
-                json.dump(dict(message=first), file)
+        print(f"{os.path.basename(sys.argv[0])}:", *str(message).split(), file=sys.stderr)
     sys.exit(2)
 
 
@@ -83,25 +78,20 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one.
-
-    The hub is asked for owner/name only, and not where `owner` is a folder of this machine.
-    """
+    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one."""
     from transformers import AutoConfig, AutoProcessor
 
     hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", path)
     if not os.path.isdir(path) and (not hub_id or os.path.isdir(hub_id[1])):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
-        found = AutoConfig.from_pretrained(path).model_type
-        processor = AutoProcessor.from_pretrained(path) if found == "qwen3_vl" else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if (found := AutoConfig.from_pretrained(path).model_type) != "qwen3_vl":
+            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
+        processor = AutoProcessor.from_pretrained(path)
+        return processor if processor.video_processor else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
-    if not hasattr(processor, "video_processor"):
-        needed = "expected 'qwen3_vl', with a processor of images and videos"
-        raise ValueError(f"{path}: model_type is {found!r}, {needed}")
-    return processor
 
 
 def one_matrix_patch_embedding(visual):
@@ -115,8 +105,7 @@ def one_matrix_patch_embedding(visual):
     visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
+# ---- Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
 
 THINK = "Think first, between <think> and </think>. "
 THINK += "Then write only the final answer between <answer> and </answer>: "
@@ -185,8 +174,7 @@ def release_prompts(clone):
     raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
 
 
-# --------------------------------------------------------------------------------------------------
-# Records: three forms, as a JSON list or JSONL, become one.
+# ---- Records: three forms, as a JSON list or JSONL, become one.
 
 FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
@@ -338,8 +326,7 @@ def demonstration(record):
     return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
 
 
-# --------------------------------------------------------------------------------------------------
-# Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
+# ---- Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
 
 
 class MediaError(Exception):
@@ -414,8 +401,6 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-        if image.mode == "F" or image.mode == "I" and file.format == "TIFF":
-            raise ValueError("32 bits a pixel, of which the range is not known")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -457,16 +442,15 @@ def read_video(
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    All packets are listed without decoding, for the true time of every frame; then the decoder
-    seeks the key frames before the wanted ones or, where that fails, decodes all. With a variable
-    frame rate frames are spread evenly in time, and indices are milliseconds. Raises MediaError,
-    also where a file ends before its header says or a wanted frame is missing.
+    All packets are listed without decoding, for the true time of every frame; then the wanted ones
+    are decoded. With a variable frame rate they are spread evenly in time, and indices are
+    milliseconds. Raises MediaError, also where a file ends before its header says.
     """
-    bounds = min_pixels, max_pixels
     share = lambda count: total_pixels / count if total_pixels else math.inf
     try:
         if os.path.isdir(path):
-            return read_folder(path, folder_fps or fps, fps, max_frames, bounds, share)
+            bounds = min_pixels, max_pixels, share
+            return read_folder(path, folder_fps or fps, fps, max_frames, *bounds)
         with open_video(path) as container:
             stream = container.streams.best("video")
             pts, keys = list_frames(container, stream)
@@ -480,15 +464,8 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            pixels_of = resizer(*bounds, share(len(positions)))
-            wanted, found = pts[positions], {}
-            with suppress(MediaError, av.FFmpegError):
-                for stamp, frame in seek_frames(container, stream, wanted, keys):
-                    found[stamp] = pixels_of(frame)
-        if not {*wanted} <= found.keys():
-            walked = walk_frames(path, pts)
-            found = {stamp: pixels_of(frame) for stamp, frame in walked if stamp in wanted}
-        frames = np.stack([found[stamp] for stamp in wanted])
+            bounds = min_pixels, max_pixels, share(len(positions))
+            frames = decode_frames(container, stream, pts[positions], keys, bounds)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
     except MediaError as error:
@@ -507,7 +484,7 @@ def open_video(path):
 
 def list_frames(container, stream):
     """The time stamps of all frames that are shown and those of key frames, ascending, in units of
-    the stream's time_base. No key frames where the stamps do not tell which frame is which."""
+    the stream's time_base."""
     stamps, keys, newest, last, reached = [], [], -math.inf, -math.inf, 0.0
     for packet in container.demux():  # all streams: a header has one length for them
         stamp = packet.dts if packet.pts is None else packet.pts
@@ -522,62 +499,47 @@ def list_frames(container, stream):
         newest, last = max(newest, stamp), place
         keys += [stamp] * packet.is_keyframe
         stamps += [stamp] * (not packet.is_discard)  # an edit list may hide frames
-    length = (container.duration or 0) / 1e6
+    length, kind = (container.duration or 0) / 1e6, container.format.name
+    if kind == "avi":  # the header's length, not what the file still holds
+        length = float(stream.frames * stream.time_base)
     if reached < 0.95 * length:
         raise MediaError("truncated_video", f"ends after {reached:.1f} s of {length:.1f} s")
     stamps = [stamp for stamp in stamps if stamp >= keys[0]]
     if not stamps:
         raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
-    if stream.codec_context.has_b_frames and stamps == sorted(stamps):
-        keys = []  # AVI: stamps in decoding order, of frames that are shown in another one
-    return np.array(sorted({*stamps})), np.array(keys)
+    if kind == "avi" and stream.codec_context.has_b_frames and stamps == sorted(stamps):
+        raise MediaError("unreadable_video", "B-frames without their times, as of H.264 in AVI")
+    return np.array(sorted({*stamps})), np.array(keys[:1] if kind == "mpeg" else keys)
 
 
-def seek_frames(container, stream, wanted, keys):
-    """Yields (time stamp, frame) for the wanted stamps, each decoded from the key frame before."""
-    groups = np.searchsorted(keys, wanted, side="right") - 1
-    for last in sorted({*groups.tolist()}) if len(keys) else ():
-        targets = {*wanted[groups == last].tolist()}
-        # Some formats seek by decoding order and come too late: then the key frame before.
-        for key in (keys[last], keys[last - 1] if last else 0):
-            container.seek(int(key), stream=stream)
-            reached = -math.inf
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.pts <= reached:
-                    raise MediaError("unreadable_video", "its time stamps are not in order")
-                reached = frame.pts
-                if reached in targets:
-                    targets.remove(reached)
-                    yield reached, frame
-                if not targets or reached > max(targets):
-                    break
-            if not targets:
+def decode_frames(container, stream, wanted, keys, bounds):
+    """The frames with the wanted stamps, uint8 (T, H, W, 3), each decoded from the key frame before
+    it; where that does not find them, all from the first key frame on."""
+    found, scaler = {}, VideoReformatter()  # one for all frames: it keeps its tables
+    for starts in (keys, keys[:1]):
+        groups = np.searchsorted(starts, wanted, side="right") - 1
+        for group in sorted({*groups.tolist()}):
+            # Some formats seek by decoding order and come too late: then the key frame before.
+            for place in (starts[group], starts[group - 1] if group else 0):
+                targets = {*wanted[groups == group].tolist()} - found.keys()
+                for frame in decode_from(container, stream, int(place), targets):
+                    height, width = fit(frame.height, frame.width, *bounds)
+                    image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
+                    found[frame.pts] = np.rot90(image.to_ndarray(), round(frame.rotation / 90))
+    if not {*wanted.tolist()} <= found.keys():
+        raise MediaError("unreadable_video", "a wanted frame is damaged, or cannot be decoded")
+    return np.stack([found[stamp] for stamp in wanted.tolist()])
+
+
+def decode_from(container, stream, place, targets):
+    """Yields those of the target frames that can be decoded after a seek."""
+    with suppress(av.FFmpegError):
+        container.seek(place, stream=stream)
+        for frame in container.decode(stream) if targets else ():
+            if frame.pts in targets and not frame.is_corrupt:
+                yield frame
+            if frame.pts is None or frame.pts >= max(targets):
                 break
-
-
-def walk_frames(path, pts):
-    """Yields (time stamp, frame) for all frames: the n-th one has the n-th stamp of `pts`."""
-    with open_video(path) as container:
-        decoded = container.decode(container.streams.best("video"))
-        shown = (frame for frame in decoded if frame.pts is None or frame.pts >= pts[0])
-        for stamp, frame in itertools.zip_longest(pts, shown):
-            if stamp is None or frame is None:
-                raise MediaError("unreadable_video", f"not all of {len(pts)} frames can be decoded")
-            yield stamp, frame
-
-
-def resizer(min_pixels, max_pixels, share):
-    """A function that gives an av.VideoFrame's pixels, resized by `fit` and upright."""
-    scaler = VideoReformatter()  # one for all frames: it keeps its tables
-
-    def pixels_of(frame):
-        if frame.is_corrupt:
-            raise MediaError("unreadable_video", "a wanted frame is damaged")
-        height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
-        image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        return np.ascontiguousarray(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
-
-    return pixels_of
 
 
 def list_frame_folder(path):
@@ -589,10 +551,11 @@ def list_frame_folder(path):
     return paths
 
 
-def read_folder(path, folder_fps, fps, max_frames, bounds, share):
+def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
     paths = list_frame_folder(path)
     indices = sample_positions(len(paths), len(paths) / folder_fps, fps, max_frames).tolist()
-    frames = [read_image(paths[i], *bounds, share(len(indices))) for i in indices]
+    bounds = min_pixels, max_pixels, share(len(indices))
+    frames = [read_image(paths[i], *bounds) for i in indices]
     if len(sizes := {f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames}) > 1:
         raise MediaError("unreadable_video", f"frames of two sizes: {' and '.join(sorted(sizes))}")
     return Video(np.stack(frames), indices, float(folder_fps), len(paths))
@@ -609,8 +572,7 @@ def read_medium(medium, limits, folder_fps=None):
     return read_video(path, limits.fps, limits.max_frames, *bounds)
 
 
-# --------------------------------------------------------------------------------------------------
-# Model inputs.
+# ---- Model inputs.
 
 
 @dataclass
@@ -733,8 +695,7 @@ def target_ids(prompt, tokenizer):
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-# --------------------------------------------------------------------------------------------------
-# Feeding: which record next, decoded ahead of time.
+# ---- Feeding: which record next, decoded ahead of time.
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
@@ -793,8 +754,7 @@ def next_items(stream, count, tally, max_bad_share):
     return items
 
 
-# --------------------------------------------------------------------------------------------------
-# Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
+# ---- Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
 
 
 class Marks(NamedTuple):
@@ -810,40 +770,34 @@ class Marks(NamedTuple):
 def marks_of(task, answer):
     """The marks in an answer's text (or None). task: of data.task_of. What is malformed is left out.
 
-    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
-
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
-    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
-    (2, 6.5)
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
-    time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
-    if in_video and not rewards.is_number(time):
-        return Marks()  # of which frame?
-    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
+    time, boxes, in_video = None, said.get("boxes"), task == "segmentation-video"
+    if in_video:
+        time = said.get("time")
+        if not rewards.is_number(time):
+            return Marks()  # of which frame?
+    # Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
+    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)
     if first is None:
-        boxes = {time if in_video else None: boxes}
+        boxes = {time: boxes}
     else:
         boxes = boxes if isinstance(boxes, dict) else {}
         keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
         boxes = {float(key) - first: boxes[key] for key in keys}
     boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
-    listed = lambda value: value if isinstance(value, list) else []
-    points = [listed(said.get(key)) for key in ("positive_points", "negative_points")]
+    points = [said.get(key) for key in ("positive_points", "negative_points")]
+    points = [part if isinstance(part, list) else [] for part in points]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
-    span = tuple(time) if rewards.are_numbers(time, 2) else None
-    return Marks(span, boxes, *points, time if in_video else None)
+    span = said.get("time") if rewards.are_numbers(said.get("time"), 2) else None
+    return Marks(span and tuple(span), boxes, *points, time)
 
 
 def box_at(boxes, second):
     """The box at a second (None: of an image), on a straight line between the seconds with one; the
-    last box holds for less than a second more. None where there is no box.
-
-    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
-    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
-    ([25.0, 0.0, 125.0, 100.0], None, None)
-    """
+    last box holds for less than a second more. None where there is no box."""
     if None in boxes or not boxes or second is None:
         return boxes.get(None)
     named = sorted(boxes)
@@ -853,9 +807,8 @@ def box_at(boxes, second):
 
 
 def draw(image, marks, second=None, colour="orange", mask=None):
-    """An RGB copy of a PIL image with all that holds at this second (None: of an image). A box covers
-    the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what is outside
-    goes to the edge. mask: bool (H, W) of the image's shape in any size, becomes a tint."""
+    """An RGB copy of a PIL image with the marks of this second (None: of an image): box, positive
+    points as discs, negative ones as crosses. mask: bool (H, W) in any size, becomes a tint."""
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
@@ -927,12 +880,11 @@ def nearest(seconds, second):
 
 
 def draw_strip(frames, seconds, marks, masks=None, cell=160):
-    """Up to 8 frames side by side with their seconds and marks, and below them a bar for each span.
+    """Up to 8 frames side by side, at whole seconds and at a segmentation's time, with their marks,
+    and below them a bar for each span.
 
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
-    bool (T, H, W)}. cell: pixels of a frame's longer side. The frames are those at whole seconds,
-    where answers have their boxes, and at a segmentation's time. On the bar each lasts until the
-    next."""
+    bool (T, H, W)}. cell: pixels of a frame's longer side."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     shown = sorted({*spread.tolist(), *times})
@@ -952,70 +904,37 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     return stack(row, timeline(row.width, spans, edges, places))
 
 
-# --------------------------------------------------------------------------------------------------
-# --peek: what training will see.
+# ---- --peek: what training will see.
 
 
-def token_table(prompt, tokenizer, few=6):
-    """Which tokens SFT learns: those around the first one, and the last. Each row predicts the next."""
-    given, learned = prompt.token_ids, target_ids(prompt, tokenizer)
-    ids, start = given + learned, len(given)
-    rows = [f"{start} tokens given, {len(learned)} learned", "position      id   label  token"]
-    for i in range(start - few, len(ids)):
-        if i < start + few or i >= len(ids) - few:
-            label = ids[i] if i >= start else "-"
-            rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
-        elif i == start + few:
-            rows.append("     ...")
-    return "\n".join(rows)
+def drawn_media(prompt):
+    """Images of what the model sees of a prompt, with the record's own truth drawn in green."""
+    record, media = prompt.record, prompt.vllm["multi_modal_data"]
+    truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
+    marks = marks_of(task_of(record), truth)
+    drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
+    for frames, known in media.get("video", []):
+        seconds = np.array(known["frames_indices"]) / known["fps"]
+        drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+    text = f"record {record['index']}: {record['problem'][:200]}\n{truth[:200]}"
+    return [captioned(image, text, above=True) for image in drawn]
 
 
-def sheet_of(prompts):
-    """An image of what the model sees of each prompt, with the record's own truth drawn in green."""
-    panels, rows = [], []
-    for record, media in [(prompt.record, prompt.vllm["multi_modal_data"]) for prompt in prompts]:
-        truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-        marks, shown = marks_of(task_of(record), truth), []
-        for image in media.get("image", []):
-            shown.append(draw(enlarged(image), marks, None, "lime"))
-        for frames, known in media.get("video", []):
-            seconds = np.array(known["frames_indices"]) / known["fps"]
-            shown.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-        question = record["problem"].partition("\n")[0]
-        text = (
-            f"record {record['index']}, {task_of(record) or 'SFT'}: {question[:200]}\n{truth[:200]}"
-        )
-        panels += [captioned(image, text, above=True) for image in shown]
-    for panel in sorted(panels, key=lambda panel: panel.width):
-        if rows and rows[-1].width + panel.width <= 1320:
-            rows[-1] = stack(rows[-1], panel, across=True, gap=8)
-        else:
-            rows.append(panel)
-    return stack(*rows, gap=8)
-
-
-def peek(records, processor, limits, prompts):
-    """Prints what the model sees of each record and what it learns. Returns the usable Prompts."""
-    tokenizer, usable = processor.tokenizer, []
-    for record in records:
-        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
-        try:
-            prompt = encode(record, processor, limits, prompts)
-        except MediaError as error:
-            print(f"skipped, {error.reason}: {error}")
-            continue
-        usable.append(prompt)
-        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
-            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-            tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
-            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
-        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-        if demonstration(record):
-            print(f"{demonstration(record)}\n\n{token_table(prompt, tokenizer)}")
-        else:
-            print(f"truth: {record['answer']}")
-    return usable
+def peek(prompt, tokenizer):
+    """Prints a prompt's media and text, and its truth or the tokens that SFT learns."""
+    record = prompt.record
+    for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+        frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+        tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
+        print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+    count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+    print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+    if not demonstration(record):
+        return print(f"truth: {record['answer']}")
+    learned = target_ids(prompt, tokenizer)
+    words = lambda ids: " ".join(repr(tokenizer.decode([i])) for i in ids)
+    print(f"{demonstration(record)}\n\n{len(learned)} tokens are learned:")
+    print(f"... {words(prompt.token_ids[-3:])} -> {words(learned[:3])} ... {words(learned[-3:])}")
 
 
 def main():
@@ -1026,9 +945,7 @@ def main():
     parser.add_argument("--prompts", help="JSON file that replaces the instructions")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
-    parser.add_argument(
-        "--release-prompts", metavar="CLONE", help="print the release's instructions"
-    )
+    parser.add_argument("--release-prompts", metavar="CLONE", help="print those of the release")
     add_limits(parser)
     args = parser.parse_args()
     try:
@@ -1042,11 +959,17 @@ def main():
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    usable = peek(records[: args.peek], processor, limits_of(args), prompts)
-    if not usable:
-        refuse(f"{args.file}: none of the first {args.peek} records can be used")
-    if any(prompt.record["media"] for prompt in usable):
-        sheet_of(usable).save(args.sheet)
+    panels = []
+    for record in records[: args.peek]:
+        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
+        try:
+            prompt = encode(record, processor, limits_of(args), prompts)
+            peek(prompt, processor.tokenizer)
+            panels += drawn_media(prompt)
+        except MediaError as error:
+            print(f"skipped, {error.reason}: {error}")
+    if panels:
+        stack(*panels, gap=8).save(args.sheet)
         print(f"\nwhat the model sees, with the truth drawn on it: {args.sheet}")
 
 
