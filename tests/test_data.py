@@ -646,7 +646,8 @@ def test_what_the_template_has_opened_is_not_learned_again(tmp_path, processor, 
         prompt.opened == "<think>\n" and decoded(prompt) == "hm</think><answer>x</answer><|im_end|>"
     )
     assert tokenizer.decode(prompt.token_ids).endswith("assistant\n<think>\n")
-    other = encoded(tmp_path, processor, messages=turns("a", "<answer>x</answer>"))
+    talk = turns("a", "<answer>x</answer>")
+    other = encoded(tmp_path, processor, messages=talk, data_type="text")
     with pytest.raises(data.MediaError, match="does not begin with '<think>'"):
         data.target_ids(other, tokenizer)
 
