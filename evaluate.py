@@ -27,9 +27,9 @@ that failed in vLLM is no answer: it is not stored, and its benchmark is not in 
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
 R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds that
-both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of intersections
-by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the rules of
-the paper's code and by those of DAVIS. The headline metric (*) is the one that enters the mean.
+both sides have (the paper's), vIoU over the true seconds. cIoU is the sum of the masks' intersections
+by that of their unions, gIoU the mean IoU; J and F are the mean IoU and contour F-measure of a
+video's masks. The headline metric (*) is the one that enters the mean over benchmarks.
 """
 
 import ast
@@ -70,9 +70,7 @@ from rewards import answer_of, readable
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
 IMAGE, VIDEO = "segmentation-image", "segmentation-video"
-METRICS = {  # task -> the paper's metrics; with the first one a benchmark enters the mean
-    MC: ["accuracy"],
-    TEXT: ["accuracy"],
+METRICS = {  # task -> the paper's metrics, the headline metric first; of all others accuracy
     TG: ["mIoU", "R@0.3", "R@0.5", "R@0.7"],
     SG: ["R@0.5"],
     ST: ["m_tIoU&m_sIoU", "m_tIoU", "tIoU@0.5", "m_sIoU", "sIoU@0.5"],
@@ -152,7 +150,7 @@ def benchmark_row(stem):
 def paper_numbers(stem):
     """{metric: (OneThinker-8B, Qwen3-VL-8B or "")} of a benchmark."""
     row = benchmark_row(stem)
-    metrics = [row.metric] if row.metric else METRICS.get(row.task, [])
+    metrics = [row.metric] if row.metric else METRICS.get(row.task, ["accuracy"])
     return dict(zip(metrics, zip(row.paper, row.qwen or [""] * len(row.paper))))
 
 
@@ -215,31 +213,27 @@ def load_rows(path, benchmark, media_root, out):
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
     out, records = os.path.abspath(f"{out}/media"), []
     for i, row in enumerate(rows):
-        if benchmark.split not in ("", row.get("split")):
-            continue
-        try:
-            cell = images[row["index"]]
-            cell = images[cell] if 0 < len(cell) <= 64 else cell
-            codes = ast.literal_eval(cell) if cell.startswith("[") else [cell] * bool(cell)
-            raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
-        except (ValueError, SyntaxError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
-        records.append(data.normalise(raw, path, i, out if codes else root))
-    if len(records) < len(rows) and data.FIRST_RANK:
-        print(f"{path}: {len(rows) - len(records)} rows are not of split {benchmark.split}")
+        if benchmark.split in ("", row.get("split")):
+            try:
+                cell = images[row["index"]]
+                cell = images[cell] if 0 < len(cell) <= 64 else cell
+                codes = ast.literal_eval(cell) if cell.startswith("[") else [cell] * bool(cell)
+                raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
+            except (ValueError, SyntaxError, LookupError, TypeError) as error:
+                raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
+            records.append(data.normalise(raw, path, i, out if codes else root))
     return records
 
 
 def save_image(code, folder):
-    """Base64 -> the name of a file with its content, which names it: ranks may write it at once."""
+    """Base64 -> the name of a file with its content, which names it. The first rank writes it."""
     content = base64.b64decode(code, validate=True)
     end = "png" if content.startswith(b"\x89") else "jpg"
-    name = f"{hashlib.sha256(content).hexdigest()[:24]}.{end}"
-    if not os.path.exists(target := f"{folder}/{name}"):
-        os.makedirs(folder, exist_ok=True)
-        Path(f"{target}.{os.getpid()}").write_bytes(content)
-        os.replace(f"{target}.{os.getpid()}", target)
-    return name
+    path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
+    if data.FIRST_RANK and not (path.exists() and path.stat().st_size == len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return path.name
 
 
 def record_of_row(row, benchmark, images):
@@ -250,13 +244,13 @@ def record_of_row(row, benchmark, images):
     number is numerical, a list of numbers is math; the rest is the benchmark's `free` task.
     """
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
-    options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
+    asked, _, choices = question.partition("\nChoices:")
     listed = row.get("choices") or row.get("candidates") or row.get("options") or []
     listed = ast.literal_eval(listed) if isinstance(listed, str) else listed
+    options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
     options = options or (
         listed if isinstance(listed, dict) else dict(zip(ascii_uppercase, listed))
     )
-    asked, _, choices = question.partition("\nChoices:")
     if not options:  # MathVerse
         lines = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))
         options = lines if [*lines] == [*ascii_uppercase[: len(lines)]] else {}
@@ -270,7 +264,6 @@ def record_of_row(row, benchmark, images):
         pairs = ast.literal_eval(question)
         answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in pairs)
         question = "Describe this video in detail: all that is said, written and shown."
-
     kind = benchmark.free
     if options or re.fullmatch("[A-Z]", str(answer)):
         kind = MC
@@ -424,17 +417,14 @@ def masks_of(record, answer, sam2):
     count = 1 if image else len(record["segmentation_output"]["frames"])
     place = 0 if image else round((marks.time or 0) * record["fps"])
     place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
-    if marks.boxes or marks.positive:  # without an answer the image may not even be there
-        frames = None if image else frames_at(record, count, size)
-        if image:
-            pixels = ImageOps.exif_transpose(Image.open(record["media"][0]["path"]))
-            frames = np.array(pixels.convert("RGB").resize(size[::-1]))[None]
-        masks = segment_video(sam2, frames, place, marks)
+    if marks.boxes or marks.positive:  # without an answer the media may not even be there
+        masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+    areas = {k: ((masks[k] & y).sum(), (masks[k] | y).sum()) for k, y in truths.items()}
     if image:
-        both, either = int((masks[0] & truths[0]).sum()), int((masks[0] | truths[0]).sum())
+        both, either = map(int, areas[0])
         parts = {"cIoU": [both, either], "gIoU": both / either if either else 1.0}
-    else:
-        j = float(np.mean([jaccard(masks[k], y) for k, y in truths.items()]))
+    else:  # of two empty masks J is 0, as in the paper's figures (by DAVIS 1)
+        j = float(np.mean([both / max(1, either) for both, either in areas.values()]))
         f = float(np.mean([boundary_f(masks[k], y) for k, y in truths.items()]))
         parts = {"J&F": (j + f) / 2, "J": j, "F": f}
     shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
@@ -455,10 +445,13 @@ def true_masks(record):
 
 
 def frames_at(record, count, size):
-    """The first `count` frames of a segmentation's video, uint8 (count, H, W, 3), size = (H, W).
+    """The image, or the first `count` frames of the video, uint8 (count, H, W, 3), size = (H, W).
     Frame k is the first one from k / fps seconds on, as in the release, or the last there is."""
-    frames, fps = [], record["fps"]
-    for second, image in iter_frames(record["media"][0]["path"], fps)[1]:
+    path, frames, fps = record["media"][0]["path"], [], record.get("fps")
+    if record["data_type"] == "image":
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        return np.array(image.resize(size[::-1]))[None]
+    for second, image in iter_frames(path, fps)[1]:
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
         if len(frames) == count:
@@ -565,37 +558,22 @@ def grade(benchmarks, out, judge):
 # Metrics, first of masks, then of answers: each is the ratio of two sums over records
 
 
-def jaccard(p, y):
-    """J, the intersection over union of two masks, bool (H, W). 0 if both are empty, as in the
-    paper's figures (DAVIS has 1).
-
-    >>> jaccard(np.array([[1, 1, 0]], bool), np.array([[0, 1, 1]], bool))
-    0.3333333333333333
-    """
-    return float((p & y).sum() / max(1, (p | y).sum()))
-
-
-def dilate(mask, r):
-    """A mask, bool (H, W), grown by r pixels to all sides and corners.
-
-    >>> dilate(np.array([[0, 0, 0, 0], [1, 0, 0, 0]], bool), 1).astype(int).tolist()
-    [[1, 1, 0, 0], [1, 1, 0, 0]]
-    """
-    sums = np.pad(mask, (r + 1, r)).cumsum(0, dtype=np.int32).cumsum(1)  # of all above and left
-    k = 2 * r + 1
-    return sums[k:, k:] - sums[:-k, k:] - sums[k:, :-k] + sums[:-k, :-k] > 0
-
-
 def boundary_f(p, y):
     """F, the F-measure of two masks' contours, bool (H, W). A contour: mask pixels with one of eight
     neighbours outside the mask or the image; right within 0.0075 diagonals (rounded, at least 1) of
     the other contour, in a square. 1 if neither mask has a contour, 0 if only one has."""
+
+    def grown(mask, r):  # by r pixels to all sides and corners
+        sums = np.pad(mask, (r + 1, r)).cumsum(0, dtype=np.int32).cumsum(1)  # above and to the left
+        k = 2 * r + 1
+        return sums[k:, k:] - sums[:-k, k:] - sums[k:, :-k] + sums[:-k, :-k] > 0
+
     r = max(1, round(0.0075 * math.hypot(*p.shape)))
-    p, y = (mask & dilate(~np.pad(mask, 1), 1)[1:-1, 1:-1] for mask in (p, y))
+    p, y = (mask & grown(~np.pad(mask, 1), 1)[1:-1, 1:-1] for mask in (p, y))
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
-    precision, recall = (p & dilate(y, r)).sum() / p.sum(), (y & dilate(p, r)).sum() / y.sum()
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+    precision, recall = (p & grown(y, r)).sum() / p.sum(), (y & grown(p, r)).sum() / y.sum()
+    return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
 def parts_of(task, record, answer):
@@ -681,17 +659,15 @@ def headline_metric(name, lines, metrics):
 # Numbers with their intervals, the table, the report
 
 
-def ratios(sums):
-    """(..., 2) -> (...): the first by the second, 0 where that is 0."""
-    return sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
-
-
 def resampled(columns, name, resamples=2000):
-    """Bootstrap: the ratios of columns (m, 2, n) over draws of n records -> (resamples, m). The seed
-    is the name: models see the same draws (so differences are paired), benchmarks different ones."""
+    """Columns (m, 2, n) of sums -> their m ratios, (m,), and those of draws of n records, (resamples,
+    m): the bootstrap. The seed is the name: models see the same draws (so differences are paired),
+    benchmarks different ones."""
+    ratios = lambda sums: sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
     draws = (rng.integers(n, size=n, dtype=np.int32) for _ in range(resamples))
-    return ratios(np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws]))
+    drawn = np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws])
+    return ratios(columns.sum(-1)), ratios(drawn)
 
 
 def interval(value, draws, **more):
@@ -705,7 +681,7 @@ def metrics_of(name, lines, failed=0):
     (or questions) count. failed: how many records have no line."""
     columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
-    values, draws = ratios(stacked.sum(-1)), resampled(stacked, name)
+    values, draws = resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
     return cells | dict(failed=interval(failed / n, [failed / n], n=n))
@@ -758,22 +734,20 @@ def aligned(rows, left=1):
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: auto; padding: 1rem }
-body { color: #222; background: #f7f7f5 } h1 { font-size: 1.5rem } h2 { margin: 2rem 0 .5rem }
+body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; background: #f7f7f5 }
 .small { color: #666; font-size: .85rem } .box, .card { background: #fff; border: 1px solid #ddd }
 .box { max-height: 40vh; overflow: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .15rem .8rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee }
-th { position: sticky; top: 0; background: #eee } .headline { font-weight: bold }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } pre { white-space: pre-wrap }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } .headline { font-weight: bold }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
 .card { padding: .8rem; overflow-wrap: anywhere; min-width: 0 } .wide { grid-column: 1 / -1 }
-.card p { margin: .4rem 0; white-space: pre-wrap; max-height: 9rem; overflow: auto }
-.card img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
+p, pre { white-space: pre-wrap; max-height: 9rem; overflow: auto; margin: .4rem 0 }
+img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
 .answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
 </style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
 <div class="box"><table>$table</table></div><p class="small">Percent, with 95% bootstrap intervals.
-Below, answers of each benchmark from the worst to the best: orange is the answer, green the truth,
-beneath it and wider.</p>$sections</html>""")
+Below, answers of each benchmark, from the worst to the best, in orange over the truth in green.
+</p>$sections</html>""")
 
 
 def image_of(record, line):
@@ -850,8 +824,15 @@ def write_report(out, table, said, benchmarks, lines, count=9):
 
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
-    handler = partial(stopped, args.out) if data.FIRST_RANK else signal.SIG_DFL
-    signal.signal(signal.SIGINT, handler)
+
+    def stopped(*_):  # by Ctrl-C; everything is in the files already
+        message = (
+            f"stopped; {args.out} has what was answered, and the same command goes on from there"
+        )
+        os.write(2, f"\nevaluate.py: {message}\n".encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)
     import cpu_compat  # noqa: F401  (before transformers)
 
     benchmarks, settings, encode = check(args)
@@ -871,11 +852,10 @@ def evaluate(args):
         if rank == 0:
             join_parts(args.out)
         dist.barrier(group=patient)
-        pairs = []
-        for name, records in benchmarks.items():
-            lines = read_lines(f"{args.out}/{name}.jsonl")
-            pairs += [(record, lines.get(position)) for position, record in records.items()]
-        return pairs
+        stored = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
+        return [
+            (r, stored[name].get(p)) for name in benchmarks for p, r in benchmarks[name].items()
+        ]
 
     # 1 What is there already? Records whose media could not be used are tried again.
     start_run(args)
@@ -902,11 +882,9 @@ def evaluate(args):
             append(args.out, rank, record["benchmark"], line | dict(response=text, trouble=trouble))
 
     # 3 Masks, each rank its share.
-    pairs = joined()
     if args.sam2:
         masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
-        pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
-        pairs = pairs[rank::world]
+        pairs = [(r, x) for r, x in joined() if x and "masks" not in x and masked(r)][rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
             masks = masks_of(record, answer_of(record, line["response"]), sam2)
@@ -919,15 +897,6 @@ def evaluate(args):
     if todo:
         llm.llm_engine.engine_core.shutdown()  # takes the process group with it
     sys.exit(code)
-
-
-def stopped(out, *_):
-    """Ends this process at Ctrl-C: everything is in the files already."""
-    paths = [*Path(out, "parts").glob("*/*.jsonl"), *Path(out).glob("*.jsonl")]
-    count = sum(path.read_bytes().count(b"\n") for path in paths)
-    what = f"{count} answers are saved in {out}; the same command goes on from there"
-    print(f"\nevaluate.py: stopped: {what}", file=sys.stderr, flush=True)
-    os._exit(130)
 
 
 def sum_up(args, benchmarks, settings):
@@ -966,7 +935,7 @@ def compare_models(outs):
     Differences are paired: both models on the same draws of records, within each benchmark. p: twice
     the share of draws on the other side of 0. Benchmarks that not all models have in their mean, by
     the same metric, are left out."""
-    found, names = {}, list(outs)  # (benchmark, metric) -> [(problem ids, columns (2, n))]
+    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [(ids, columns (2, n))]
     for out in outs.values():
         results = read_object(f"{out}/results.json")
         if not results:
@@ -977,28 +946,27 @@ def compare_models(outs):
             if not why:
                 each = [line["problem_id"] for line in lines], columns_of(name, lines)[metric]
                 found.setdefault((name, metric), []).append(each)
-    rows, values, draws = {}, {}, {}
     for (name, metric), each in found.items():
         ids, columns = zip(*each)
-        if len(each) == len(names):
-            if any(other != ids[0] for other in ids):
-                data.refuse(f"--compare: {name}: the models did not answer the same records")
-            rows[name] = dict(metric=metric, n=len(ids[0]), models={}, differences={})
-            columns = np.stack(columns)  # (models, 2, n)
-            values[name], draws[name] = ratios(columns.sum(-1)), resampled(columns, name)
+        if any(other != ids[0] for other in ids):
+            data.refuse(f"--compare: {name}: the models did not answer the same records")
+        if len(each) == len(outs):
+            rows[name] = dict(metric=metric, n=len(ids[0]))
+            values[name], draws[name] = resampled(np.stack(columns), name)  # one per model
     if not rows:
         data.refuse("--compare: the models have no benchmark in common")
     values["mean"], draws["mean"] = mean_of(values), mean_of(draws)
-    mean = dict(metric="mean", n=len(rows), models={}, differences={})
-    for name, row in [*rows.items(), ("mean", mean)]:
-        for i, model in enumerate(names):
-            value, drawn = values[name], draws[name]
-            row["models"][model] = interval(value[i], drawn[:, i])
-            if i:
-                gap = drawn[:, i] - drawn[:, i - 1]
-                p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
-                row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
-    return dict(mean=mean, benchmarks=rows, left_out=sorted({name for name, _ in found} - {*rows}))
+    report = rows | dict(mean=dict(metric="mean", n=len(rows)))
+    for name, row in report.items():
+        value, drawn = values[name], draws[name].T
+        row["models"] = {m: interval(value[i], drawn[i]) for i, m in enumerate(outs)}
+        row["differences"] = {}
+        for i, model in [*enumerate(outs)][1:]:
+            gap = drawn[i] - drawn[i - 1]
+            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
+            row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
+    left_out = sorted({name for name, _ in found} - {*rows})
+    return dict(mean=report.pop("mean"), benchmarks=report, left_out=left_out)
 
 
 def compare(args):
