@@ -15,6 +15,7 @@ vision tokens from the right); the wording of the instructions.
 import argparse
 import ast
 import ctypes
+import gc
 import glob
 import itertools
 import json
@@ -52,7 +53,12 @@ FIRST_RANK = os.environ.get("RANK", "0") == "0"
 def refuse(message):
     """Ends the script before anything heavy has started: one sentence, from one rank, exit code 2."""
     if FIRST_RANK:
-        print(f"{os.path.basename(sys.argv[0])}:", *str(message).split(), file=sys.stderr)
+        text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
+        print(text, file=sys.stderr)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            first = dict(message=text, extraInfo=dict(timestamp=0))  # torchrun prints it last
+            with open(report, "w") as file:
+                json.dump(dict(message=first), file)
     sys.exit(2)
 
 
@@ -78,20 +84,25 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one."""
+    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one.
+
+    The hub is asked for owner/name only, and not where `owner` is a folder of this machine.
+    """
     from transformers import AutoConfig, AutoProcessor
 
     hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", path)
     if not os.path.isdir(path) and (not hub_id or os.path.isdir(hub_id[1])):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
-        if (found := AutoConfig.from_pretrained(path).model_type) != "qwen3_vl":
-            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
-        processor = AutoProcessor.from_pretrained(path)
-        return processor if processor.video_processor else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = AutoConfig.from_pretrained(path).model_type
+        processor = AutoProcessor.from_pretrained(path) if found == "qwen3_vl" else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
+    if not hasattr(processor, "video_processor"):
+        needed = "expected 'qwen3_vl', with a processor of images and videos"
+        raise ValueError(f"{path}: model_type is {found!r}, {needed}")
+    return processor
 
 
 def one_matrix_patch_embedding(visual):
@@ -105,7 +116,8 @@ def one_matrix_patch_embedding(visual):
     visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
 
 
-# ---- Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
+# --------------------------------------------------------------------------------------------------
+# Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
 
 THINK = "Think first, between <think> and </think>. "
 THINK += "Then write only the final answer between <answer> and </answer>: "
@@ -174,13 +186,16 @@ def release_prompts(clone):
     raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
 
 
-# ---- Records: three forms, as a JSON list or JSONL, become one.
+# --------------------------------------------------------------------------------------------------
+# Records: three forms, as a JSON list or JSONL, become one.
 
 FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-FIELDS = dict.fromkeys(("process", "path", "additional_path"), (str, "a text"))
-FIELDS |= dict(options=(list, "a list"), messages=(list, "a list"), fps=((int, float), "a number"))
+TURNS = ("system", "user", "assistant")
+DATA_TYPES = ("image", "video", "video-image", "text")
+KNOWN = {kind: f"one of {', '.join(kind)}" for kind in (DATA_TYPES, PROBLEM_TYPES)}
+FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
@@ -190,12 +205,17 @@ def load_records(path, media_root=None, max_bad_share=0.0):
     medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
     (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
     only), file and index (where it stood). Paths are relative to media_root, by default the file's
-    folder, and must stay below it as written. Raises ValueError naming file, record, field and
-    value of a malformed record, or when more than max_bad_share of them cannot be graded.
+    folder, and must stay below it as written; links are followed. Raises ValueError naming file,
+    record, field and value when a record is malformed, or when more than max_bad_share of them
+    cannot be graded.
     """
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-    records = [normalise(raw, str(path), i, root) for i, raw in enumerate(read_values(path))]
-    return gradable(records, max_bad_share)
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
+    gc.disable()  # a million new objects and nothing to collect: saves a third of the time
+    try:
+        raws = enumerate(read_values(path))
+        return gradable([normalise(raw, str(path), i, root) for i, raw in raws], max_bad_share)
+    finally:
+        gc.enable()
 
 
 def gradable(records, max_bad_share=0.0):
@@ -243,32 +263,40 @@ def normalise(raw, file, index, root):
 
     need(isinstance(raw, dict), "record", "an object")
     raw = {field: value for field, value in raw.items() if value is not None}
-    for field, (kind, expected) in FIELDS.items():
-        need(field not in raw or isinstance(raw[field], kind), field, expected)
-    need(raw.get("fps", 1) > 0, "fps", "a number above 0")
-    media = find_media(raw, root, need)
+    for field, kind in FIELDS.items():
+        expected = {list: "a list", str: "a text"}.get(kind, "a number")
+        need(not raw.get(field) or isinstance(raw[field], kind), field, expected)
+    need((raw.get("fps") or 1) > 0, "fps", "a number above 0")
+    media = find_media(raw, need)
+    for medium in media:
+        medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
+        if not medium["path"].startswith(root + os.sep):
+            where = f"{medium['path'][:100]!r} is outside the media folder {root!r}"
+            raise ValueError(f"{file}: record {index}: {where}")
     kinds = [medium["type"] for medium in media]
     found = "-".join(sorted({*kinds}, reverse=True)) or "text"
-    need(media or "data_type" in raw, "data_type", "'text' where images, videos and path are empty")
-    need(raw.get("data_type", found) == found, "data_type", f"{found!r}, as the media are")
     record = {"data_type": found, "problem_type": None, **raw, "file": file, "index": index}
     record["problem_id"] = str(raw.get("problem_id", index))
     record["options"] = [str(option) for option in raw.get("options", [])]
+    kind, expected = record["data_type"], "such media in images, videos or path"
+    need(kind in DATA_TYPES, "data_type", KNOWN[DATA_TYPES])
+    need(kind == found, "data_type", f"{expected}, not {found if media else 'none'}")
 
     if "messages" in raw:
-        field, turns, record["answer"] = "messages", raw["messages"], None
+        turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
         for turn in turns:
-            known = isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
+            known = isinstance(turn, dict) and turn.get("role") in TURNS
             known = known and isinstance(turn.get("content"), str)
-            need(known, field, "turns with a role (system, user, assistant) and a text as content")
+            need(known, "messages", f"a list of turns with a role of {TURNS} and a text as content")
         asked = [turn for turn in turns if turn["role"] == "user"]
         ended = asked and turns[-1]["role"] == "assistant"
-        need(ended, field, "a turn of the user, and a last turn of the assistant")
+        need(ended, "messages", "a turn of the user, and a last turn of the assistant")
         text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
+        field, record["answer"] = "messages", None
     else:
-        field, text, kind = "problem", raw.get("problem"), record["problem_type"]
-        need(isinstance(text, str), field, "a text" if field in raw else FORMS)
-        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        kind, text, field = record["problem_type"], raw.get("problem"), "problem"
+        need(isinstance(text, str), "problem", "a text" if "problem" in raw else FORMS)
+        need(kind in PROBLEM_TYPES, "problem_type", KNOWN[PROBLEM_TYPES])
         need(media or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
         record["answer"] = read_truth(raw, need)
     missing = {kind: kinds.count(kind) - text.count(f"<{kind}>") for kind in ("image", "video")}
@@ -283,22 +311,28 @@ def normalise(raw, file, index, root):
     return record
 
 
-def find_media(raw, root, need):
-    """The media of a raw record, [{"type", "path"}]."""
-    fields, media = ("images", "image", "videos", "video"), []
-    if raw.get("path") and not any(raw.get(field) for field in fields):  # the evaluation form
-        guess = "image" if raw["path"].lower().endswith(IMAGE_ENDINGS) else "video"
-        kind = "image" if raw.get("data_type", guess) == "image" else "video"
-        raw |= {f"{kind}s": raw["path"], "image": raw.get("additional_path") or []}
-    for field in fields:
-        paths = [raw[field]] if isinstance(raw.get(field), str) else raw.get(field, [])
-        need(isinstance(paths, list), field, "a list of paths")
-        for path in paths:
-            local = isinstance(path, str) and not re.match("[a-z]+:", path)  # https: or data:
-            need(local, field, "a list of paths of files")
-            path = os.path.normpath(os.path.join(root, path))
-            need(path.startswith(root.rstrip(os.sep) + os.sep), field, f"paths below {root}")
-            media.append({"type": field.rstrip("s"), "path": path})
+def find_media(raw, need):
+    """The media of a raw record, [{"type", "path"}], with their paths as written."""
+    media = []
+    for field in ("images", "image", "videos", "video", "path"):
+        if field not in raw or field == "path" and media:
+            continue
+        paths, kind = raw[field], field.rstrip("s")
+        paths = [paths] if isinstance(paths, str) else paths
+        texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
+        need(texts, field, "a list of paths")
+        remote = any("://" in path or path.startswith("data:") for path in paths)
+        need(not remote, field, "paths of files on this machine")
+        if field == "path":
+            guess = "image" if paths[0].lower().endswith(IMAGE_ENDINGS) else "video"
+            kind = "image" if raw.get("data_type", guess) == "image" else "video"
+            paths = [path for path in paths if path]
+        media += [{"type": kind, "path": path} for path in paths]
+        if field == "path" and raw.get("additional_path"):
+            media.append({"type": "image", "path": raw["additional_path"]})
+    for field in raw if not media and "data_type" not in raw else ():
+        other = re.search("image|img|video|media|frames", field)
+        need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
 
 
@@ -308,9 +342,11 @@ def read_truth(raw, need):
     answer, kind, text = raw.get(field), raw["problem_type"], rewards.truth_of(raw)
     if not answer and raw.get("segmentation_output"):
         return ""
-    need(text not in ("", "NaN"), field, "the true answer")
-    plain = not isinstance(answer, (dict, list))
-    need(plain or kind in JSON_TYPES, field, "a text or a number")
+    nested = isinstance(answer, (dict, list))
+    need(kind in JSON_TYPES or not nested, field, "a text or a number")
+    need(answer == answer and text, field, "the true answer")  # NaN is not itself
+    if kind in JSON_TYPES:
+        need(rewards.read_json(text) or text == "{}", field, "JSON, an object of finite numbers")
     if kind == "multiple choice":
         return rewards.read_choice(text, raw.get("options")) or text
     return text
@@ -326,7 +362,8 @@ def demonstration(record):
     return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
 
 
-# ---- Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
+# --------------------------------------------------------------------------------------------------
+# Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
 
 
 class MediaError(Exception):
@@ -366,15 +403,19 @@ def limits_of(args):
 
 
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
-    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
-    and once more within `share`, a video frame's part of video_total_pixels.
+    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds.
+
+    share: of a video frame, its part of video_total_pixels, applied to the fitted size as by Qwen's
+    processor. The release's SFT and RL shrink an image twice, to int(side * sqrt(max_pixels /
+    (height * width))) and then to the nearest multiples of 32: over max_pixels 3 of 4 sizes differ
+    by up to 9%. Its evaluation does as we do, but rounds an image below 65,536 pixels to multiples
+    of 32 before it enlarges it: 3 of 5 sizes differ by up to 25%.
 
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
+    >>> fit(720, 1280, 4096, 256 * 1024, share=24576 * 1024 / 128)  # evaluation, 128 frames
+    (320, 576)
     """
-    # The release's training shrinks twice: to int(side * sqrt(max_pixels / (height * width))), then
-    # to multiples of 32. Its evaluation rounds an image below 65,536 pixels to multiples of 32
-    # before it enlarges it.
     if max(height, width) > 200 * min(height, width):
         raise MediaError("aspect_ratio", f"{width} x {height} pixels: an aspect ratio over 200")
     sides = height, width
@@ -388,7 +429,8 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow raises on damaged bytes, found by feeding it such.
+# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
+# bomb, which is refused by its header.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
@@ -401,6 +443,8 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
+        if image.mode == "F" or image.mode == "I" and file.format == "TIFF":
+            raise ValueError("32 bits a pixel, of which the range is not known")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         if image.has_transparency_data:
@@ -430,6 +474,8 @@ def sample_positions(total, duration, fps, max_frames):
 
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
+    >>> sample_positions(total=3, duration=3.0, fps=2.0, max_frames=128).tolist()
+    [0, 1, 2, 2]
     """
     count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999 s
     if count >= total:
@@ -438,19 +484,27 @@ def sample_positions(total, duration, fps, max_frames):
 
 
 def read_video(
-    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
+    path,
+    fps=2.0,
+    max_frames=128,
+    min_pixels=4096,
+    max_pixels=65536,
+    folder_fps=None,
+    total_pixels=0,
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    All packets are listed without decoding, for the true time of every frame; then the wanted ones
-    are decoded. With a variable frame rate they are spread evenly in time, and indices are
-    milliseconds. Raises MediaError, also where a file ends before its header says.
+    All packets are listed first, without decoding, for the true time of every frame. Then the
+    decoder jumps to the key frames before the wanted ones; where time stamps do not tell the order
+    of the frames, it decodes all, and the n-th one has the n-th stamp. With a variable frame rate
+    the wanted frames are spread evenly in time, and indices are milliseconds at 1000 fps. Raises
+    MediaError, also where a file ends before its header says or a wanted frame is missing.
     """
     share = lambda count: total_pixels / count if total_pixels else math.inf
     try:
         if os.path.isdir(path):
-            bounds = min_pixels, max_pixels, share
-            return read_folder(path, folder_fps or fps, fps, max_frames, *bounds)
+            bounds = fps, max_frames, min_pixels, max_pixels
+            return read_folder(path, folder_fps or fps, *bounds, share)
         with open_video(path) as container:
             stream = container.streams.best("video")
             pts, keys = list_frames(container, stream)
@@ -464,8 +518,12 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            bounds = min_pixels, max_pixels, share(len(positions))
-            frames = decode_frames(container, stream, pts[positions], keys, bounds)
+            pixels_of = resizer(min_pixels, max_pixels, share(len(positions)))
+            wanted, found = pts[positions], None
+            with suppress(MediaError, av.FFmpegError):
+                found = seek_frames(container, stream, wanted, keys, pixels_of)
+        found = found or walk_frames(path, pts, wanted, pixels_of)
+        frames = np.stack([found[stamp] for stamp in wanted])
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
     except MediaError as error:
@@ -483,63 +541,96 @@ def open_video(path):
 
 
 def list_frames(container, stream):
-    """The time stamps of all frames that are shown and those of key frames, ascending, in units of
-    the stream's time_base."""
-    stamps, keys, newest, last, reached = [], [], -math.inf, -math.inf, 0.0
-    for packet in container.demux():  # all streams: a header has one length for them
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is None or not packet.size:
-            continue
-        reached = max(reached, float((stamp + (packet.duration or 0)) * packet.time_base))
-        if packet.stream_index != stream.index or not (keys or packet.is_keyframe):
+    """Time stamps of the frames that are shown, ascending (total,), and for each key frame its time
+    stamp and its place in decoding order, (keys, 2): empty where stamps do not tell which frame is
+    which. All in units of the stream's time_base."""
+    whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
+    shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
+    for packet in container.demux([*container.streams] if whole else stream):
+        pts, dts, index = packet.pts, packet.dts, packet.stream_index
+        stamp = dts if pts is None else pts
+        if stamp is not None:
+            ends[index] = max(ends[index], stamp + (packet.duration or 0))
+        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
             continue  # what comes before the first key frame cannot be decoded
-        place = last if packet.dts is None else packet.dts  # in decoding order
-        if place < last or packet.is_keyframe and stamp <= newest:
+        if not packet.is_discard:  # an edit list may hide frames that others need
+            shown.append((pts, dts))
+        if stamp is None:
+            continue
+        place = stamp if dts is None or whole else dts
+        if packet.is_keyframe:
+            keys.append((stamp, place))
+        if packet.is_keyframe and stamp <= newest or place < last and not whole:
             raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
-        keys += [stamp] * packet.is_keyframe
-        stamps += [stamp] * (not packet.is_discard)  # an edit list may hide frames
-    length, kind = (container.duration or 0) / 1e6, container.format.name
-    if kind == "avi":  # the header's length, not what the file still holds
-        length = float(stream.frames * stream.time_base)
-    if reached < 0.95 * length:
-        raise MediaError("truncated_video", f"ends after {reached:.1f} s of {length:.1f} s")
-    stamps = [stamp for stamp in stamps if stamp >= keys[0]]
-    if not stamps:
+    ticks = stream.frames if container.format.name == "avi" else stream.frames and stream.duration
+    said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
+    reached = max([float(end * container.streams[i].time_base) for i, end in ends.items()] or [0])
+    if reached < 0.95 * said:  # other formats have no length in their header
+        raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
+    stamps = [pts for pts, _ in shown if pts is not None and pts >= keys[0][0]]
+    if 2 * len(stamps) < len(shown):  # AVI may have places in decoding order alone
+        stamps, keys = [dts for _, dts in shown if dts is not None], []
+    if 2 * len(stamps) < max(1, len(shown)):
         raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
-    if kind == "avi" and stream.codec_context.has_b_frames and stamps == sorted(stamps):
-        raise MediaError("unreadable_video", "B-frames without their times, as of H.264 in AVI")
-    return np.array(sorted({*stamps})), np.array(keys[:1] if kind == "mpeg" else keys)
+    if stream.codec_context.has_b_frames and stamps == sorted(stamps):
+        keys = []  # stamps in decoding order, of frames that are shown in another one
+    return np.array(sorted({*stamps})), np.array(keys).reshape(-1, 2)
 
 
-def decode_frames(container, stream, wanted, keys, bounds):
-    """The frames with the wanted stamps, uint8 (T, H, W, 3), each decoded from the key frame before
-    it; where that does not find them, all from the first key frame on."""
-    found, scaler = {}, VideoReformatter()  # one for all frames: it keeps its tables
-    for starts in (keys, keys[:1]):
-        groups = np.searchsorted(starts, wanted, side="right") - 1
-        for group in sorted({*groups.tolist()}):
-            # Some formats seek by decoding order and come too late: then the key frame before.
-            for place in (starts[group], starts[group - 1] if group else 0):
-                targets = {*wanted[groups == group].tolist()} - found.keys()
-                for frame in decode_from(container, stream, int(place), targets):
-                    height, width = fit(frame.height, frame.width, *bounds)
-                    image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-                    found[frame.pts] = np.rot90(image.to_ndarray(), round(frame.rotation / 90))
-    if not {*wanted.tolist()} <= found.keys():
-        raise MediaError("unreadable_video", "a wanted frame is damaged, or cannot be decoded")
-    return np.stack([found[stamp] for stamp in wanted.tolist()])
-
-
-def decode_from(container, stream, place, targets):
-    """Yields those of the target frames that can be decoded after a seek."""
-    with suppress(av.FFmpegError):
-        container.seek(place, stream=stream)
-        for frame in container.decode(stream) if targets else ():
-            if frame.pts in targets and not frame.is_corrupt:
-                yield frame
-            if frame.pts is None or frame.pts >= max(targets):
+def seek_frames(container, stream, wanted, keys, pixels_of):
+    """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
+    found, groups = {}, np.searchsorted(keys[:, 0], wanted, side="right") - 1
+    for last in sorted({*groups.tolist()}) if len(keys) else ():
+        targets = {*wanted[groups == last].tolist()}
+        # MP4 and Matroska seek by time, others by place in decoding order; should that be late too,
+        # the key frame before.
+        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
+            container.seek(place, stream=stream)
+            reached = -math.inf
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts <= reached:
+                    raise MediaError("unreadable_video", "its time stamps are not in order")
+                reached = frame.pts
+                if reached in targets:
+                    found[reached] = pixels_of(frame)
+                if reached >= max(targets):
+                    break
+            if targets <= found.keys():
                 break
+        else:
+            raise MediaError("unreadable_video", "a frame cannot be decoded")
+    return found
+
+
+def walk_frames(path, pts, wanted, pixels_of):
+    """The same by decoding all frames: the n-th one has the n-th time stamp of `pts`."""
+    found, place, begun = {}, 0, False
+    with open_video(path) as container:
+        for packet in container.demux(container.streams.best("video")):
+            begun = begun or packet.is_keyframe
+            for frame in packet.decode() if begun else ():
+                if frame.pts is None or frame.pts >= pts[0]:
+                    if place < len(pts) and pts[place] in wanted:
+                        found[pts[place]] = pixels_of(frame)
+                    place += 1
+    if place != len(pts):
+        raise MediaError("unreadable_video", f"{place} frames can be decoded of {len(pts)}")
+    return found
+
+
+def resizer(min_pixels, max_pixels, share):
+    """A function that gives an av.VideoFrame's pixels, resized by `fit` and upright."""
+    scaler = VideoReformatter()  # one for all frames: it keeps its tables
+
+    def pixels_of(frame):
+        if frame.is_corrupt:
+            raise MediaError("unreadable_video", "a wanted frame is damaged")
+        height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
+        image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
+        return np.ascontiguousarray(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
+
+    return pixels_of
 
 
 def list_frame_folder(path):
@@ -552,13 +643,15 @@ def list_frame_folder(path):
 
 
 def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
-    paths = list_frame_folder(path)
-    indices = sample_positions(len(paths), len(paths) / folder_fps, fps, max_frames).tolist()
-    bounds = min_pixels, max_pixels, share(len(indices))
-    frames = [read_image(paths[i], *bounds) for i in indices]
-    if len(sizes := {f"{frame.shape[1]} x {frame.shape[0]}" for frame in frames}) > 1:
-        raise MediaError("unreadable_video", f"frames of two sizes: {' and '.join(sorted(sizes))}")
-    return Video(np.stack(frames), indices, float(folder_fps), len(paths))
+    frames = []
+    images = list_frame_folder(path)
+    indices = sample_positions(len(images), len(images) / folder_fps, fps, max_frames).tolist()
+    for image in [images[i] for i in indices]:
+        frames.append(read_image(image, min_pixels, max_pixels, share(len(indices))))
+        if frames[-1].shape != frames[0].shape:
+            sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
+            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({image})")
+    return Video(np.stack(frames), indices, float(folder_fps), len(images))
 
 
 def read_medium(medium, limits, folder_fps=None):
@@ -572,7 +665,8 @@ def read_medium(medium, limits, folder_fps=None):
     return read_video(path, limits.fps, limits.max_frames, *bounds)
 
 
-# ---- Model inputs.
+# --------------------------------------------------------------------------------------------------
+# Model inputs.
 
 
 @dataclass
@@ -695,7 +789,8 @@ def target_ids(prompt, tokenizer):
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-# ---- Feeding: which record next, decoded ahead of time.
+# --------------------------------------------------------------------------------------------------
+# Feeding: which record next, decoded ahead of time.
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
@@ -754,7 +849,8 @@ def next_items(stream, count, tally, max_bad_share):
     return items
 
 
-# ---- Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
+# --------------------------------------------------------------------------------------------------
+# Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
 
 
 class Marks(NamedTuple):
@@ -770,34 +866,40 @@ class Marks(NamedTuple):
 def marks_of(task, answer):
     """The marks in an answer's text (or None). task: of data.task_of. What is malformed is left out.
 
+    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
+
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
+    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
+    (2, 6.5)
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
-    time, boxes, in_video = None, said.get("boxes"), task == "segmentation-video"
-    if in_video:
-        time = said.get("time")
-        if not rewards.is_number(time):
-            return Marks()  # of which frame?
-    # Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
-    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)
+    time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
+    if in_video and not rewards.is_number(time):
+        return Marks()  # of which frame?
+    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
     if first is None:
-        boxes = {time: boxes}
+        boxes = {time if in_video else None: boxes}
     else:
         boxes = boxes if isinstance(boxes, dict) else {}
         keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
         boxes = {float(key) - first: boxes[key] for key in keys}
     boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
-    points = [said.get(key) for key in ("positive_points", "negative_points")]
-    points = [part if isinstance(part, list) else [] for part in points]
+    listed = lambda value: value if isinstance(value, list) else []
+    points = [listed(said.get(key)) for key in ("positive_points", "negative_points")]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
-    span = said.get("time") if rewards.are_numbers(said.get("time"), 2) else None
-    return Marks(span and tuple(span), boxes, *points, time)
+    span = tuple(time) if rewards.are_numbers(time, 2) else None
+    return Marks(span, boxes, *points, time if in_video else None)
 
 
 def box_at(boxes, second):
     """The box at a second (None: of an image), on a straight line between the seconds with one; the
-    last box holds for less than a second more. None where there is no box."""
+    last box holds for less than a second more. None where there is no box.
+
+    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
+    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
+    ([25.0, 0.0, 125.0, 100.0], None, None)
+    """
     if None in boxes or not boxes or second is None:
         return boxes.get(None)
     named = sorted(boxes)
@@ -807,8 +909,9 @@ def box_at(boxes, second):
 
 
 def draw(image, marks, second=None, colour="orange", mask=None):
-    """An RGB copy of a PIL image with the marks of this second (None: of an image): box, positive
-    points as discs, negative ones as crosses. mask: bool (H, W) in any size, becomes a tint."""
+    """An RGB copy of a PIL image with all that holds at this second (None: of an image). A box covers
+    the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what is outside
+    goes to the edge. mask: bool (H, W) of the image's shape in any size, becomes a tint."""
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
@@ -880,11 +983,12 @@ def nearest(seconds, second):
 
 
 def draw_strip(frames, seconds, marks, masks=None, cell=160):
-    """Up to 8 frames side by side, at whole seconds and at a segmentation's time, with their marks,
-    and below them a bar for each span.
+    """Up to 8 frames side by side with their seconds and marks, and below them a bar for each span.
 
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
-    bool (T, H, W)}. cell: pixels of a frame's longer side."""
+    bool (T, H, W)}. cell: pixels of a frame's longer side. The frames are those at whole seconds,
+    where answers have their boxes, and at a segmentation's time. On the bar each lasts until the
+    next."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     shown = sorted({*spread.tolist(), *times})
@@ -904,37 +1008,70 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     return stack(row, timeline(row.width, spans, edges, places))
 
 
-# ---- --peek: what training will see.
+# --------------------------------------------------------------------------------------------------
+# --peek: what training will see.
 
 
-def drawn_media(prompt):
-    """Images of what the model sees of a prompt, with the record's own truth drawn in green."""
-    record, media = prompt.record, prompt.vllm["multi_modal_data"]
-    truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-    marks = marks_of(task_of(record), truth)
-    drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
-    for frames, known in media.get("video", []):
-        seconds = np.array(known["frames_indices"]) / known["fps"]
-        drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-    text = f"record {record['index']}: {record['problem'][:200]}\n{truth[:200]}"
-    return [captioned(image, text, above=True) for image in drawn]
+def token_table(prompt, tokenizer, few=6):
+    """Which tokens SFT learns: those around the first one, and the last. Each row predicts the next."""
+    given, learned = prompt.token_ids, target_ids(prompt, tokenizer)
+    ids, start = given + learned, len(given)
+    rows = [f"{start} tokens given, {len(learned)} learned", "position      id   label  token"]
+    for i in range(start - few, len(ids)):
+        if i < start + few or i >= len(ids) - few:
+            label = ids[i] if i >= start else "-"
+            rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
+        elif i == start + few:
+            rows.append("     ...")
+    return "\n".join(rows)
 
 
-def peek(prompt, tokenizer):
-    """Prints a prompt's media and text, and its truth or the tokens that SFT learns."""
-    record = prompt.record
-    for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
-        frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-        tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
-        print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
-    count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-    print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-    if not demonstration(record):
-        return print(f"truth: {record['answer']}")
-    learned = target_ids(prompt, tokenizer)
-    words = lambda ids: " ".join(repr(tokenizer.decode([i])) for i in ids)
-    print(f"{demonstration(record)}\n\n{len(learned)} tokens are learned:")
-    print(f"... {words(prompt.token_ids[-3:])} -> {words(learned[:3])} ... {words(learned[-3:])}")
+def sheet_of(prompts):
+    """An image of what the model sees of each prompt, with the record's own truth drawn in green."""
+    panels, rows = [], []
+    for record, media in [(prompt.record, prompt.vllm["multi_modal_data"]) for prompt in prompts]:
+        truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
+        marks, shown = marks_of(task_of(record), truth), []
+        for image in media.get("image", []):
+            shown.append(draw(enlarged(image), marks, None, "lime"))
+        for frames, known in media.get("video", []):
+            seconds = np.array(known["frames_indices"]) / known["fps"]
+            shown.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+        question = record["problem"].partition("\n")[0]
+        text = (
+            f"record {record['index']}, {task_of(record) or 'SFT'}: {question[:200]}\n{truth[:200]}"
+        )
+        panels += [captioned(image, text, above=True) for image in shown]
+    for panel in sorted(panels, key=lambda panel: panel.width):
+        if rows and rows[-1].width + panel.width <= 1320:
+            rows[-1] = stack(rows[-1], panel, across=True, gap=8)
+        else:
+            rows.append(panel)
+    return stack(*rows, gap=8)
+
+
+def peek(records, processor, limits, prompts):
+    """Prints what the model sees of each record and what it learns. Returns the usable Prompts."""
+    tokenizer, usable = processor.tokenizer, []
+    for record in records:
+        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
+        try:
+            prompt = encode(record, processor, limits, prompts)
+        except MediaError as error:
+            print(f"skipped, {error.reason}: {error}")
+            continue
+        usable.append(prompt)
+        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+            tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
+            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+        if demonstration(record):
+            print(f"{demonstration(record)}\n\n{token_table(prompt, tokenizer)}")
+        else:
+            print(f"truth: {record['answer']}")
+    return usable
 
 
 def main():
@@ -945,7 +1082,9 @@ def main():
     parser.add_argument("--prompts", help="JSON file that replaces the instructions")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
-    parser.add_argument("--release-prompts", metavar="CLONE", help="print those of the release")
+    parser.add_argument(
+        "--release-prompts", metavar="CLONE", help="print the release's instructions"
+    )
     add_limits(parser)
     args = parser.parse_args()
     try:
@@ -959,17 +1098,11 @@ def main():
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    panels = []
-    for record in records[: args.peek]:
-        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
-        try:
-            prompt = encode(record, processor, limits_of(args), prompts)
-            peek(prompt, processor.tokenizer)
-            panels += drawn_media(prompt)
-        except MediaError as error:
-            print(f"skipped, {error.reason}: {error}")
-    if panels:
-        stack(*panels, gap=8).save(args.sheet)
+    usable = peek(records[: args.peek], processor, limits_of(args), prompts)
+    if not usable:
+        refuse(f"{args.file}: none of the first {args.peek} records can be used")
+    if any(prompt.record["media"] for prompt in usable):
+        sheet_of(usable).save(args.sheet)
         print(f"\nwhat the model sees, with the truth drawn on it: {args.sheet}")
 
 

@@ -27,9 +27,9 @@ that failed in vLLM is no answer: it is not stored, and its benchmark is not in 
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
 R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds that
-both sides have (the paper's), vIoU over the true seconds. cIoU is the sum of the masks' intersections
-by that of their unions, gIoU the mean IoU; J and F are the mean IoU and contour F-measure of a
-video's masks. The headline metric (*) is the one that enters the mean over benchmarks.
+both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of intersections
+by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the rules of
+the paper's code and by those of DAVIS. The headline metric (*) is the one that enters the mean.
 """
 
 import ast
@@ -37,6 +37,7 @@ import base64
 import csv
 import hashlib
 import html
+import http.client
 import io
 import json
 import math
@@ -45,6 +46,7 @@ import re
 import signal
 import sys
 import time
+import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -61,7 +63,7 @@ from pycocotools import mask as coco
 import data
 import rewards
 from data import draw, draw_strip, marks_of, task_of
-from infer import ask_server, iter_frames, load_sam2, segment_video
+from infer import iter_frames, load_sam2, segment_images, segment_video
 from rewards import answer_of, readable
 
 # --------------------------------------------------------------------------------------------------
@@ -70,7 +72,9 @@ from rewards import answer_of, readable
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
 IMAGE, VIDEO = "segmentation-image", "segmentation-video"
-METRICS = {  # task -> the paper's metrics, the headline metric first; of all others accuracy
+METRICS = {  # task -> the paper's metrics; with the first one a benchmark enters the mean
+    MC: ["accuracy"],
+    TEXT: ["accuracy"],
     TG: ["mIoU", "R@0.3", "R@0.5", "R@0.7"],
     SG: ["R@0.5"],
     ST: ["m_tIoU&m_sIoU", "m_tIoU", "tIoU@0.5", "m_sIoU", "sIoU@0.5"],
@@ -150,7 +154,7 @@ def benchmark_row(stem):
 def paper_numbers(stem):
     """{metric: (OneThinker-8B, Qwen3-VL-8B or "")} of a benchmark."""
     row = benchmark_row(stem)
-    metrics = [row.metric] if row.metric else METRICS.get(row.task, ["accuracy"])
+    metrics = [row.metric] if row.metric else METRICS.get(row.task, [])
     return dict(zip(metrics, zip(row.paper, row.qwen or [""] * len(row.paper))))
 
 
@@ -164,9 +168,10 @@ def print_list():
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most
-128; "128 frames": so many whatever the length. judge: needs --judge-url. system: the release asks
-these with a system prompt; --system FILE gives it to these and to files of your own.
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: python
+infer.py --list-tasks. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the
+length. judge: needs --judge-url. system: the release asks these through VLMEvalKit with a system
+prompt; --system FILE gives it to these and to files of your own.
 
 Each file is called by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
 or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
@@ -181,23 +186,41 @@ VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; re
 
 def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
-    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE)."""
+    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE).
+
+    VLMEvalKit's TSV (or the JSON that its video TSVs are made of): the position is the row, the
+    problem_id the row's index; rows of another split are no records. A cell of images is base64, a
+    list of base64, or the index of the row that has them; they are written to `out`/media.
+    """
     stem, end = os.path.splitext(os.path.basename(path))
-    benchmark = benchmark_row(stem)
-    if end == ".tsv" or benchmark.media:
-        records = data.gradable(load_rows(path, benchmark, media_root, out))
-    else:
+    benchmark, records = benchmark_row(stem), []
+    if end != ".tsv" and not benchmark.media:
         records = data.load_records(path, media_root)
+    else:
+        rows, out = read_rows(path), os.path.abspath(f"{out}/media")
+        cells = {row["index"]: row.get("image") or "" for row in rows}
+        root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
+        for i, row in enumerate(rows):
+            if benchmark.split in ("", row.get("split")):
+                try:
+                    cell = cells[row["index"]]
+                    cell = cells[cell] if 0 < len(cell) <= 64 else cell
+                    codes = literal(cell) or [cell] * bool(cell)
+                    raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
+                except (ValueError, SyntaxError, LookupError, TypeError) as error:
+                    raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
+                records.append(data.normalise(raw, path, i, out if codes else root))
+        if len(records) < len(rows) and data.FIRST_RANK:
+            print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
+        records = data.gradable(records)
     for record in records:
         record["benchmark"] = stem
         record["judged"] = benchmark.judged and record["problem_type"] == TEXT
     return {record["index"]: record for record in records}
 
 
-def load_rows(path, benchmark, media_root, out):
-    """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> records. The position is the
-    row, the problem_id the row's index. A cell of images is base64, a list of base64, or the index of
-    the row that has them; they are written to `out`/media."""
+def read_rows(path):
+    """A TSV or JSON file -> list of dicts; names of columns in lower case, but for A, B, ..."""
     csv.field_size_limit(2**31 - 1)
     if path.endswith(".tsv"):
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -206,38 +229,31 @@ def load_rows(path, benchmark, media_root, out):
         rows = data.read_values(path)
     if not all(isinstance(row, dict) and len(row) > 1 for row in rows):
         raise ValueError(f"{path}: expected a list of objects, one per question")
-    for i, row in enumerate(rows):  # columns: A, B, ..., and names in lower case
-        row = {k if len(k) == 1 else k.lower(): v for k, v in row.items() if k}
-        rows[i] = row | dict(index=str(row.get("index", i)))
-    images = {row["index"]: row.get("image") or "" for row in rows}
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-    out, records = os.path.abspath(f"{out}/media"), []
-    for i, row in enumerate(rows):
-        if benchmark.split in ("", row.get("split")):
-            try:
-                cell = images[row["index"]]
-                cell = images[cell] if 0 < len(cell) <= 64 else cell
-                codes = ast.literal_eval(cell) if cell.startswith("[") else [cell] * bool(cell)
-                raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
-            except (ValueError, SyntaxError, LookupError, TypeError) as error:
-                raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
-            records.append(data.normalise(raw, path, i, out if codes else root))
-    return records
+    rows = [{k if len(k) == 1 else k.lower(): v for k, v in row.items() if k} for row in rows]
+    return [row | dict(index=str(row.get("index", i))) for i, row in enumerate(rows)]
+
+
+def literal(cell):
+    """The list or dict that a cell is, or spells in Python's way; None for any other text."""
+    if isinstance(cell, str):
+        return ast.literal_eval(cell) if cell.startswith(("[", "{")) else None
+    return cell
 
 
 def save_image(code, folder):
-    """Base64 -> the name of a file with its content, which names it. The first rank writes it."""
+    """Base64 -> the name of a file with its content, which names it: ranks may write it at once."""
     content = base64.b64decode(code, validate=True)
     end = "png" if content.startswith(b"\x89") else "jpg"
-    path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
-    if data.FIRST_RANK and not (path.exists() and path.stat().st_size == len(content)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    return path.name
+    name = f"{hashlib.sha256(content).hexdigest()[:24]}.{end}"
+    if not os.path.exists(target := f"{folder}/{name}"):
+        os.makedirs(folder, exist_ok=True)
+        Path(f"{target}.{os.getpid()}").write_bytes(content)
+        os.replace(f"{target}.{os.getpid()}", target)
+    return name
 
 
 def record_of_row(row, benchmark, images):
-    """A row, and the names of its images -> a record in the release's RL form.
+    """A row of a TSV, and the names of its images -> a record in the release's RL form.
 
     Options: the columns A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .."
     under "Choices:" in the question. Options, or an answer that is a letter: a multiple choice. A
@@ -245,15 +261,12 @@ def record_of_row(row, benchmark, images):
     """
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
-    listed = row.get("choices") or row.get("candidates") or row.get("options") or []
-    listed = ast.literal_eval(listed) if isinstance(listed, str) else listed
+    listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-    options = options or (
-        listed if isinstance(listed, dict) else dict(zip(ascii_uppercase, listed))
-    )
-    if not options:  # MathVerse
-        lines = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))
-        options = lines if [*lines] == [*ascii_uppercase[: len(lines)]] else {}
+    for key in ("choices", "candidates", "options"):
+        options = options or literal(row.get(key)) or {}
+    options = dict(zip(ascii_uppercase, options)) if isinstance(options, list) else options
+    options = options or (listed if [*listed] == [*ascii_uppercase[: len(listed)]] else {})
     options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
     question = asked if options else question
     if "correct_choice" in row:  # LongVideoBench
@@ -261,9 +274,9 @@ def record_of_row(row, benchmark, images):
     elif options and row.get("answer_option"):  # MathVista: `answer` is an option's text
         answer = row["answer_option"]
     elif question.startswith("[{"):  # VideoMMLU: the judge looks for these answers
-        pairs = ast.literal_eval(question)
-        answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in pairs)
+        answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in literal(question))
         question = "Describe this video in detail: all that is said, written and shown."
+
     kind = benchmark.free
     if options or re.fullmatch("[A-Z]", str(answer)):
         kind = MC
@@ -273,9 +286,8 @@ def record_of_row(row, benchmark, images):
         kind = "math"
     if "<image " in question + "".join(options):  # MMMU: "Is <image 2> like <image 1>?"
         question = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images))) + question
-        question, *options = (
-            re.sub(r"<image (\d+)>", r"image \1", t) for t in [question, *options]
-        )
+        named = re.sub(r"<image (\d+)>", r"image \1", "\0".join([question, *options]))
+        question, *options = named.split("\0")
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
@@ -292,20 +304,19 @@ def check(args):
         data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
     if bool(args.judge_url) != bool(args.judge_model):
         data.refuse("--judge-url and --judge-model go together")
-    kind = read_object(f"{sam2}/config.json").get("model_type", "")
-    if sam2 and os.path.isdir(os.path.dirname(sam2) or ".") and not kind.startswith("sam2"):
+    here = os.path.isdir(sam2) or os.path.isdir(os.path.dirname(sam2) or ".")
+    kind = read_object(f"{sam2}/config.json").get("model_type", "") if sam2 else "sam2"
+    if not kind.startswith("sam2") and (here or sam2.count("/") != 1):
         data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
     try:
         if not args.regrade:
             system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
             limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
+            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
+            settings |= {name: getattr(args, name) for name in ("dtype", "max_response_tokens")}
+            settings |= dict(model=fingerprint(args.model)) | (dict(sam2=sam2) if sam2 else {})
             processor = data.load_processor(args.model)
             encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
-            weights = [np.memmap(file) for file in sorted(Path(args.model).glob("*.safetensors"))]
-            model = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]
-            settings = dict(model=model or args.model, prompts=prompts, system=system)
-            settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
-            settings |= dict(limits=limits._asdict()) | (dict(sam2=sam2) if sam2 else {})
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
@@ -330,14 +341,20 @@ def check(args):
     return benchmarks, old | settings, encode
 
 
+def fingerprint(path):
+    """Tells model folders apart by the middle of their weight files. A hub id is its own."""
+    files = sorted(Path(path).glob("*.safetensors"))
+    return [zlib.crc32(np.memmap(f)[f.stat().st_size // 2 :][: 2**20]) for f in files] or path
+
+
 def read_object(path):
     """The object in a JSON file; {} if there is no file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
 
 
 def read_lines(path):
-    """{position: line} of a JSONL file; {} if there is none. The later of two lines of a position
-    counts; a line that a kill has torn is left out."""
+    """{position: line} of a JSONL file of outputs; {} if there is none. Of two lines for a position
+    the later one counts; a line that a kill has torn is as good as not written."""
     lines = {}
     for text in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
         with suppress(json.JSONDecodeError):
@@ -362,8 +379,8 @@ def append(out, rank, name, line):
 
 
 def join_parts(out):
-    """Moves what the ranks have written into <benchmark>.jsonl. A kill at any moment leaves every
-    line in at least one of the two."""
+    """Moves what the ranks have written into <benchmark>.jsonl, also what a stopped run has left. A
+    kill at any moment leaves every line in at least one of the two."""
     for part in sorted(Path(out, "parts").glob("*/*.jsonl")):
         path = f"{out}/{part.parent.name}.jsonl"
         write_whole(path, read_lines(path) | read_lines(part))
@@ -385,9 +402,12 @@ def prompt_of(record, processor, limits, prompts, system):
 
 
 def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
-    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), in
-    chunks of `most` prompts or most_tokens (of video: 1.6 GB of pixels). A generation that neither
-    ended nor filled its tokens has failed in vLLM and is left out: the next run tries it again."""
+    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), for a
+    chunk of `most` prompts at a time, or of fewer long ones (2^18 tokens of video: 1.6 GB of pixels).
+
+    A generation that neither ended nor filled its tokens has failed in vLLM: it is left out, so that
+    the next run tries it again.
+    """
     from rl_ema_grpo import generate, text_of
 
     pairs, chunk = iter(pairs), [None]
@@ -413,21 +433,25 @@ def masks_of(record, answer, sam2):
     """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, "frames": {place:
     RLE} for the report}. An answer that prompts nothing has empty masks."""
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
-    size, image = next(iter(truths.values())).shape, record["data_type"] == "image"
-    count = 1 if image else len(record["segmentation_output"]["frames"])
-    place = 0 if image else round((marks.time or 0) * record["fps"])
-    place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
-    if marks.boxes or marks.positive:  # without an answer the media may not even be there
-        masks = segment_video(sam2, frames_at(record, count, size), place, marks)
-    areas = {k: ((masks[k] & y).sum(), (masks[k] | y).sum()) for k, y in truths.items()}
-    if image:
-        both, either = map(int, areas[0])
-        parts = {"cIoU": [both, either], "gIoU": both / either if either else 1.0}
-    else:  # of two empty masks J is 0, as in the paper's figures (by DAVIS 1)
-        j = float(np.mean([both / max(1, either) for both, either in areas.values()]))
-        f = float(np.mean([boundary_f(masks[k], y) for k, y in truths.items()]))
-        parts = {"J&F": (j + f) / 2, "J": j, "F": f}
-    shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
+    size, prompts = next(iter(truths.values())).shape, bool(marks.boxes or marks.positive)
+    if record["data_type"] == "image":
+        masks, y, shown = np.zeros((1, *size), dtype=bool), truths[0], [0]
+        if prompts:  # without an answer the image may not even be there
+            image = ImageOps.exif_transpose(Image.open(record["media"][0]["path"]))
+            masks = segment_images(sam2, [(image.convert("RGB").resize(size[::-1]), marks)])
+        both, either = int((masks[0] & y).sum()), int((masks[0] | y).sum())
+        parts = {"cIoU": [both, either], "gIoU": jaccard(masks[0], y, empty=1.0)}
+    else:
+        count, parts = len(record["segmentation_output"]["frames"]), {}
+        place = round((marks.time or 0) * record["fps"])
+        place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
+        if prompts:
+            masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+        for by, davis in (("", False), (" (DAVIS)", True)):
+            j = np.mean([jaccard(masks[k], y, empty=float(davis)) for k, y in truths.items()])
+            f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
+            parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
+        shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
     codes = coco.encode(np.asfortranarray(np.stack([masks[k] for k in shown], -1), dtype=np.uint8))
     frames = {str(k): c | dict(counts=c["counts"].decode()) for k, c in zip(shown, codes)}
     return dict(answer=answer, parts=parts, frames=frames)
@@ -445,13 +469,10 @@ def true_masks(record):
 
 
 def frames_at(record, count, size):
-    """The image, or the first `count` frames of the video, uint8 (count, H, W, 3), size = (H, W).
+    """The first `count` frames of a segmentation's video, uint8 (count, H, W, 3), size = (H, W).
     Frame k is the first one from k / fps seconds on, as in the release, or the last there is."""
-    path, frames, fps = record["media"][0]["path"], [], record.get("fps")
-    if record["data_type"] == "image":
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        return np.array(image.resize(size[::-1]))[None]
-    for second, image in iter_frames(path, fps)[1]:
+    frames, fps = [], record["fps"]
+    for second, image in iter_frames(record["media"][0]["path"], fps)[1]:
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
         if len(frames) == count:
@@ -481,23 +502,28 @@ def read_score(text):
     return int(score[1]) / 10 if score else None
 
 
-def ask_judge(url, model, record, answer, tries=3, silence=120.0, pause=1.0):
+def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
     """One question to an OpenAI-compatible server -> its score in [0, 1], or None and what went
-    wrong."""
+    wrong. OPENAI_API_KEY, if set, is sent along."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=answer[:20000]))
-    request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
+    body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
+    url = f"{url.rstrip('/')}/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode())
+    request.add_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}")
+    request.add_header("Content-Type", "application/json")
     for attempt in range(tries):
         time.sleep(pause * attempt)
         try:
-            reply = json.loads(b"".join(ask_server(f"{url}/chat/completions", request, silence)))
-            text = str(reply["choices"][0]["message"]["content"])
-            if (score := read_score(text)) is not None:
+            with urllib.request.urlopen(request, timeout=seconds) as reply:
+                text = json.load(reply)["choices"][0]["message"]["content"]
+            score, wrong = read_score(text), f"it replied {text[:200]!r}"
+            if score is not None:
                 return score, ""
-            wrong = f"it replied {text[:200]!r}"
-        except OSError as error:
-            wrong = str(error)
-        except (ValueError, LookupError, TypeError) as error:
+        except (OSError, http.client.HTTPException) as error:  # an HTTPError can be read
+            cause = error.read(300).decode(errors="replace") if hasattr(error, "code") else ""
+            wrong = f"{error} {cause}"
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             wrong = f"it replied no chat completion: {error!r}"
     return None, wrong
 
@@ -520,7 +546,7 @@ def judge_answers(benchmarks, out, url, model):
                 verdict = dict(judge=model, answer=answer, score=score)
                 append(out, "judge", record["benchmark"], line | dict(verdict=verdict))
             elif not failed:
-                print(f"judge: record {record['index']}: {wrong}", flush=True)
+                print(f"judge: {url}: record {record['index']}: {wrong}", flush=True)
             failed += score is None
     join_parts(out)
     if failed:
@@ -528,8 +554,9 @@ def judge_answers(benchmarks, out, url, model):
 
 
 def grade(benchmarks, out, judge):
-    """Grades all stored responses anew. accuracy is None where the judge (a model's name) has given
-    no verdict. Masks and verdicts of an answer that is read otherwise now are dropped."""
+    """Grades all stored responses, also those graded before, perhaps by other rules. accuracy is
+    None where the judge (the name of its model) has given no verdict. Masks and verdicts of an
+    answer that is read otherwise now are dropped."""
     with rewards.Grader() as grader:
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
@@ -545,10 +572,10 @@ def grade(benchmarks, out, judge):
                 trouble = [what for what in old["trouble"] if what != "unreadable"]
                 if old["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
-                parts = parts_of(task, record, answer) | kept.get("masks", {}).get("parts", {})
                 line = {key: old[key] for key in ("problem_id", "position", "response")}
-                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy)
-                lines[record["index"]] = line | kept | dict(parts=parts)
+                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy) | kept
+                parts = parts_of(task, record, answer) | kept.get("masks", {}).get("parts", {})
+                lines[record["index"]] = line | dict(parts=parts)
             write_whole(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
             print(f"{killed} answers took too long to grade and count 0")
@@ -558,22 +585,62 @@ def grade(benchmarks, out, judge):
 # Metrics, first of masks, then of answers: each is the ratio of two sums over records
 
 
-def boundary_f(p, y):
-    """F, the F-measure of two masks' contours, bool (H, W). A contour: mask pixels with one of eight
-    neighbours outside the mask or the image; right within 0.0075 diagonals (rounded, at least 1) of
-    the other contour, in a square. 1 if neither mask has a contour, 0 if only one has."""
+def jaccard(p, y, empty):
+    """J, the intersection over union of two masks, bool (H, W); `empty` if both are: 1 by DAVIS, 0
+    in the paper's figures.
 
-    def grown(mask, r):  # by r pixels to all sides and corners
-        sums = np.pad(mask, (r + 1, r)).cumsum(0, dtype=np.int32).cumsum(1)  # above and to the left
-        k = 2 * r + 1
-        return sums[k:, k:] - sums[:-k, k:] - sums[k:, :-k] + sums[:-k, :-k] > 0
+    >>> jaccard(np.array([[1, 1, 0]], bool), np.array([[0, 1, 1]], bool), empty=1.0)
+    0.3333333333333333
+    """
+    union = (p | y).sum()
+    return float((p & y).sum() / union) if union else empty
 
-    r = max(1, round(0.0075 * math.hypot(*p.shape)))
-    p, y = (mask & grown(~np.pad(mask, 1), 1)[1:-1, 1:-1] for mask in (p, y))
+
+def boundary(mask, davis):
+    """The contour of a mask as bool (H, W). DAVIS: pixels that differ from the one to the right,
+    below, or both. The paper: mask pixels on the edge of the image, or with one of their eight
+    neighbours outside the mask.
+
+    >>> [int(boundary(np.ones((3, 3), bool), davis).sum()) for davis in (False, True)]
+    [8, 0]
+    """
+    if davis:
+        wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+        return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
+    wide, (height, width) = np.pad(mask, 1), mask.shape
+    around = [wide[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return mask & ~np.logical_and.reduce(around)
+
+
+def dilate(mask, reach):
+    """A mask, bool (H, W), grown by a shape of 2r + 1 rows, the same upside down: its row i reaches
+    reach[i] <= r pixels to either side.
+
+    >>> dilate(np.array([[0, 0, 0, 0], [1, 0, 0, 0]], bool), [0, 1, 0]).astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0]]
+    """
+    r, (height, width), grown = len(reach) // 2, mask.shape, np.zeros_like(mask)
+    sums = np.pad(mask, ((r, r), (r + 1, r))).cumsum(1, dtype=np.int32)  # c: pixels left of c - r
+    for y, w in enumerate(reach):
+        rows = sums[y : y + height]
+        grown |= rows[:, r + w + 1 : r + w + 1 + width] > rows[:, r - w : r - w + width]
+    return grown
+
+
+def boundary_f(p, y, davis):
+    """F, the F-measure of two masks' contours, bool (H, W): a contour pixel is right within a
+    tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper:
+    round(0.0075 * diagonal), at least 1, a square. 1 if neither has a contour, 0 if only one has.
+    """
+    diagonal = math.hypot(*p.shape)
+    r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
+    reach = [math.isqrt(r * r - dy * dy) if davis else r for dy in range(-r, r + 1)]
+    p, y = boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
-    precision, recall = (p & grown(y, r)).sum() / p.sum(), (y & grown(p, r)).sum() / y.sum()
-    return float(2 * precision * recall / max(1e-9, precision + recall))
+    precision = (p & dilate(y, reach)).sum() / p.sum()
+    recall = (y & dilate(p, reach)).sum() / y.sum()
+    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
 
 
 def parts_of(task, record, answer):
@@ -599,11 +666,24 @@ def parts_of(task, record, answer):
         return parts | {"m_tIoU&m_sIoU": (t + s) / 2, "vIoU@0.5": v >= 0.5, "m_vIoU": v}
     if task == TRACK:
         p, y = (side if isinstance(side, dict) else {} for side in boxes)
-        ious = [rewards.iou_box(p.get(k), box) for k, box in y.items()]
-        iou = sum(ious) / max(1, len(ious))  # the sequence; SR@t counts its frames
-        parts = {"AO": iou} | {f"R@{t}": iou >= t for t in (0.3, 0.5, 0.7)}
-        return parts | {f"SR@{t}": (sum(v >= t for v in ious), len(ious)) for t in (0.5, 0.75)}
+        ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
+        rest = track_parts([iou for k, iou in ious.items() if k != "1"], ", given box left out")
+        return track_parts(ious.values()) | rest
     return {"box_mIoU": rewards.iou_box(*boxes)} if task in (IMAGE, VIDEO) else {}
+
+
+def track_parts(ious, title=""):
+    """IoUs of a sequence's frames -> its parts in AO and R@t, where each sequence counts once, and
+    in SR@t, where each frame does. A sequence without frames does not count.
+
+    >>> {metric: track_parts([1.0, 0.0])[metric] for metric in ("AO", "R@0.5", "SR@0.5")}
+    {'AO': (0.5, 1), 'R@0.5': (True, 1), 'SR@0.5': (1, 2)}
+    """
+    n, one = len(ious), min(1, len(ious))
+    iou = sum(ious) / max(1, n)
+    parts = {"AO": (iou, one)} | {f"R@{t}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
+    parts |= {f"SR@{t}": (sum(v >= t for v in ious), n) for t in (0.5, 0.75)}
+    return {metric + title: part for metric, part in parts.items()}
 
 
 TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
@@ -614,9 +694,10 @@ UNKNOWN = {  # no grade: the largest share with which a benchmark enters the mea
 
 
 def columns_of(name, lines):
-    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to the metric's
-    two sums, 0 and 0 where it does not count. accuracy, the metrics of the records' task, the shares
-    of what went wrong. With several tasks in a file: named like "mIoU (temporal grounding)"."""
+    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to the
+    metric's two sums, 0 and 0 where it does not count. accuracy, then the metrics of the records'
+    task, then the shares of what went wrong. A file with several tasks gets the metrics of each
+    over its own records, named like "mIoU (temporal grounding)"."""
     columns, tasks, orders = {}, sorted({line["task"] for line in lines}), {}
 
     def add(metric, parts):  # one per line: a number, a pair, or None
@@ -630,12 +711,12 @@ def columns_of(name, lines):
         right = {o[0]["position"]: min(line["accuracy"] for line in o) for o in orders.values()}
         add("circular accuracy", [right.get(line["position"]) for line in lines])
     for task in tasks:
-        own = [line["parts"] if line["task"] == task else None for line in lines]
-        known = [parts for parts in own if parts is not None]
-        for metric in known[0]:
-            if all(metric in parts for parts in known):  # of masks: once all have them
+        own = [{"accuracy": line["accuracy"], **line["parts"]} for line in lines]
+        own = [parts if line["task"] == task else {} for parts, line in zip(own, lines)]
+        for metric in next(filter(None, own)):
+            if all(metric in parts for parts in own if parts):  # of masks: once all have them
                 title = f"{metric} ({task})" if len(tasks) > 1 else metric
-                add(title, [parts and parts[metric] for parts in own])
+                add(title, [parts.get(metric) for parts in own])
     for trouble in TROUBLES:
         add(trouble, [trouble in line["trouble"] for line in lines])
     add("not judged", [line["accuracy"] is None for line in lines])
@@ -649,9 +730,9 @@ def headline_metric(name, lines, metrics):
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
     for what, (most, hint) in UNKNOWN.items():
-        cell = metrics.get(what, dict(value=0))
-        if cell["value"] > most:
-            return headline, f"{cell['value'] * cell['n']:.0f} {what} ({hint})"
+        if metrics.get(what, {"value": 0})["value"] > most:
+            count = metrics[what]["value"] * metrics[what]["n"]
+            return headline, f"{count:.0f} {what} ({hint})"
     return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
 
 
@@ -659,15 +740,18 @@ def headline_metric(name, lines, metrics):
 # Numbers with their intervals, the table, the report
 
 
+def ratios(sums):
+    """(..., 2) -> (...): the first by the second, 0 where that is 0."""
+    return sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
+
+
 def resampled(columns, name, resamples=2000):
-    """Columns (m, 2, n) of sums -> their m ratios, (m,), and those of draws of n records, (resamples,
-    m): the bootstrap. The seed is the name: models see the same draws (so differences are paired),
-    benchmarks different ones."""
-    ratios = lambda sums: sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
+    """Bootstrap: the ratios of columns (m, 2, n) over draws of n records with replacement ->
+    (resamples, m). All columns see the same draws: so a comparison of columns is paired. The seed
+    is the name: a benchmark has the same draws everywhere, two benchmarks have independent ones."""
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
     draws = (rng.integers(n, size=n, dtype=np.int32) for _ in range(resamples))
-    drawn = np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws])
-    return ratios(columns.sum(-1)), ratios(drawn)
+    return ratios(np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws]))
 
 
 def interval(value, draws, **more):
@@ -678,19 +762,19 @@ def interval(value, draws, **more):
 
 def metrics_of(name, lines, failed=0):
     """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}; n: how many records
-    (or questions) count. failed: how many records have no line."""
+    (or questions, or sequences) count. failed: how many records have no line."""
     columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
-    values, draws = resampled(stacked, name)
+    values, draws = ratios(stacked.sum(-1)), resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
     return cells | dict(failed=interval(failed / n, [failed / n], n=n))
 
 
-def mean_of(values):
-    """{benchmark: value} -> the mean; the files of one of the paper's benchmarks count as one."""
-    titles = [benchmark_row(name).name or name for name in values]
-    return np.average([*values.values()], 0, [1 / titles.count(title) for title in titles])
+def weights_of(names):
+    """A weight for each benchmark: the files of one of the paper's benchmarks share one."""
+    titles = [benchmark_row(name).name or name for name in names]
+    return [1 / titles.count(title) for title in titles]
 
 
 def percent(cell, form="5.1f"):
@@ -719,7 +803,7 @@ def table_of(results, headlines):
         else:
             values[name] = 100 * metrics[headline]["value"]
     if values:
-        mean = f"{mean_of(values):.1f}"
+        mean = f"{np.average([*values.values()], weights=weights_of(values)):.1f}"
         said.insert(0, f"mean over {len(values)} benchmarks, each by its headline metric *: {mean}")
     return rows, said
 
@@ -734,46 +818,52 @@ def aligned(rows, left=1):
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
-body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; background: #f7f7f5 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: auto; padding: 1rem }
+body { color: #222; background: #f7f7f5 } h1 { font-size: 1.5rem } h2 { margin: 2rem 0 .5rem }
 .small { color: #666; font-size: .85rem } .box, .card { background: #fff; border: 1px solid #ddd }
 .box { max-height: 40vh; overflow: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .15rem .8rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } .headline { font-weight: bold }
+th { position: sticky; top: 0; background: #eee } .headline { font-weight: bold }
+td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } pre { white-space: pre-wrap }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
 .card { padding: .8rem; overflow-wrap: anywhere; min-width: 0 } .wide { grid-column: 1 / -1 }
-p, pre { white-space: pre-wrap; max-height: 9rem; overflow: auto; margin: .4rem 0 }
-img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
+.card p { margin: .4rem 0; white-space: pre-wrap; max-height: 9rem; overflow: auto }
+.card img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
 .answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
 </style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
 <div class="box"><table>$table</table></div><p class="small">Percent, with 95% bootstrap intervals.
-Below, answers of each benchmark, from the worst to the best, in orange over the truth in green.
-</p>$sections</html>""")
+Below, answers of each benchmark from the worst to the best: orange is the answer, green the truth,
+beneath it and wider.</p>$sections</html>""")
 
 
 def image_of(record, line):
     """An answer over its truth, drawn on the record's first video, as a strip of frames, or else on
     its first image -> PIL.Image."""
     task, masks = task_of(record), {}
-    truth, answer = marks_of(task, record["answer"]), marks_of(task, line["answer"])
-    wide = {t: [x1 - 8, y1 - 8, x2 + 8, y2 + 8] for t, (x1, y1, x2, y2) in truth.boxes.items()}
-    marks = {"limegreen": data.Marks(boxes=wide), "lime": truth, "orange": answer}
+    medium = min(record["media"], key=lambda medium: medium["type"] == "image")
+    truth, wide = marks_of(task, record["answer"]), {}
+    for second, (x1, y1, x2, y2) in truth.boxes.items():
+        wide[second] = [x1 - 8, y1 - 8, x2 + 8, y2 + 8]
+    marks = {
+        "limegreen": data.Marks(boxes=wide),
+        "lime": truth,
+        "orange": marks_of(task, line["answer"]),
+    }
     if "masks" in line:
         truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
         drawn = np.stack([coco.decode(rle) for rle in line["masks"]["frames"].values()]) > 0
         true = np.stack([truths.get(k, np.zeros_like(drawn[0])) for k in places])
         masks = {"lime": true, "orange": drawn}
-    medium = min(record["media"], key=lambda medium: medium["type"] == "image")
-    if masks and medium["type"] == "video":
+    if medium["type"] == "image":
+        image = data.enlarged(Image.fromarray(data.read_image(medium["path"], 0, 480 * 480)))
+        for colour, each in marks.items():
+            image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
+        return image
+    if masks:
         frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
         return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-    limits = data.Limits(image_max_pixels=480 * 480, max_frames=64)
-    pixels = data.read_medium(medium, limits, record.get("fps"))
-    if medium["type"] == "video":
-        return draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
-    image = data.enlarged(Image.fromarray(pixels))
-    for colour, each in marks.items():
-        image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
-    return image
+    video = data.read_video(medium["path"], max_frames=64, folder_fps=record.get("fps"))
+    return draw_strip(video.frames, np.array(video.indices) / video.fps, marks)
 
 
 def card(record, line, score):
@@ -804,10 +894,11 @@ def write_report(out, table, said, benchmarks, lines, count=9):
     for name, each in lines.items():
         scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
         ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
-        places = {round(k) for k in np.linspace(0, len(ranked) - 1, count)} if ranked else ()
-        chosen = [(each[i], score) for score, i in (ranked[place] for place in sorted(places))]
-        cards = [card(benchmarks[name][line["position"]], line, score) for line, score in chosen]
-        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">{"".join(cards)}</div>')
+        chosen = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round())
+        cards = ""
+        for score, i in (ranked[int(place)] for place in chosen):
+            cards += card(benchmarks[name][each[i]["position"]], each[i], score)
+        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">{cards}</div>')
     shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model", "commit")
     settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
     settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
@@ -824,15 +915,8 @@ def write_report(out, table, said, benchmarks, lines, count=9):
 
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
-
-    def stopped(*_):  # by Ctrl-C; everything is in the files already
-        message = (
-            f"stopped; {args.out} has what was answered, and the same command goes on from there"
-        )
-        os.write(2, f"\nevaluate.py: {message}\n".encode())
-        os._exit(130)
-
-    signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)
+    handler = partial(stopped, args.out) if data.FIRST_RANK else signal.SIG_DFL
+    signal.signal(signal.SIGINT, handler)
     import cpu_compat  # noqa: F401  (before transformers)
 
     benchmarks, settings, encode = check(args)
@@ -852,10 +936,11 @@ def evaluate(args):
         if rank == 0:
             join_parts(args.out)
         dist.barrier(group=patient)
-        stored = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
-        return [
-            (r, stored[name].get(p)) for name in benchmarks for p, r in benchmarks[name].items()
-        ]
+        pairs = []
+        for name, records in benchmarks.items():
+            lines = read_lines(f"{args.out}/{name}.jsonl")
+            pairs += [(record, lines.get(position)) for position, record in records.items()]
+        return pairs
 
     # 1 What is there already? Records whose media could not be used are tried again.
     start_run(args)
@@ -882,9 +967,11 @@ def evaluate(args):
             append(args.out, rank, record["benchmark"], line | dict(response=text, trouble=trouble))
 
     # 3 Masks, each rank its share.
+    pairs = joined()
     if args.sam2:
         masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
-        pairs = [(r, x) for r, x in joined() if x and "masks" not in x and masked(r)][rank::world]
+        pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
+        pairs = pairs[rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
             masks = masks_of(record, answer_of(record, line["response"]), sam2)
@@ -897,6 +984,15 @@ def evaluate(args):
     if todo:
         llm.llm_engine.engine_core.shutdown()  # takes the process group with it
     sys.exit(code)
+
+
+def stopped(out, *_):
+    """Ends this process at Ctrl-C: everything is in the files already."""
+    paths = [*Path(out, "parts").glob("*/*.jsonl"), *Path(out).glob("*.jsonl")]
+    count = sum(path.read_bytes().count(b"\n") for path in paths)
+    what = f"{count} answers are saved in {out}; the same command goes on from there"
+    print(f"\nevaluate.py: stopped: {what}", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def sum_up(args, benchmarks, settings):
@@ -927,55 +1023,64 @@ def sum_up(args, benchmarks, settings):
 # Comparing models that answered the same records
 
 
-def compare_models(outs):
-    """{model: its --out folder} -> what --compare prints and writes: {"mean": row, "benchmarks":
-    {name: row}, "left_out": [names]}. A row: {"metric", "n", "models": {model: interval},
-    "differences": {model: interval and p, minus the model before it}}.
+def read_finished(out):
+    """The finished benchmarks of an --out folder: {(benchmark, headline metric): ([problem ids],
+    that metric's columns (2, n))}. One that is not in that folder's mean is not finished."""
+    found, results = {}, read_object(f"{out}/results.json")
+    if not results:
+        data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
+    for name, metrics in results.items():
+        lines = list(read_lines(f"{out}/{name}.jsonl").values())
+        headline, why = headline_metric(name, lines, metrics)
+        if not why:
+            column = columns_of(name, lines)[headline]
+            found[name, headline] = [line["problem_id"] for line in lines], column
+    return found
 
-    Differences are paired: both models on the same draws of records, within each benchmark. p: twice
-    the share of draws on the other side of 0. Benchmarks that not all models have in their mean, by
-    the same metric, are left out."""
-    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [(ids, columns (2, n))]
-    for out in outs.values():
-        results = read_object(f"{out}/results.json")
-        if not results:
-            data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
-        for name, metrics in results.items():
-            lines = [*read_lines(f"{out}/{name}.jsonl").values()]
-            metric, why = headline_metric(name, lines, metrics)
-            if not why:
-                each = [line["problem_id"] for line in lines], columns_of(name, lines)[metric]
-                found.setdefault((name, metric), []).append(each)
-    for (name, metric), each in found.items():
-        ids, columns = zip(*each)
+
+def compare_models(models):
+    """{model: read_finished(...)} -> what --compare prints and writes.
+
+    {"benchmarks": {name: row}, "mean": row, "left_out": [benchmarks that not all models have by the
+    same metric]}. A row: {"metric", "n", "models": {model: interval}, "differences": {model:
+    interval and p, minus the model before it}}. These are paired: records are drawn within each
+    benchmark, the same for all models, and the mean over benchmarks is taken of each draw. p: twice
+    the share of draws on the other side of 0.
+    """
+    names, everything = list(models), [key for found in models.values() for key in found]
+    shared = [key for key in dict.fromkeys(everything) if everything.count(key) == len(names)]
+    if not shared:
+        data.refuse("--compare: the models have no benchmark in common")
+    rows = []  # name, metric, n, values (models,), their draws (resamples, models)
+    for name, headline in shared:
+        ids, columns = zip(*(found[name, headline] for found in models.values()))
         if any(other != ids[0] for other in ids):
             data.refuse(f"--compare: {name}: the models did not answer the same records")
-        if len(each) == len(outs):
-            rows[name] = dict(metric=metric, n=len(ids[0]))
-            values[name], draws[name] = resampled(np.stack(columns), name)  # one per model
-    if not rows:
-        data.refuse("--compare: the models have no benchmark in common")
-    values["mean"], draws["mean"] = mean_of(values), mean_of(draws)
-    report = rows | dict(mean=dict(metric="mean", n=len(rows)))
-    for name, row in report.items():
-        value, drawn = values[name], draws[name].T
-        row["models"] = {m: interval(value[i], drawn[i]) for i, m in enumerate(outs)}
-        row["differences"] = {}
-        for i, model in [*enumerate(outs)][1:]:
-            gap = drawn[i] - drawn[i - 1]
-            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
-            row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
-    left_out = sorted({name for name, _ in found} - {*rows})
+        columns = np.stack(columns)  # (models, 2, n)
+        values, draws = ratios(columns.sum(-1)), resampled(columns, name)
+        rows.append((name, headline, columns.shape[-1], values, draws))
+    weights = weights_of([name for name, _ in shared])
+    means = [np.average([row[i] for row in rows], 0, weights) for i in (3, 4)]
+    report = {}
+    for name, metric, n, values, draws in [*rows, ("mean", "mean", len(rows), *means)]:
+        row = dict(metric=metric, n=n, models={}, differences={})
+        for i, model in enumerate(names):
+            row["models"][model] = interval(values[i], draws[:, i])
+            if i:
+                gap = draws[:, i] - draws[:, i - 1]
+                p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
+                row["differences"][model] = interval(values[i] - values[i - 1], gap, p=p)
+        report[name] = row
+    left_out = sorted({name for name, _ in everything} - {name for name, _ in shared})
     return dict(mean=report.pop("mean"), benchmarks=report, left_out=left_out)
 
 
 def compare(args):
     names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
     if len({*names}) != len(args.compare) or len(names) != len(args.compare):
-        data.refuse(
-            f"--names: {len(args.compare)} different names are needed, not {' '.join(names)}"
-        )
-    report = compare_models(dict(zip(names, args.compare)))
+        wanted = f"{len(args.compare)} different names are needed"
+        data.refuse(f"--names: {wanted}, not {' '.join(names)}")
+    report = compare_models({name: read_finished(out) for name, out in zip(names, args.compare)})
     sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
     rows, mean = report["benchmarks"], report["mean"]
     alike = all(row["metric"] == "accuracy" for row in rows.values())

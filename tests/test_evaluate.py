@@ -5,6 +5,7 @@ import contextlib
 import csv
 import http.server
 import json
+import math
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT, run, tiny_sam2
+from PIL import Image
 from scipy import ndimage
 
 import data
@@ -76,14 +78,19 @@ def test_spatial_temporal_boxes_over_true_and_over_shared_seconds():
 
 
 def test_tracking_counts_sequences_and_success_counts_frames():
-    """R@t over frames instead of sequences; SR@t over sequences."""
+    """R@t over frames instead of sequences, SR@t over sequences; the given box as a success."""
     box, off = [0, 0, 10, 10], [50, 50, 60, 60]
     long = {"boxes": {str(k): box for k in range(1, 5)}}  # 4 frames, of which the last is missed
     short = {"boxes": {"1": box, "2": box}}  # 2 frames, of which the second is missed
     answers = {"boxes": {**long["boxes"], "4": off}}, {"boxes": {"1": box}}
-    found = values("got10k", [line_of("tracking", y, p) for y, p in zip((long, short), answers)])
-    assert found["SR@0.5"] == pytest.approx(4 / 6) and found["AO"] == pytest.approx(5 / 8)
+    lines = [line_of("tracking", y, p) for y, p in zip((long, short), answers)]
+    given_alone = line_of("tracking", {"boxes": {"1": box}}, {"boxes": {"1": box}})
+    found, left = values("got10k", lines), ", given box left out"
+    assert found["SR@0.5"] == pytest.approx(4 / 6) and found["SR@0.5" + left] == pytest.approx(0.5)
+    assert found["AO"] == pytest.approx(5 / 8) and found["AO" + left] == pytest.approx(1 / 3)
     assert (found["R@0.3"], found["R@0.5"], found["R@0.7"]) == (1.0, 1.0, 0.5)
+    cells = evaluate.metrics_of("got10k", [*lines, given_alone])
+    assert cells["AO" + left]["n"] == 2 and cells["AO" + left]["value"] == found["AO" + left]
 
 
 def test_a_file_with_two_tasks_keeps_their_metrics_apart():
@@ -113,10 +120,10 @@ def test_the_table_is_the_papers():
     }
     for tasks, expected in families.items():
         stems = [stem for stem, row in evaluate.BENCHMARKS.items() if row.task in tasks]
+        weights = evaluate.weights_of(stems)
         for i in (0, 1)[: 2 - (None in expected)]:
-            first = lambda stem: next(iter(evaluate.paper_numbers(stem).values()))[i]  # noqa: B023
-            mean = evaluate.mean_of({stem: first(stem) for stem in stems})
-            assert abs(mean - expected[i]) < 0.101, (tasks, i)
+            numbers = [next(iter(evaluate.paper_numbers(stem).values()))[i] for stem in stems]
+            assert abs(np.average(numbers, weights=weights) - expected[i]) < 0.101, (tasks, i)
     assert len({row.name for row in evaluate.BENCHMARKS.values()}) == 31
     known = {"accuracy", "circular accuracy", "cIoU", "J", "F", "J&F"}
     for stem, row in evaluate.BENCHMARKS.items():  # the paper's metrics are among ours, by name
@@ -169,20 +176,33 @@ def test_circular_accuracy_wants_every_order_of_the_options():
 # Masks
 
 
-def scipy_f(p, y):
-    """F by another way: contours by erosion, the tolerance by dilation."""
+def davis_f(p, y):
+    """F by another way: contours by shifted copies, the tolerance by a distance transform."""
+    contours = []
+    for mask in (p, y):
+        shifts = (0, -1), (-1, 0), (-1, -1)
+        moved = [ndimage.shift(mask.astype(int), by, order=0, mode="nearest") for by in shifts]
+        contours.append(np.logical_or.reduce([mask != other for other in moved]))
+    near = lambda contour, r: ndimage.distance_transform_edt(~contour) <= r
+    return f_measure(*contours, near, math.ceil(0.008 * np.linalg.norm(p.shape)))
+
+
+def paper_f(p, y):
     inside = [ndimage.binary_erosion(mask, np.ones((3, 3)), border_value=0) for mask in (p, y)]
+    grow = lambda contour, r: ndimage.binary_dilation(contour, np.ones((2 * r + 1, 2 * r + 1)))
     r = max(1, round(0.0075 * np.linalg.norm(p.shape)))
-    p, y = p & ~inside[0], y & ~inside[1]
+    return f_measure(p & ~inside[0], y & ~inside[1], grow, r)
+
+
+def f_measure(p, y, grow, r):
     if not p.any() or not y.any():
         return float(not p.any() and not y.any())
-    grow = lambda contour: ndimage.binary_dilation(contour, np.ones((2 * r + 1, 2 * r + 1)))
-    precision, recall = grow(y)[p].mean(), grow(p)[y].mean()
+    precision, recall = grow(y, r)[p].mean(), grow(p, r)[y].mean()
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def test_f_is_that_of_scipy():
-    """A contour that lacks the image's edge, a disk for a square, a tolerance rounded the other way."""
+def test_j_and_f_are_those_of_scipy():
+    """A contour that lacks the image's edge, a square for a disk, a tolerance rounded the other way."""
     rng = np.random.default_rng(0)
     sizes = [(5, 7), (40, 30), (1, 9), (100, 180), (240, 427), (301, 300), (480, 854)]
     for size in sizes * 2:
@@ -190,10 +210,21 @@ def test_f_is_that_of_scipy():
         p, y = grain > np.quantile(grain, rng.choice([0.3, 0.9, 0.99]))
         if rng.random() < 0.3:
             y = np.roll(p, rng.integers(0, 9, 2), (0, 1))
-        assert evaluate.boundary_f(p, y) == pytest.approx(scipy_f(p, y), abs=1e-6), size
-    none = np.zeros((20, 30), bool)  # an object that is rightly said to be absent
-    assert evaluate.boundary_f(none, none) == 1.0
-    assert evaluate.boundary_f(none, np.eye(20, 30) > 0) == 0.0
+        for davis, reference in ((True, davis_f), (False, paper_f)):
+            found, expected = evaluate.boundary_f(p, y, davis), reference(p, y)
+            assert found == pytest.approx(expected, abs=1e-6), (size, davis)
+        j = (p & y).sum() / (p | y).sum() if (p | y).any() else 1.0
+        assert evaluate.jaccard(p, y, empty=1.0) == pytest.approx(j, abs=1e-6)
+
+
+def test_empty_masks_are_where_the_two_conventions_part():
+    """An object that is rightly said to be absent: J is 1 by DAVIS, 0 in the paper's figures."""
+    none, some = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
+    some[5:9, 5:9] = True
+    assert [evaluate.jaccard(none, none, empty) for empty in (1.0, 0.0)] == [1.0, 0.0]
+    for davis in (True, False):
+        f = [evaluate.boundary_f(p, y, davis) for p in (none, some) for y in (none, some)]
+        assert f == [1.0, 0.0, 0.0, 1.0]
 
 
 def test_ciou_is_cumulative_and_giou_is_not():
@@ -229,13 +260,17 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
         assert (evaluate.true_masks(record)[0] == twice).all()
     prompts = []
 
-    def segment_video(sam2, frames, index, marks):  # a perfect SAM2
-        if len(frames) == 1:
-            return evaluate.true_masks(images[0])[0][None]
+    def segment_images(sam2, items):  # a perfect SAM2, at the size of what it is given
+        ((image, _),) = items
+        mask = Image.fromarray(evaluate.true_masks(images[0])[0]).resize(image.size)
+        return [np.asarray(mask)]
+
+    def segment_video(sam2, frames, index, marks):
         prompts.append(index)
         assert frames.shape == (32, 64, 64, 3)
         return np.stack([evaluate.true_masks(videos[len(prompts) - 1])[k] for k in range(32)])
 
+    monkeypatch.setattr(evaluate, "segment_images", segment_images)
     monkeypatch.setattr(evaluate, "segment_video", segment_video)
     images[1]["media"] = [dict(type="image", path="lost.png")]
     sums = [int(evaluate.true_masks(record)[0].sum()) for record in images]
@@ -243,11 +278,14 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
     found = [evaluate.masks_of(r, answer, None)["parts"] for r, answer in zip(images, answers)]
     assert [parts["cIoU"] for parts in found] == [[sums[0], sums[0]], [0, sums[1]]]
     for record in videos:
-        masks = evaluate.masks_of(record, record["answer"], None)
-        truths = evaluate.true_masks(record)
+        masks, truths = (
+            evaluate.masks_of(record, record["answer"], None),
+            evaluate.true_masks(record),
+        )
         assert prompts[-1] == 4 * json.loads(record["answer"])["time"]  # 4 frames a second
         absent, parts = np.mean([not mask.any() for mask in truths.values()]), masks["parts"]
-        assert parts["F"] == 1.0 and 0 < absent < 1 and parts["J"] == pytest.approx(1 - absent)
+        assert parts["J (DAVIS)"] == parts["F (DAVIS)"] == parts["F"] == 1.0
+        assert 0 < absent < 1 and parts["J"] == pytest.approx(1 - absent)
         for place, rle in masks["frames"].items():
             assert (evaluate.coco.decode(rle) == truths[int(place)]).all()
 
@@ -354,12 +392,13 @@ def loaded(path, out="nowhere"):
     return list(evaluate.load_benchmark(str(path), None, str(out)).values())
 
 
-def test_tsv_rows_become_records(forms, tmp_path, monkeypatch):
+def test_tsv_rows_become_records(forms, tmp_path, monkeypatch, capsys):
     """A row of another split as a question, images in the wrong order or outside a relative --out,
     an answer of the wrong kind, a list of numbers left to the judge, choices inside the question."""
     monkeypatch.chdir(tmp_path)
     load = lambda name: loaded(forms / f"{name}.tsv", "out")
     two, number, text = load("MMMU_DEV_VAL")
+    assert "1 rows of other splits are no records" in capsys.readouterr().out
     assert [r["index"] for r in (two, number, text)] == [1, 2, 3] and two["problem_id"] == "val_1"
     asked = "Hint: Look.\nImage 1: <image>\nImage 2: <image>\nIs image 2 beside image 1?"
     assert two["problem"] == asked and two["options"][0].startswith("A. ")
@@ -488,7 +527,7 @@ def test_a_judges_reply_is_read_or_not(text, score):
 def test_judge_answers_fails_and_lies(server, replies, score, wrong):
     """A failing or babbling judge read as a score, or as 0, and nobody learns why."""
     server.replies = list(replies)
-    found = evaluate.ask_judge(server.url, "m", CAPTION, "a fox", silence=0.2, pause=0)
+    found = evaluate.ask_judge(server.url, "m", CAPTION, "a fox", seconds=0.2, pause=0)
     assert found[0] == score and wrong in found[1] and len(server.asked) == len(replies)
     assert json.loads(server.asked[0].splitlines()[-1])["reference"] == "a red fox"
 
@@ -512,7 +551,7 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
     server.replies = [(503, "asleep")] + ["no"] * 8
     assert accuracies() == [None] * 3 + [0.0] and len(server.asked) == 9
     said = capsys.readouterr().out
-    assert said.count("judge: record") == 1 and "3 of 3 answers have no verdict" in said
+    assert said.count("judge: http") == 1 and "3 of 3 answers have no verdict" in said
     found = values(name, list(stored(out, name).values()))
     assert found["not judged"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 12
@@ -538,7 +577,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
     """An interval of the values, not of their mean; wrong percentiles (90%, or one-sided)."""
     rng, hits = np.random.default_rng(1), 0
     for i in range(300):
-        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")[1]
+        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")
         cell = evaluate.interval(0, means)
         hits += cell["low"] <= 0.4 <= cell["high"]
     assert 0.91 <= hits / 300 <= 0.98
@@ -547,7 +586,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
 def test_resamples_are_the_same_for_a_name_and_independent_between_names():
     """One seed for all benchmarks couples their draws: the mean's interval is then wrong."""
     scores = np.random.default_rng(0).random(50)
-    a, again, b = (evaluate.resampled(column_of(scores), name)[1][:, 0] for name in ("a", "a", "b"))
+    a, again, b = (evaluate.resampled(column_of(scores), name)[:, 0] for name in ("a", "a", "b"))
     assert (a == again).all() and abs(np.corrcoef(a, b)[0, 1]) < 0.1
 
 
@@ -592,53 +631,63 @@ def store(out, name, accuracies):
     evaluate.write_whole(f"{out}/results.json", json.dumps(results))
 
 
-def compared(tmp_path, **models):
-    """compare_models of {model: {benchmark: accuracies}}."""
-    for model, found in models.items():
-        for name, accuracies in found.items():
-            store(tmp_path / model, name, accuracies)
-    return evaluate.compare_models({model: str(tmp_path / model) for model in models})
+def own(values, ids=None):
+    """One benchmark of one model, of what read_finished gives."""
+    ids = [str(i) for i in range(len(values))] if ids is None else ids
+    return ids, np.array([values, np.ones(len(values))], dtype=float)
 
 
-def test_difference_is_paired_over_the_records(tmp_path):
+def test_difference_is_paired_over_the_records():
     """Independent resamples: a model that is better on every single record looks like chance."""
-    rng = np.random.default_rng(0)
-    base = {name: 0.8 * (rng.random(50) < 0.5) for name in ("a", "b")}
-    better = {name: accuracies + 0.02 for name, accuracies in base.items()}
-    report = compared(tmp_path, base=base, better=better)
+    rng, keys = np.random.default_rng(0), [("a", "accuracy"), ("b", "accuracy")]
+    base = {key: 0.8 * (rng.random(50) < 0.5) for key in keys}
+    models = {"base": {key: own(base[key]) for key in keys}}
+    models["better"] = {key: own(base[key] + 0.02) for key in keys}
+    report = evaluate.compare_models(models)
     for row in (report["mean"], *report["benchmarks"].values()):
         found = [row["differences"]["better"][key] for key in ("value", "low", "high", "p")]
         assert found == pytest.approx([0.02, 0.02, 0.02, 0.0])
     assert list(report["benchmarks"]) == ["a", "b"]
+    assert list(report["mean"]["differences"]) == ["better"]
     alone = report["mean"]["models"]["base"]
     assert alone["high"] - alone["low"] > 0.1  # while each model alone is uncertain
 
 
-def test_difference_of_equal_models_with_different_luck_includes_zero(tmp_path):
+def test_difference_of_equal_models_with_different_luck_includes_zero():
     """An interval that is too narrow calls luck progress."""
-    luck = np.random.default_rng(3).random((2, 60, 80)) < 0.5
-    found = {f"m{i}": {str(k): row for k, row in enumerate(each)} for i, each in enumerate(luck)}
-    rows = [row["differences"]["m1"] for row in compared(tmp_path, **found)["benchmarks"].values()]
-    assert sum(row["low"] <= 0 <= row["high"] for row in rows) >= 52
-    assert sum(row["p"] < 0.05 for row in rows) <= 8
+    rng, hits, surprises = np.random.default_rng(3), 0, 0
+    for i in range(60):
+        luck = lambda: {(str(i), "accuracy"): own((rng.random(80) < 0.5) * 1.0)}  # noqa: B023
+        difference = evaluate.compare_models({"a": luck(), "b": luck()})["mean"]["differences"]["b"]
+        hits += difference["low"] <= 0 <= difference["high"]
+        surprises += difference["p"] < 0.05
+    assert hits >= 52 and surprises <= 8
 
 
-def test_mean_weighs_benchmarks_not_records(tmp_path):
-    """A large benchmark drowns the small ones; RefCOCO's three files count three times."""
-    mean = lambda model, **found: compared(tmp_path, **{model: found})["mean"]["models"][model]
-    assert mean("a", large=[0.0] * 90, small=[1.0] * 10)["value"] == 0.5
+def test_mean_weighs_benchmarks_not_records():
+    """A large benchmark drowns the small ones; RefCOCO's three files count three times; cIoU is
+    averaged over images in the comparison, while results.json has the ratio of sums."""
+    mean_of = lambda found: evaluate.compare_models({"m": found})["mean"]["models"]["m"]["value"]
+    large, small = (
+        {("large", "accuracy"): own([0.0] * 90)},
+        {("small", "accuracy"): own([1.0] * 10)},
+    )
+    assert mean_of(large | small) == 0.5
     stems = [f"eval_refcoco_{split}" for split in ("val", "testA", "testB")]
-    assert evaluate.mean_of(dict.fromkeys(stems, 1.0) | {"eval_charades": 0.0}) == 0.5
+    files = {(stem, "R@0.5"): own([1.0] * 5) for stem in stems}
+    assert mean_of(files | {("eval_charades", "mIoU"): own([0.0] * 5)}) == 0.5
+    columns = np.array([[90.0, 0.0], [100.0, 10.0]])
+    assert mean_of({("seg", "cIoU"): (["1", "2"], columns)}) == pytest.approx(90 / 110)
 
 
-def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(tmp_path, capsys):
-    """Models compared over different benchmarks or records, in silence."""
-    a = dict(x=[1.0, 0.0], y=[1.0])
-    assert compared(tmp_path, a=a, b=dict(x=[0.0, 0.0]))["left_out"] == ["y"]
-    lines = {p: line | dict(problem_id="other") for p, line in stored(tmp_path / "b", "x").items()}
-    evaluate.write_whole(f"{tmp_path}/b/x.jsonl", lines)
+def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(capsys):
+    """Models compared over different benchmarks, metrics or records, in silence."""
+    x, y, z = ("x", "accuracy"), ("y", "accuracy"), ("z", "accuracy")
+    a = {x: own([1.0, 0.0], ["1", "2"]), y: own([1.0], ["1"]), z: own([1.0], ["1"])}
+    b = {x: own([0.0, 0.0], ["1", "2"]), ("z", "cIoU"): own([1.0], ["1"])}
+    assert evaluate.compare_models({"a": a, "b": b})["left_out"] == ["y", "z"]
     with pytest.raises(SystemExit):
-        compared(tmp_path, a=a, b={})
+        evaluate.compare_models({"a": a, "b": {x: own([0.0, 0.0], ["1", "3"])}})
     assert "x: the models did not answer the same records" in capsys.readouterr().err
 
 
@@ -946,7 +995,7 @@ def test_interrupted_four_times_the_result_is_the_same(runs):
     assert ", 1 to answer on 2 ranks" in resumed
     results = json.loads((runs / "whole" / "results.json").read_text())
     assert len(results) == 17 and "mean over 17 benchmarks" in whole and "not in the" not in whole
-    assert results["eval_got10k"]["AO"]["n"] == 2 and "J&F" in results["eval_seg_mevis"]
+    assert results["eval_got10k"]["AO"]["n"] == 2 and "J&F (DAVIS)" in results["eval_seg_mevis"]
     captions = results["MMSci_DEV_Captioning_image_only"]["accuracy"]
     assert captions["value"] == pytest.approx(0.7)
 
@@ -954,8 +1003,8 @@ def test_interrupted_four_times_the_result_is_the_same(runs):
 def test_ctrl_c_ends_in_one_line(runs):
     """A traceback of 40 lines, and nobody knows whether the answers are saved."""
     said = (runs / "said").read_text()
-    line = f"evaluate.py: stopped; {runs}/cut has what was answered, and the same command goes on"
-    assert said.count("stopped") == 1 and line in said and "Traceback" not in said
+    line = f"evaluate.py: stopped: 9 answers are saved in {runs}/cut; the same command goes on"
+    assert said.count("evaluate.py: stopped") == 1 and line in said and "Traceback" not in said
 
 
 def test_a_record_without_its_medium_counts_0_and_is_tried_again(runs):
