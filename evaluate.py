@@ -168,8 +168,8 @@ def print_list():
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: python
-infer.py --list-tasks. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered:
+PROMPTS in data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the
 length. judge: needs --judge-url. system: the release asks these through VLMEvalKit with a system
 prompt; --system FILE gives it to these and to files of your own.
 
