@@ -64,11 +64,11 @@ class Score(NamedTuple):
 
 
 def parse_response(text):
-    """The answer of a well-formed response, stripped of outer white space; None if tags are wrong."""
+    """The answer of a well-formed response, without outer white space; None if tags are wrong."""
     if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
         return None
     match = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
-    return match[1].strip() if match else None
+    return match and match[1].strip()
 
 
 def find_answer(text):
@@ -105,20 +105,18 @@ def read_json(text):
 
 
 def tidy(value):
-    """A JSON value with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4"
-    and not "4.0", and no list around a single list or object. Two such names in one object: {}."""
-    if isinstance(value, str):
-        number = read_number(value)
-        return value if number is None else float(number)
+    """JSON with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4", not
+    "4.0", and no list around a single list or object. Two such names in one object: {}."""
+    if isinstance(value, dict):
+        names = [re.sub(r"^(\d+)\.0*$", r"\1", key) for key in value]
+        names = [re.sub(r"^(?:bbox_2d|bbox|box)$", "boxes", name) for name in names]
+        result = dict(zip(names, map(tidy, value.values())))
+        return result if len(result) == len(value) else {}
     if isinstance(value, list):
         value = [tidy(item) for item in value]
         return value[0] if len(value) == 1 and isinstance(value[0], (list, dict)) else value
-    if not isinstance(value, dict):
-        return value
-    names = [re.sub(r"^(?:bbox_2d|bbox|box)$", "boxes", key) for key in value]
-    names = [re.sub(r"^(\d+)\.0*$", r"\1", name) for name in names]
-    result = {name: tidy(item) for name, item in zip(names, value.values())}
-    return result if len(result) == len(value) else {}
+    number = read_number(value) if isinstance(value, str) else None
+    return value if number is None else float(number)
 
 
 def loose_json(record, text):
@@ -127,16 +125,14 @@ def loose_json(record, text):
     text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
     text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
     text = text if '"' in text else text.replace("'", '"')
-    kind, found, at = record["problem_type"], set(), 0
-    for _ in range(100):  # the outermost objects and lists
-        start = re.compile(r"[\[{]").search(text, at)
-        if not start:
-            break
+    kind, found, end = record["problem_type"], set(), 0
+    for start in itertools.islice(re.finditer(r"[\[{]", text), 300):
+        if start.start() < end:  # inside the one before
+            continue
         try:
-            value, at = _STRICT.raw_decode(text, start.start())
+            value, end = _STRICT.raw_decode(text, start.start())
             value = tidy(value)
         except (ValueError, RecursionError):
-            at = start.end()
             continue
         if isinstance(value, list):
             value = {"time" if kind == "temporal grounding" else "boxes": value}
@@ -146,7 +142,8 @@ def loose_json(record, text):
         if isinstance(boxes, dict):
             boxes = {k: box.get("boxes") if type(box) is dict else box for k, box in boxes.items()}
             value["boxes"] = boxes
-        found |= {json.dumps(value)} if readable(record, json.dumps(value)) else set()
+        if readable(record, answer := json.dumps(value)):
+            found.add(answer)
     return found.pop() if len(found) == 1 else None
 
 
@@ -242,6 +239,15 @@ _NO_UNITS = set(  # words that change the number before them, without a last "s"
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
 _UNIT = re.compile(rf"/?{_UNIT}(?: ?[ /·*⋅.] ?{_UNIT})*")
+_UNIT_FORMS = [
+    (r"(?i)(?:\b(?:square|sq)\b\.? ?|平方)([^\W\d_]+)", r"\1^2"),
+    (r"(?i)(?:\b(?:cubic|cu)\b\.? ?|立方)([^\W\d_]+)", r"\1^3"),
+    (r"(?<=\w) squared\b", "^2"),
+    (r"(?<=\w) cubed\b", "^3"),
+    (r" ?\bper\b ?", "/"),
+    (r"(?i)(?:°|\bdeg(?:rees?)?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1"),
+    (r"(?: ?\^ ?\{?|(?<=[a-zA-Z]))([23]|-[1-9])\}?", r"^\1"),
+]
 
 
 @lru_cache(4096)
@@ -252,7 +258,9 @@ def read_unit(text):
     >>> read_unit("square meters per second"), read_unit("red balls"), read_unit("million")
     ('m^2/s', 'red ball', None)
     """
-    unknown = []
+    text, unknown = text[:60].strip(), []
+    for pattern, new in _UNIT_FORMS:
+        text = re.sub(pattern, new, text)
 
     def name(match):
         word, low = match[0], match[0].lower()
@@ -262,29 +270,20 @@ def read_unit(text):
             unknown.append(len(word) > 2 and word.isascii() and not {*forms} & _NO_UNITS)
         return known or forms[-1]
 
-    text = re.sub(r"(?i)\b(?:square|sq)\b\.? ?([^\W\d_]+)|平方([^\W\d_]+)", r"\1\2^2", text[:60])
-    text = re.sub(r"(?i)\b(?:cubic|cu)\b\.? ?([^\W\d_]+)|立方([^\W\d_]+)", r"\1\2^3", text)
-    text = re.sub(r" ?\bper\b ?", "/", text)
-    text = re.sub(r"(?<=\w) squared\b", "^2", re.sub(r"(?<=\w) cubed\b", "^3", text))
-    text = re.sub(r"(?i)(?:°|\bdeg(?:rees?)?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1", text)
-    text = re.sub(r"(?: ?\^ ?\{?|(?<=[a-zA-Z]))([23]|-[1-9])\}?", r"^\1", text)
-    text = _UNIT_WORD.sub(name, text.strip()).rstrip(".")
+    text = _UNIT_WORD.sub(name, text).rstrip(".")
     return text if _UNIT.fullmatch(text) and all(unknown) and len(unknown) < 4 else None
 
 
-_CURRENCY = re.compile(r"([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥₹₩]) ?(?=[+-]?\.?\d)")
+_CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
 _UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$＄€£¥₹₩¢℃℉])")
 
 
 def split_unit(text):
     """Plain text -> (text without its unit, the unit's name or ""). Only a number without letters can
     have a unit of one letter or of unknown words: 2x m is a product."""
-    if money := _CURRENCY.match(text):
-        rest, unit = split_unit(money[1] + text[money.end() :])
-        sign = _UNITS[money[2]]
-        return rest, sign if unit in ("", sign) else f"{sign} {unit}"
-    for start in _UNIT_STARTS.finditer(text[:200]):
-        number, tail = text[: start.start()], text[start.end() :]
+    behind = re.sub(_CURRENCY, r"\1\3 \2", text)  # $5 per day -> 5 $ per day
+    for start in _UNIT_STARTS.finditer(behind[:200]):
+        number, tail = behind[: start.start()], behind[start.end() :]
         letters = re.search(r"[^\W\d_]", re.sub(r"\\[a-zA-Z]+", "", number.rpartition("=")[2]))
         known = len(tail) > 1 and tail.lower().rstrip(".") in _UNITS
         if (known or not letters) and (unit := read_unit(tail)):
@@ -306,14 +305,12 @@ def read_quantity(text, named=True):
     *_, text = without_leads(plain(text))
     text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text) if named else text
     text, unit = split_unit(text.rstrip(".,; "))
-    digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text[:200])
+    digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
     match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", digits).strip())
-    if not match or len(text) > 200:
-        return None, unit, text
-    sign, whole, number, power, below = match.groups()
+    sign, whole, number, power, below = match.groups() if match else "00000"
     value, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
-    if not below:
+    if not (match and below):
         return None, unit, text
     value = value.scaleb(int(power or 0)) / below + int(whole or 0)
     return (-value if sign == "-" else value), unit, text
@@ -330,8 +327,11 @@ def read_number(text):
 
 # ---- Reading choices
 
-_MARK = r"[)\]}]|[.:;!,]|\n| [-–—=→(]"  # what may stand between a letter and more text
-_RIGHT = r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
+_AFTER = re.compile(  # what may stand between a letter and more text
+    r"[)\]}.:;!,\n]| [-–—=→(]|"
+    r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
+)
+_REASON = re.compile(r"\W*(?:because|since|as|for|rather)\b")
 _UNSURE = re.compile(
     r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
     r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
@@ -345,6 +345,8 @@ _DENIED = re.compile(
     r"\b(?i:not|never|cannot|n?or|n?either|both|except|maybe|perhaps|possibly|might|could|wrong|"
     r"incorrect|unlikely|if|whether|why|and\s*$)\b|n't|[不非没]$|\b[A-Z]\W*$"
 )
+_CLAUSE = re.compile(r"(?<!\b[A-Z])[,;]|\b(?:so|but|thus|hence)\b")
+_SENTENCE = re.compile(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+")
 
 
 def fold(text):
@@ -356,31 +358,31 @@ def read_options(options):
     """Tuple of options -> {letter: its text}, {text with or without the letter: letter}."""
     bodies, names = {}, {}
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
-        whole = fold(plain(str(option)))
-        bodies[letter] = re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)
+        whole = fold(plain(option))
+        named = re.match(r"\(?([a-z])[).:,] ?", whole)
+        bodies[letter] = whole[named.end() :] if named and named[1] == letter.lower() else whole
         for name in {whole, bodies[letter]}:
             names[name] = None if name in names else letter  # neither of two that are equal
     return bodies, names
 
 
-def read_phrase(phrase, bodies, names):
+@lru_cache(4096)
+def read_phrase(phrase, options):
     """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
+    bodies, names = read_options(options)
     for text in without_leads(plain(phrase)):
         if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
             return names[fold(text)]
-    match = re.match(r"[(\[{]? ?([a-z])(?![\w'])", text, re.IGNORECASE)
-    letter = match and match[1].upper()
-    if not letter or bodies and letter not in bodies:
+    match = re.match(r"[(\[{]? ?([a-zA-Z])(?![\w'])", text)
+    if not match or bodies and match[1].upper() not in bodies:
         return names.get(fold(text))
-    rest, own = text[match.end() :], bodies.get(letter)
-    said = re.sub(r"^\W+(?:is )?", "", rest)
-    if not said or re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
-        return None if "?" in rest[:2] else letter
-    if own and re.match(rf"{re.escape(own)}(?!\w)", said.casefold()):
+    letter, rest = match[1].upper(), text[match.end() :]
+    if _REASON.match(rest):
+        return letter
+    said, own = re.sub(r"^\W+(?:is )?", "", rest), bodies.get(letter)
+    if own and said.casefold().startswith(own) and not said[len(own) :][:1].isalnum():
         rest = said[len(own) :]
-    elif right := re.match(_RIGHT, rest):
-        rest = rest[right.end() :]
-    elif not re.match(_MARK, rest) or fold(said) in names:
+    elif said and (fold(said) in names or not _AFTER.match(rest)):
         return None
     return None if _UNSURE.search(rest) else letter
 
@@ -394,27 +396,16 @@ def read_choice(text, options=()):
     ['B', 'B', 'B', 'B', 'B', 'B']
     >>> [read_choice(t) for t in ("A or B", "Not B", "B is wrong", "a dog", "It may be B", "A. B.")]
     [None, None, None, None, None, None]
-    >>> read_choice("It is the dog.", ["A. the cat", "B. the dog"])
-    'B'
     """
-    if (
-        len(text) == 1
-        and text.isascii()
-        and 0 <= ord(text.upper()) - 65 < (len(options or ()) or 26)
-    ):
-        return text.upper()
-    known = read_options(tuple(options or ()))
-    if letter := read_phrase(text[:2000], *known):
+    options = tuple(map(str, options or ()))
+    if letter := read_phrase(text[:2000], options):
         return letter
     stated, alone = [], set()
-    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
-        sentence = sentence[:500]
-        alone.add(read_phrase(sentence, *known))
-        for start in _STATED.finditer(sentence):
-            before = sentence[: start.start()]
-            before = re.split(r"(?<!\b[A-Z])[,;]|\b(?:so|but|thus|hence)\b", before)[-1]
-            if not _DENIED.search(before):
-                stated.append(read_phrase(sentence[start.start() :], *known))
+    for sentence in _SENTENCE.split(text[-5000:]):
+        alone.add(read_phrase(sentence[:500], options))
+        for start in _STATED.finditer(sentence, 0, 500):
+            if not _DENIED.search(_CLAUSE.split(sentence[: start.start()])[-1]):
+                stated.append(read_phrase(sentence[start.start() : 500], options))
     stated, alone = [letter for letter in stated if letter], alone - {None}
     return stated[-1] if stated else alone.pop() if len(alone) == 1 else None
 
@@ -746,7 +737,7 @@ def gradable(record):
     nothing is tried.
 
     >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
-    'scores 0.00 against itself'
+    'has a time that does not end after its start'
     """
     kind, truth = record["problem_type"], truth_of(record)
     if kind == "multiple choice" and record.get("options"):
@@ -755,12 +746,18 @@ def gradable(record):
         return "" if readable(record, truth) else "is no number"
     if kind in TEXT_TYPES or (not truth and record.get("segmentation_output")):  # masks alone
         return ""
-    value = accuracy(record, truth)
-    if value < 1 - 1e-9 or structure(record, truth) < 0.5:
-        return f"scores {value:.2f} against itself"
-    places = [read_json(truth).get(k) for k in ("boxes", "positive_points", "negative_points")]
-    numbers = re.findall(r"-?\d[\d.e+-]*(?=[,\]])", json.dumps(places))  # no keys
-    return "" if all(0 <= float(v) <= 1000 for v in numbers) else "has coordinates outside 0-1000"
+    if structure(record, truth) < 0.5:
+        return "does not keep to the schema of its task"
+    y = read_json(truth)
+    if "grounding" in kind and kind != "spatial grounding" and not y["time"][0] < y["time"][1]:
+        return "has a time that does not end after its start"
+    boxes = y.get("boxes") if kind != "temporal grounding" else {}
+    for x1, y1, x2, y2 in boxes.values() if isinstance(boxes, dict) else [boxes]:
+        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
+            return "has a box [x1, y1, x2, y2] that is reversed, empty or outside 0-1000"
+    points = y["positive_points"] + y["negative_points"] if kind == "segmentation" else []
+    outside = any(not 0 <= v <= 1000 for point in points for v in point)
+    return "has a point outside 0-1000" if outside else ""
 
 
 def total(accuracy, structure):
@@ -841,8 +838,8 @@ class Grader:
 
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
     C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
-    its item scores 0; one that dies is replaced and the item tried once more. Workers start in the
-    background, and one thread for each waits for its replies.
+    its item scores 0; one that dies is replaced and the item tried once more. One thread for each
+    worker waits for its replies.
     counts: {"killed": overran, "errors": deaths}, and "polar_failed" (groups) if polar_url is given.
     """
 
@@ -853,7 +850,10 @@ class Grader:
         self.counts = {"killed": 0, "errors": 0} | ({"polar_failed": 0} if polar_url else {})
         self.idle = queue.Queue()  # worker processes that wait for an item
         self.pool = ThreadPoolExecutor(workers)
-        self.starting = [self.pool.submit(self._start) for _ in range(workers)]
+        # Launched by this thread: a fork elsewhere in the middle of Popen would keep its pipe open, and
+        # the worker would never be ready. The threads only wait.
+        launched = [self._launch() for _ in range(workers)]
+        self.starting = [self.pool.submit(self._make_ready, worker) for worker in launched]
 
     def score(self, pairs):
         """list of (record, response) -> list of Score."""
@@ -895,15 +895,17 @@ class Grader:
             except (TimeoutError, BrokenPipeError, ValueError) as error:  # it hangs or died
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
-                self._start()
+                self._make_ready(self._launch())
                 if isinstance(error, TimeoutError):
                     return 0.0, 1, errors
         return 0.0, 0, 2
 
-    def _start(self):
+    def _launch(self):
         command, env = [*self.command, str(self.seconds)], os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=PIPE, stdout=PIPE, text=True)
-        worker = Popen(command, env=env, start_new_session=True, **pipes)  # deaf to Ctrl-C
+        return Popen(command, env=env, start_new_session=True, **pipes)  # deaf to Ctrl-C
+
+    def _make_ready(self, worker):
         if self._reply(worker, 120) != "ready\n":  # its imports do not count as grading time
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
         self.idle.put(worker)

@@ -74,7 +74,7 @@ class EMAStd:
         self.moments = {}  # task -> [mean of R, mean of R^2]
 
     def update(self, task, rewards):
-        """Takes in all rewards of one task in one batch, of all ranks. ValueError on nan or none."""
+        """Takes in a task's rewards of one batch, all ranks. ValueError on nan or an empty list."""
         rewards = np.asarray(rewards, dtype=np.float64)
         if not (len(rewards) and np.isfinite(rewards).all()):
             raise ValueError(f"rewards of {task!r} must be finite numbers: {rewards.tolist()[:8]}")
@@ -99,7 +99,7 @@ def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
 
     rewards, groups, tasks: parallel lists, one entry per response in any order: reward, name of its
     prompt, task. The moments in `ema` take in this batch first. The scale is
-        ema_grpo  the task's moving std: groups of a task weigh the same, and so do tasks
+        ema_grpo  the task's moving std: one divisor for a task, so tasks get advantages of like size
         grpo      the group's own std (unbiased) + 1e-6: inflates groups whose rewards hardly differ
         dr_grpo   1: tasks with small rewards have small advantages
 
@@ -131,7 +131,7 @@ def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
 
 
 def advantage_rms(advantages, tasks):
-    """How much each task weighs in the gradient: the root mean square of its advantages.
+    """For the log: the root mean square of each task's advantages.
 
     >>> advantage_rms([3.0, -4.0, 1.0], ["QA", "QA", "box"])
     {'advantage/QA': 3.5355339059327378, 'advantage/box': 1.0}
@@ -148,8 +148,9 @@ def policy_loss(
 ):  # fmt: skip
     """The loss of each response token, to be averaged over all response tokens of the mini-batch.
 
-    All tensors are (R,) float32. old_logps: the policy that sampled; where it has not moved since,
-    pass logps.detach(): the ratio is 1, and the gradient is the policy gradient all the same.
+    All tensors are (R,) float32. old_logps: the trainer's, with the weights that sampled; if no update
+    came since, pass logps.detach(): the ratio is 1, the gradient that of A * logps. rollout_logps:
+    vLLM's, of the same weights.
     Returns losses (R,) and, for the log, a dict of (R,): clip_share; kl and capped_share where used.
     """
     ratio = torch.exp(logps - old_logps)
@@ -277,7 +278,7 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
         return []
     banned = dict.fromkeys(tokenizer.convert_tokens_to_ids(data.BANNED), -100.0)
     settings = dict(n=n, temperature=temperature, max_tokens=max_tokens, logit_bias=banned)
-    settings |= dict(top_p=1.0, logprobs=0, detokenize=False)
+    settings |= dict(top_p=1.0, logprobs=0, detokenize=False)  # 0: of the sampled token alone
     params = [SamplingParams(seed=seed, **settings) for seed in seeds]
     watched = dist.get_rank() == 0 and sys.stderr.isatty()
     bar = partial(tqdm, leave=False) if watched else False
@@ -320,9 +321,9 @@ def grade(rollouts, grader, tokenizer):
 
 
 def has_signal(rollout):
-    """Dynamic sampling (DAPO): a group whose answers are all right or all wrong has no gradient.
+    """Dynamic sampling (DAPO): a group whose answers are all right or all wrong teaches nothing.
 
-    The bounds are the paper's. Graded tasks, such as grounding, hardly ever reach them.
+    The bounds are the paper's. Tasks with partial credit, such as grounding, hardly ever reach them.
     """
     accuracies = [score.accuracy for score in rollout.scores]
     return 0.01 < sum(accuracies) / len(accuracies) < 0.99
@@ -351,12 +352,13 @@ def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
     kept, seen, rounds, all_kept, all_seen = [], [], 0, 0, 0
     while all_kept < args.prompts_per_step and rounds < args.max_rounds:
         if rounds >= 3 and (not all_kept or stop.now()):
-            break  # there is nothing to learn, or no time
+            break  # three rounds kept nothing, or a rank was asked to stop: alike on all ranks
         missing = args.prompts_per_step - all_kept
         size = round_size(missing, state["keep_rate"], args.prompts_per_step, world)
         with phase(row, "data"):
             prompts = next_items(stream, size, tally, args.max_bad_share)
         n, first = args.rollouts_per_prompt, state["cursor"] + rank
+        # vLLM gives response j of a prompt seed + j.
         seeds = [args.seed + (first + i * world) * n for i in range(len(prompts))]
         state["cursor"] += size * world
         with phase(row, "generate"):
@@ -427,8 +429,8 @@ def current_logps(model, groups, tokens_per_microbatch, device):
 def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
     """One optimiser step on this rank's share of a mini-batch. All ranks call this.
 
-    old_logps, ref_logps: (R,) or None, where None means: as the policy is now, and not used. Returns
-    a dict of numbers that hold for all ranks together.
+    old_logps: (R,), or None for those of this very forward. ref_logps: (R,), or None without a KL.
+    Returns a dict of numbers that hold for all ranks together.
     """
     rows = []  # one per response token
     for rollout in rollouts:
@@ -459,7 +461,7 @@ def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
     result, everyone = {}, gather(totals)
     for name in sorted(set().union(*everyone)):
         result[name] = sum(each.get(name, 0.0) for each in everyone) / tokens
-    loss = result.pop("loss")  # near 0 by construction: the advantages of a group sum to 0
+    loss = result.pop("loss")  # says little: the advantages of a group sum to 0
     return result | dict(grad_norm=sft.optimizer_step(model, optimizer, args.grad_clip, loss))
 
 
@@ -557,14 +559,13 @@ def summarise(seen, updates, ema, seconds):
         result |= {f"reward/{task}": mean(own, 1), f"accuracy/{task}": mean(own, 2)}
     for name in updates[0] if updates else ():
         result[name] = float(np.mean([numbers[name] for numbers in updates]))
-    if updates:  # before anything moved: only vLLM against the trainer
-        result["logp_gap"] = updates[0]["logp_gap"]
     return result | {f"std/{task}": ema.std(task) for task in sorted(ema.moments)}
 
 
 def report(args, row, seen, tokenizer, seconds_left):
     """Rank 0: one line on the screen, and three of the step's rollouts in rollouts.jsonl."""
-    slow = sorted((key for key in row if key.startswith("seconds/")), key=row.get)[-3:-1]
+    slow = sorted((key for key in row if key.startswith("seconds/")), key=row.get)
+    slow = slow[-3:-1]  # the two slowest phases; the last is the whole step
     phases = ", ".join(f"{key[8:]} {row[key]:.1f}" for key in reversed(slow))
     print(
         f"step {row['step']}/{args.steps}  reward {row['reward']:.3f}"
@@ -624,7 +625,7 @@ def main():
     )
     order = data.data_order(len(records), args.seed, state["cursor"], rank, world)
     stream = data.prefetch(records, read, order, args.workers)
-    grader = Grader(polar_url=args.polar_url)  # its processes start in threads: after all forks
+    grader = Grader(polar_url=args.polar_url)
     tally = Counter(state["counts"] if rank == 0 else {})
     first, begin, parts = state["step"], time.time(), args.updates_per_step
     if rank == 0:
@@ -655,8 +656,8 @@ def main():
         # 4 advantages
         row |= set_advantages(kept, ema, args)
 
-        # 5 old log-probabilities. The first mini-batch is updated by the very policy that sampled it,
-        # and gets its log-probabilities on the way: None. The others are updated by one that moved.
+        # 5 old log-probabilities. None for the first mini-batch: its weights are still those that
+        # sampled, and update() uses its own forward. The others meet weights that have moved.
         dealt = deal_minibatches(gather(len(kept)), rank, parts)
         minibatches = [[kept[i] for i in part] for part in dealt]
         groups = [[rollout.group for rollout in minibatch] for minibatch in minibatches]

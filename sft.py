@@ -374,6 +374,8 @@ def start_run(args, may_change=()):
     """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, {} if
     there is none. All ranks call this before a model is loaded. Refuses to resume with settings that
     the run did not begin with, but for those in `may_change`; --force takes the new ones."""
+    if args.model and os.path.realpath(args.out) == os.path.realpath(args.model):
+        data.refuse(f"--out {args.out} is the folder of --model: name another")
     folders = list_checkpoints(args.out)
     state = json.loads((folders[-1] / "state.json").read_text()) if folders else {}
     old, new = state.get("args", {}), vars(args)
@@ -453,8 +455,9 @@ def full_weights(model, dtype):
         yield name, shard.to(dtype).full_tensor()
 
 
-NOT_COPIED = ("safetensors", "index.json", "bin", "pt", "pth", "gguf", "h5", "msgpack", "onnx")
-NOT_COPIED += ("metrics.jsonl", "rollouts.jsonl", "args.json")  # ours: RL starts from an SFT run
+NOT_COPIED = ".safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx"
+NOT_COPIED += " metrics.jsonl rollouts.jsonl args.json"  # ours: RL starts from an SFT run
+NOT_COPIED = tuple(NOT_COPIED.split())
 
 
 def export_model(model, source, out):
@@ -470,7 +473,7 @@ def export_model(model, source, out):
             weights[name] = tensor.cpu().clone()  # it may be a view of a padded tensor
     if dist.get_rank() == 0:
         if not os.path.isdir(source):
-            source = snapshot_download(source, ignore_patterns=["*." + end for end in NOT_COPIED])
+            source = snapshot_download(source, ignore_patterns=["*" + end for end in NOT_COPIED])
         os.makedirs(out, exist_ok=True)
         save_torch_state_dict(weights, out)
         for path in Path(source).iterdir():
@@ -617,7 +620,7 @@ def parse_args():
 # fmt: on
 
 
-# A resumed run may change these: they change nothing but the order of sums.
+# A resumed run may change these: they do not change what is learned, but for the order of sums.
 MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every
     keep force max_bad_share""".split()
 

@@ -1044,27 +1044,6 @@ def test_nothing_in_the_report_is_code(runs):
     assert re.search(r"/model; \d+ \w+ 20\d\d .*; dtype float32; max response tokens 8192", bare)
 
 
-def test_the_report_in_a_browser(runs):
-    """A page wider than a phone; images that do not show, or that begin below the first screen."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if not browser:
-        pytest.skip("no Chromium here to open report.html with (apt-get install chromium)")
-    page, probe = (runs / "whole" / "report.html").read_text(), runs / "probe.html"
-    broken = "[...document.images].filter(image => !image.naturalWidth).length"
-    sizes = "innerWidth, document.documentElement.scrollWidth, innerHeight"
-    first = "Math.round(document.querySelector('img').getBoundingClientRect().top)"
-    script = f"<script>document.title = [{sizes}, {first}, {broken}]</script>"
-    probe.write_text(page.replace('loading="lazy"', "") + script)
-    quiet = ["background-networking", "component-update", "sync"]
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900"]
-    command += [f"--disable-{what}" for what in quiet] + [f"--user-data-dir={runs}/chromium"]
-    command += ["--virtual-time-budget=5000", "--dump-dom", f"file://{probe}"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
-    numbers = re.search("<title>(.*)</title>", dom)[1].split(",")
-    width, needed, height, top, lost = map(int, numbers)
-    assert needed <= width and top < height and lost == 0
-
-
 def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
     """Forms that load but that the engine does not take: several images, a video beside an image."""
     counts = dict(MMMU_DEV_VAL=3, Video_Holmes=1, eval_videomathqa=2, eval_got10k=2, eval_stvg=2)

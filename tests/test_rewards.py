@@ -741,3 +741,15 @@ def test_polar_slow_or_gone(server):
         results = grader.score([(record, reply(answer)) for record, answer in PAIRS])
         assert [result.accuracy for result in results] == [accuracy(*pair) for pair in PAIRS]
         assert grader.counts["polar_failed"] == 2
+
+
+def test_workers_are_launched_by_the_calling_thread(monkeypatch):
+    """A data worker that is forked while another thread is inside Popen keeps its pipe open: the
+    grading worker is then never ready, and the run hangs for good."""
+    threads, popen = [], rewards.Popen
+    record = lambda *args, **more: (
+        threads.append(threading.current_thread()) or popen(*args, **more)
+    )
+    monkeypatch.setattr(rewards, "Popen", record)
+    with Grader(workers=2):
+        assert threads == [threading.main_thread()] * 2

@@ -229,6 +229,13 @@ def test_a_run_does_not_go_on_with_other_settings(alone, tmp_path, capsys):
     assert sft.start_run(settings_of(tmp_path / "new")) == {}
 
 
+def test_the_input_folder_is_no_run_folder(alone, tmp_path, capsys):
+    """Hours of training that end while the model is copied onto its own input."""
+    with pytest.raises(SystemExit):
+        sft.start_run(settings_of(tmp_path, model=str(tmp_path / ".")))
+    assert "is the folder of --model" in capsys.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_is_found_before_training(alone, tmp_path, capsys):
     """A run that trains for hours and then cannot save."""
     (tmp_path / "file").write_text("")
@@ -255,7 +262,7 @@ def test_an_export_has_the_files_of_the_input(trainer, toy, tmp_path):
     shutil.copytree(toy / "model", source)
     for name in ("metrics.jsonl", "args.json", "model.safetensors.index.json", "pytorch_model.bin"):
         (source / name).write_text("{}")
-    for name in ("vocab.json", "preprocessor_config.json", "README.md"):
+    for name in ("vocab.json", "preprocessor_config.json", "README.md", "prompt"):
         (source / name).write_text("as it was")
     (source / "original").mkdir()
     config = json.loads((source / "config.json").read_text())
@@ -263,7 +270,7 @@ def test_an_export_has_the_files_of_the_input(trainer, toy, tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     sft.export_model(trainer[0], source, tmp_path / "out")
     same = {path.name for path in (toy / "model").iterdir()}
-    same |= {"vocab.json", "preprocessor_config.json", "README.md"}
+    same |= {"vocab.json", "preprocessor_config.json", "README.md", "prompt"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == same
     for name in same - {"config.json", "model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
