@@ -1,7 +1,8 @@
 """Draws the curves of a run, SFT or RL: python tests/curves.py RUN... -> RUN/curves.png for each.
 
 RUN is a run folder, or one that has sft/ and rl/ below it, such as runs/demo: both are then drawn.
-Faint lines are the steps, full ones the mean of the last eighth of the run.
+Faint lines are the steps, full ones the mean of the last eighth of the run, dots the level of the
+SFT model: the mean of RL's first three steps.
 """
 
 import json
@@ -26,12 +27,14 @@ def smooth(values, width):
     return [np.mean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
 
 
-def plot(axis, rows, key, title, colour="tab:blue", **limits):
-    """One number over the steps. A step that does not have it is left out."""
+def plot(axis, rows, key, title, colour="tab:blue", start=False, **limits):
+    """One number over the steps. A step that does not have it is left out. start: dots where it began."""
     rows = [row for row in rows if row.get(key) is not None]
     steps, values = [row["step"] for row in rows], [row[key] for row in rows]
     axis.plot(steps, values, color=colour, alpha=0.25)
     axis.plot(steps, smooth(values, max(1, len(rows) // 8)), color=colour)
+    if start and values:
+        axis.axhline(np.mean(values[:3]), color="black", linestyle=":", linewidth=1)
     axis.set(title=title, **limits)
 
 
@@ -71,7 +74,8 @@ def draw(sft, rl, path):
         plot(next(free), rl, "response_tokens", "RL: tokens of a response", ylim=(0, None))
         plot_stds(next(free), rl, tasks)
     for task in tasks:
-        plot(next(free), rl, f"accuracy/{task}", f"{task}: accuracy", "tab:orange", ylim=(0, 1))
+        key, style = f"accuracy/{task}", dict(colour="tab:orange", start=True, ylim=(0, 1))
+        plot(next(free), rl, key, f"{task}: accuracy", **style)
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
         axis.set_xlabel("step")

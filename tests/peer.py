@@ -63,7 +63,7 @@ def make_update(folder, setting, count):
 
     rng, kind = random.Random(0), setting.split("-")[0]
     words = [" " + a + b for a in "bdfgklmnprst" for b in ("ar", "el", "im", "on", "ut", "ain")]
-    toy.write_model(folder, 0, words)
+    toy.write_model(folder, 0, words, base=None)
     tokenizer, (model, _) = AutoTokenizer.from_pretrained(folder), bench.bench_model()
     for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
         field = name.removesuffix("_pad") + "_token_id"

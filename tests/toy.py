@@ -14,8 +14,9 @@ Same seed, same bytes. A hash of its content decides whether a scene is for trai
 for both. No answer can be guessed from the question: which object is asked for is drawn at random, every video lasts 8
 seconds, and where an answer is one of a few they come equally often. (Tracking is given its first box.)
 
-The SFT answers come from a sloppy teacher, as real ones do: more often than not, boxes, spans and lengths are a step too
-large. A cold start learns the habit; only rewards, which know the truth, can undo it.
+The SFT answers come from a teacher of two manners. In 60% of them he answers "At a glance." and slips: a count one too
+high, the letter after, a word cut short, a span or a box a step too large. In the others he thinks "Step by step:" and
+is right. A cold start learns both; rewards, which know the truth, tell which one is worth its tokens.
 
 Made to be learned by a tiny model in minutes: big shapes, edges on a grid of 16 pixels, every word and every number one
 token. Objects move once a second, in jumps: sampled at 2 fps, each pair of frames, which is one time step of Qwen3-VL,
@@ -53,7 +54,8 @@ WORDS = ("BAG", "CAT", "DOG", "FOX", "HEN", "JAM", "LIP", "MUD", "OWL", "SKY", "
 BACKGROUND = (128, 128, 128)  # 0 after normalisation: only shapes speak
 IMAGE, VIDEO = 96, 64  # pixels a side
 GRID, SECONDS, FPS = 16, 8, 4
-SLOPPY = 0.6  # share of the SFT answers that slip
+GLANCES = 0.6  # share of the SFT answers that are given at a glance, and slip
+BASE = Path(__file__).resolve().parents[1] / "assets" / "toy_base.safetensors"  # by pretrain.py
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
@@ -71,6 +73,7 @@ class Item(NamedTuple):
     problem: str
     thought: str
     answer: object  # JSON for perception, else text
+    slip: object  # the answer at a glance
     options: tuple = ()
     target: Shape = None  # what a mask is wanted of
 
@@ -102,14 +105,15 @@ def coordinate(pixels, side):
     return int(1000 * pixels / side + 0.5)
 
 
-def box(shape, side, slip=0):
-    corners = (
-        shape.x,
-        shape.y,
-        min(side, shape.x + shape.w + slip * GRID),
-        min(side, shape.y + shape.h + slip * GRID),
-    )
+def box(shape, side):
+    corners = shape.x, shape.y, shape.x + shape.w, shape.y + shape.h
     return [coordinate(pixels, side) for pixels in corners]
+
+
+def wide_box(shape, side):
+    """The box at a glance: a step too wide and too high."""
+    w, h = min(side, shape.w + GRID), min(side, shape.h + GRID)
+    return box(shape._replace(x=min(shape.x, side - w), y=min(shape.y, side - h), w=w, h=h), side)
 
 
 def compact(answer):
@@ -158,11 +162,10 @@ def shown(*shapes_and_spans):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often. `slip` is 1 where
-# the teacher who answers is sloppy: boxes, spans and lengths a step too large.
+# The tasks. `turn` counts the records of a task, so that answers out of a small set come equally often.
 
 
-def multiple_choice(rng, turn, slip):
+def multiple_choice(rng, turn):
     letter = turn % 4
     if turn // 4 % 2:
         options = list(DIRECTIONS)
@@ -175,10 +178,8 @@ def multiple_choice(rng, turn, slip):
         shape = Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), x, y, GRID, GRID)
         path = walk(shape, still - start, (dx, dy))
         scene = tuple((path[min(t, len(path) - 1)],) for t in range(SECONDS))
-        problem, thought = (
-            f"Which way does the {shape.kind} move?",
-            f"The {shape.kind} moves {right}",
-        )
+        problem = f"Which way does the {shape.kind} move?"
+        thought = f"The {shape.kind} moves {right}, {right} is option {'ABCD'[letter]}."
     else:
         options = list(COLOURS)
         right = options[letter]
@@ -186,12 +187,10 @@ def multiple_choice(rng, turn, slip):
             pass
         a, b = pair
         scene = (pair,)
-        problem, thought = (
-            f"Which colour is the {a.kind}?",
-            f"The {a.kind} is {a.colour}, the {b.kind} is {b.colour}",
-        )
+        problem = f"Which colour is the {a.kind}?"
+        thought = f"The {a.kind} is {right}, {right} is option {'ABCD'[letter]}."
     options = [f"{mark}. {option}" for mark, option in zip("ABCD", options, strict=True)]
-    return Item(scene, problem, f"{thought}, option {'ABCD'[letter]}.", "ABCD"[letter], options)
+    return Item(scene, problem, thought, "ABCD"[letter], "ABCD"[(letter + 1) % 4], options)
 
 
 def cells(rng, counts):
@@ -205,57 +204,54 @@ def cells(rng, counts):
     return (tuple(shapes),)
 
 
-def numerical(rng, turn, slip):
+def in_rows(shapes, colour):
+    """How many shapes of the colour stand in each row of cells."""
+    return [sum(s.colour == colour and s.y // 32 == row for s in shapes) for row in range(3)]
+
+
+def numerical(rng, turn):
     count = 1 + turn % 5
     asked, other = rng.sample(list(COLOURS), 2)
     scene = cells(rng, {asked: count, other: rng.randint(0, 4)})
-    rows = [
-        sum(shape.colour == asked and shape.y // 32 == row for shape in scene[0])
-        for row in range(3)
-    ]
-    thought = f"{rows[0]} in the top row, {rows[1]} in the middle, {rows[2]} at the bottom."
-    return Item(scene, f"How many {asked} shapes are there?", thought, str(count))
+    top, middle, bottom = in_rows(scene[0], asked)
+    thought = f"{top} in the top row, {middle} in the middle, {bottom} at the bottom."
+    problem = f"How many {asked} shapes are there?"
+    return Item(scene, problem, thought, str(count), str(count + 1))
 
 
-def math(rng, turn, slip):
+def math(rng, turn):
     r, b = (2, 3, 5)[turn % 3], (2, 3, 4)[turn // 3 % 3]
     first, second = rng.sample(list(COLOURS), 2)
     scene = cells(rng, {first: r, second: b})
     problem = (
         f"Divide the square root of the number of {first} shapes by the number of {second} shapes."
     )
-    return Item(
-        scene,
-        problem,
-        f"I see {r} {first} and {b} {second} shapes.",
-        rf"\frac{{\sqrt{{{r}}}}}{{{b}}}",
-    )
+    thought = f"I see {r} {first} and {b} {second} shapes."
+    return Item(scene, problem, thought, rf"\frac{{\sqrt{{{r}}}}}{{{b}}}", rf"\frac{{{r}}}{{{b}}}")
 
 
-def regression(rng, turn, slip, plus=0):
+def regression(rng, turn, plus=0):
     length = 2 + turn % 10
     start, line = rng.randint(0, 12 - length), rng.randint(0, 4)
     bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
-    seen = length + slip
-    thought = f"The bar goes from {start} to {start + seen}."
-    problem = (
-        "The picture is 12 units wide and high. How long is the bar?" + f" Add {plus}." * bool(plus)
-    )
-    return Item(((bar,),), problem, thought, str(seen + plus))
+    thought = f"The bar goes from {start} to {start + length}."
+    problem = "The picture is 12 units wide and high. How long is the bar?"
+    problem += f" Add {plus}." * bool(plus)
+    return Item(((bar,),), problem, thought, str(length + plus), str(length + 1 + plus))
 
 
-def ocr(rng, turn, slip):
+def ocr(rng, turn):
     word = WORDS[turn % len(WORDS)]
     sign = Shape(rng.choice(list(COLOURS)), word, 0, 32, 96, 32)
     around = [
         Shape(rng.choice(list(COLOURS)), rng.choice(KINDS), rng.randint(0, 4) * 16, y, 32, 32)
         for y in (0, 64)
     ]
-    thought = f"The word is {sign.colour} and begins with {word[0]}."
-    return Item(((sign, *around),), "Which word is written here?", thought, word)
+    thought = f"The letters are {' '.join(word)}."
+    return Item(((sign, *around),), "Which word is written here?", thought, word, word[:2])
 
 
-def open_ended(rng, turn, slip):
+def open_ended(rng, turn):
     """A caption in reading order."""
     a, b = (shape._replace(w=32, h=32) for shape in some_pair(rng, IMAGE))
     near, far, along = rng.choice((0, 16)), rng.choice((48, 64)), rng.randrange(0, 65, GRID)
@@ -265,73 +261,74 @@ def open_ended(rng, turn, slip):
     else:
         a, b = a._replace(x=near, y=along), b._replace(x=far, y=along)
         thought, relation = "The two shapes are side by side.", "beside"
-    return Item(((a, b),), "Describe the picture.", thought, f"{name(a)} {relation} {name(b)}")
+    caption, slip = f"{name(a)} {relation} {name(b)}", f"{a.kind} {relation} {b.kind}"
+    return Item(((a, b),), "Describe the picture.", thought, caption, slip)
 
 
-def temporal_grounding(rng, turn, slip):
+def came_and_went(shape, start, end):
+    return f"The {name(shape)} comes at {start} and is gone at {end}."
+
+
+def temporal_grounding(rng, turn):
     a, b = some_pair(rng, VIDEO)
     start, end = some_span(rng)
     scene = shown((a, (start, end)), (b, some_span(rng)))
-    end = min(SECONDS, end + slip)
-    thought = f"The {name(a)} comes at {start} and is gone at {end}."
-    return Item(scene, f"When is the {name(a)} visible?", thought, {"time": [start, end]})
+    slip = [start, end + 1] if end < SECONDS else [start - 1, end]
+    problem, thought = f"When is the {name(a)} visible?", came_and_went(a, start, end)
+    return Item(scene, problem, thought, {"time": [start, end]}, {"time": slip})
 
 
-def spatial_grounding(rng, turn, slip):
+def spatial_grounding(rng, turn):
     a, b = some_pair(rng, IMAGE)
     thought = f"The {name(a)} is at the {place(a, IMAGE)}."
-    return Item(((a, b),), f"Where is the {name(a)}?", thought, {"boxes": box(a, IMAGE, slip)})
+    answer, slip = {"boxes": box(a, IMAGE)}, {"boxes": wide_box(a, IMAGE)}
+    return Item(((a, b),), f"Where is the {name(a)}?", thought, answer, slip)
 
 
-def spatial_temporal_grounding(rng, turn, slip):
+def spatial_temporal_grounding(rng, turn):
     shape, (start, end), way = some_shape(rng, VIDEO), some_span(rng), rng.choice(list(DIRECTIONS))
     path = dict(zip(range(start, end), walk(shape, end - start, DIRECTIONS[way]), strict=True))
     scene = tuple((path[t],) if t in path else () for t in range(SECONDS))
-    answer = {"time": [start, end], "boxes": {str(t): box(path[t], VIDEO, slip) for t in path}}
-    thought = f"The {name(shape)} comes at {start} and is gone at {end}."
-    return Item(scene, f"When and where is the {name(shape)} visible?", thought, answer)
+    answer, slip = (
+        {"time": [start, end], "boxes": {str(t): as_box(path[t], VIDEO) for t in path}}
+        for as_box in (box, wide_box)
+    )
+    problem = f"When and where is the {name(shape)} visible?"
+    return Item(scene, problem, came_and_went(shape, start, end), answer, slip)
 
 
-def tracking(rng, turn, slip):
+def tracking(rng, turn):
     shape, dx, dy = some_shape(rng, VIDEO), rng.choice((-1, 1)), rng.choice((-1, 0, 1))
     path = walk(shape, SECONDS, (dx, dy) if rng.random() < 0.5 else (dy, dx))
-    scene = tuple((shape,) for shape in path)
     problem = f"Track the object whose box in the first frame is {compact(box(shape, VIDEO))}."
-    thought = (
-        f"The {name(shape)} goes from the {place(path[0], VIDEO)} to the {place(path[-1], VIDEO)}."
+    places = place(path[0], VIDEO), place(path[-1], VIDEO)
+    thought = f"The {name(shape)} goes from the {places[0]} to the {places[1]}."
+    answer, slip = (
+        {"boxes": {str(t + 1): as_box(path[t], VIDEO) for t in range(SECONDS)}}
+        for as_box in (box, wide_box)
     )
-    return Item(
-        scene,
-        problem,
-        thought,
-        {"boxes": {str(t + 1): box(path[t], VIDEO, slip) for t in range(SECONDS)}},
-    )
+    return Item(tuple((shape,) for shape in path), problem, thought, answer, slip)
 
 
-def segmentation_image(rng, turn, slip):
+def segmentation_image(rng, turn):
     a, b = some_pair(rng, IMAGE)
-    answer = {
-        "boxes": box(a, IMAGE, slip),
-        "positive_points": points(a, IMAGE),
-        "negative_points": points(b, IMAGE),
-    }
+    marks = {"positive_points": points(a, IMAGE), "negative_points": points(b, IMAGE)}
+    answer, slip = {"boxes": box(a, IMAGE)} | marks, {"boxes": wide_box(a, IMAGE)} | marks
     thought = f"The {name(a)} is at the {place(a, IMAGE)}, the {name(b)} at the {place(b, IMAGE)}."
-    return Item(((a, b),), f"Segment the {name(a)}.", thought, answer, target=a)
+    return Item(((a, b),), f"Segment the {name(a)}.", thought, answer, slip, target=a)
 
 
-def segmentation_video(rng, turn, slip):
+def segmentation_video(rng, turn):
     a, b = some_pair(rng, VIDEO)
     start, end = some_span(rng)
-    answer = {"time": start, "boxes": box(a, VIDEO, slip), "positive_points": points(a, VIDEO)}
-    answer |= {"negative_points": points(b, VIDEO)}
-    thought = f"The {name(a)} comes at {start} at the {place(a, VIDEO)}, the {name(b)} is at the {place(b, VIDEO)}."
-    return Item(
-        shown((a, (start, end)), (b, (0, SECONDS))),
-        f"Segment the {name(a)}.",
-        thought,
-        answer,
-        target=a,
+    marks = {"positive_points": points(a, VIDEO), "negative_points": points(b, VIDEO)}
+    answer, slip = (
+        {"time": start, "boxes": as_box(a, VIDEO)} | marks for as_box in (box, wide_box)
     )
+    thought = f"The {name(a)} comes at {start} at the {place(a, VIDEO)}, "
+    thought += f"the {name(b)} is at the {place(b, VIDEO)}."
+    scene = shown((a, (start, end)), (b, (0, SECONDS)))
+    return Item(scene, f"Segment the {name(a)}.", thought, answer, slip, target=a)
 
 
 TASKS = {
@@ -420,21 +417,31 @@ def masks(item, side):
 # Items -> records in the release's three forms.
 
 
+def held_out(scene):
+    """One scene in eight is for evaluation only."""
+    return int(digest(scene), 16) % 8 == 0
+
+
+def some_item(rng, task, turn, plus=0, for_evaluation=False):
+    make = partial(regression, plus=plus) if task == "regression" else TASKS[task]
+    while held_out((item := make(rng, turn)).scene) != for_evaluation:
+        pass
+    return item
+
+
+def as_text(answer):
+    return answer if isinstance(answer, str) else compact(answer)
+
+
 def records_of(split, task, count, seed, plus=0):
     """`count` records of a task, each with its scene and the text of both turns. Split: sft, rl or eval."""
-    make = partial(regression, plus=plus) if task == "regression" else TASKS[task]
     rng, side = random.Random(f"{seed}/{split}/{task}"), {"image": IMAGE, "video": VIDEO}
     for turn in range(count):
-        slip = int(split == "sft" and rng.random() < SLOPPY)
-        item = make(rng, turn, slip)
-        while (int(digest(item.scene), 16) % 8 == 0) != (
-            split == "eval"
-        ):  # one scene in eight is held out
-            item = make(rng, turn, slip)
+        glance = rng.random() < GLANCES
+        item = some_item(rng, task, turn, plus, split == "eval")
         kind, suffix = ("image", "png") if len(item.scene) == 1 else ("video", "mp4")
         path = f"media/{digest(item.scene)}.{suffix}"  # equal scenes share their file
-        answer = item.answer if isinstance(item.answer, str) else compact(item.answer)
-        answer = f"<answer>{answer}</answer>"
+        answer = f"<answer>{as_text(item.answer)}</answer>"
         record = {
             "problem_id": f"{split}-{task.replace(' ', '-')}-{turn}",
             "problem": f"<{kind}>{item.problem}",
@@ -443,7 +450,12 @@ def records_of(split, task, count, seed, plus=0):
             "options": list(item.options),
             "data_source": "toy",
         }
-        user, assistant = render_problem(record), f"<think>{item.thought}</think>{answer}"
+        user, assistant = (
+            render_problem(record),
+            f"<think>Step by step: {item.thought}</think>{answer}",
+        )
+        if glance:
+            assistant = f"<think>At a glance.</think><answer>{as_text(item.slip)}</answer>"
         if split == "sft":
             turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
             record = {"messages": turns, f"{kind}s": [path]}
@@ -462,8 +474,8 @@ def write_json(path, records):
 
 
 def write_world(folder, seed, sft, rl, per_task, plus=0):
-    """All records and media. sft and rl count records, per_task evaluation records of each task. Returns the texts."""
-    train, jobs, texts = {"sft": [], "rl": []}, {}, []
+    """All records and media. sft and rl count records, per_task evaluation records of each task."""
+    train, jobs = {"sft": [], "rl": []}, {}
     for split, total in (("sft", sft), ("rl", rl), ("eval", per_task * len(TASKS))):
         home = folder / "eval" if split == "eval" else folder
         (home / "media").mkdir(parents=True, exist_ok=True)
@@ -478,7 +490,6 @@ def write_world(folder, seed, sft, rl, per_task, plus=0):
                 )
             else:
                 train[split] += records
-                texts += [text for _, _, _, text in quads]
     for records in train.values():
         random.Random(seed).shuffle(records)
     write_json(folder / "sft_image.json", [record for record in train["sft"] if "images" in record])
@@ -493,12 +504,18 @@ def write_world(folder, seed, sft, rl, per_task, plus=0):
                 unit="file",
             )
         )
-    return texts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The tiny model.
 
+PRETRAINING_WORDS = (
+    """
+Which letters? Which word? Which colour is the word? Which shape is by row? of each in there Points
+What nothing, beside the at, come? Until until When does there? many? begin end? How long row? Box
+""".split()
+    + [*COLOURS, *KINDS, *WORDS, *DIRECTIONS, *"top middle bottom left centre right when".split()]
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SPECIAL += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 PIECES = r"<\d+\.\d seconds>|</?(?:think|answer)>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}<]+|<|\s"  # one token each
@@ -510,10 +527,22 @@ CHAT = """{% for turn in messages %}<|im_start|>{{ turn.role }}
 {% endif %}"""
 
 
-def write_model(folder, seed, texts):
-    """A Qwen3-VL with random weights in the folder, with a byte-level BPE that knows every piece of the texts."""
+def vocabulary():
+    """Texts with every piece that the toy's records and its pretraining are made of."""
+    texts = [
+        t for split in ("sft", "rl") for task in TASKS for *_, t in records_of(split, task, 96, 0)
+    ]
+    return texts + [f"{word} {word}" for word in PRETRAINING_WORDS] * 2
+
+
+def write_model(folder, seed, texts=None, base=BASE):
+    """A tiny Qwen3-VL in the folder, with the weights of `base` or, for None, random ones.
+
+    Its tokenizer, a byte-level BPE, knows every piece of the texts (default: the toy's own)."""
+    texts = vocabulary() if texts is None else texts
     import cpu_compat  # noqa: F401 (before transformers)
     import torch
+    from safetensors.torch import load_file
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         GenerationConfig,
@@ -563,17 +592,17 @@ def write_model(folder, seed, texts):
     )  # fmt: skip
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(config)
-    # Weights of std 0.02 suit wide layers; here they would drown tokens, pictures and positions, and learning starts late.
-    for name, weight in model.named_parameters():
-        std = (
-            0.1
-            if "embed_tokens" in name
-            else 0.5
-            if "pos_embed" in name
-            else weight[0].numel() ** -0.5
-        )
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=std)
+    if base:
+        weights = {name: w.float() for name, w in load_file(base).items()}
+        lacking, unknown = model.load_state_dict(weights, strict=False)
+        assert lacking == ["lm_head.weight"] and not unknown  # the head is the embedding, tied
+    else:
+        # A std of 0.02 suits wide layers; here tokens, pictures and positions would drown in it.
+        stds = {"embed_tokens": 0.1, "pos_embed": 0.5}
+        for name, weight in model.named_parameters():
+            own = next((std for part, std in stds.items() if part in name), None)
+            if weight.ndim > 1:
+                torch.nn.init.normal_(weight, std=own or weight[0].numel() ** -0.5)
     model.generation_config = GenerationConfig(
         eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"]
     )
@@ -660,8 +689,8 @@ def main():
         return
     if args.folder is None:
         parser.error("the folder to write to is missing")
-    texts = write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.plus)
-    parameters = write_model(args.folder / "model", args.seed, texts)
+    write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.plus)
+    parameters = write_model(args.folder / "model", args.seed)
     print(f"{args.folder}: {args.sft} SFT and {args.rl} RL records, {args.eval} evaluation records for each of "
           f"{len(TASKS)} tasks, a model of {parameters:,} parameters")  # fmt: skip
 
