@@ -34,7 +34,6 @@ import os
 import queue
 import re
 import resource
-import select
 import signal
 import sys
 import unicodedata
@@ -837,9 +836,8 @@ class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
-    C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
-    its item scores 0; one that dies is replaced and the item tried once more. One thread for each
-    worker waits for its replies.
+    C code where no Python time limit reaches. An item that takes a worker more than `seconds` of CPU
+    time is killed with it and scores 0; one whose worker dies otherwise is tried once more.
     counts: {"killed": overran, "errors": deaths}, and "polar_failed" (groups) if polar_url is given.
     """
 
@@ -848,12 +846,17 @@ class Grader:
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
         self.seconds, self.polar_url = seconds, polar_url
         self.counts = {"killed": 0, "errors": 0} | ({"polar_failed": 0} if polar_url else {})
-        self.idle = queue.Queue()  # worker processes that wait for an item
-        self.pool = ThreadPoolExecutor(workers)
+        self.idle = queue.Queue()
         # Launched by this thread: a fork elsewhere in the middle of Popen would keep its pipe open, and
         # the worker would never be ready. The threads only wait.
-        launched = [self._launch() for _ in range(workers)]
-        self.starting = [self.pool.submit(self._make_ready, worker) for worker in launched]
+        for _ in range(workers):
+            self.idle.put(self._launch())
+        self.pool = ThreadPoolExecutor(workers)
+
+    def _launch(self):
+        command, env = [*self.command, str(self.seconds)], os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = dict(stdin=PIPE, stdout=PIPE, text=True)
+        return Popen(command, env=env, start_new_session=True, **pipes)  # deaf to Ctrl-C
 
     def score(self, pairs):
         """list of (record, response) -> list of Score."""
@@ -873,8 +876,6 @@ class Grader:
             for i, value in zip(asked, scores):
                 values[i] = value
             slow = [i for i in slow if values[i] is None]
-        for start in self.starting if slow else ():
-            start.result()  # raises if a worker could not start: a broken grader is no wrong answer
         for i, reply in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
             values[i], killed, errors = reply
             self.counts["killed"] += killed
@@ -882,40 +883,26 @@ class Grader:
         return values
 
     def _grade(self, pair):
-        """One slow item, in one of the pool's threads -> accuracy, kills, worker deaths."""
+        """One slow item, in one of the pool's threads -> accuracy, kills, other deaths."""
         record, answer = pair
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for errors in range(2):
-            worker = self.idle.get(timeout=300)
+            worker = self.idle.get()
+            if worker.stdout.readline() != "ready\n":  # no wrong answer, but a broken grader
+                self.idle.put(worker)
+                raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
-                value = float(self._reply(worker, self.seconds))
+                value = float(worker.stdout.readline())
                 self.idle.put(worker)
                 return value, 0, errors
-            except (TimeoutError, BrokenPipeError, ValueError) as error:  # it hangs or died
+            except (BrokenPipeError, ValueError):  # it is dead, or babbles
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
-                self._make_ready(self._launch())
-                if isinstance(error, TimeoutError):
+                self.idle.put(self._launch())
+                if worker.returncode == -signal.SIGPROF:
                     return 0.0, 1, errors
         return 0.0, 0, 2
-
-    def _launch(self):
-        command, env = [*self.command, str(self.seconds)], os.environ | {"OMP_NUM_THREADS": "1"}
-        pipes = dict(stdin=PIPE, stdout=PIPE, text=True)
-        return Popen(command, env=env, start_new_session=True, **pipes)  # deaf to Ctrl-C
-
-    def _make_ready(self, worker):
-        if self._reply(worker, 120) != "ready\n":  # its imports do not count as grading time
-            raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
-        self.idle.put(worker)
-
-    def _reply(self, worker, seconds):
-        poll = select.poll()
-        poll.register(worker.stdout, select.POLLIN)
-        if not poll.poll(1000 * seconds):
-            raise TimeoutError(f"no reply in {seconds} s")
-        return worker.stdout.readline()
 
     def close(self, *_):
         self.pool.shutdown(cancel_futures=True)
@@ -931,16 +918,16 @@ class Grader:
 
 
 def work(seconds):
-    """A worker: reads one JSON line [record, answer], writes one line with the accuracy, and so on
-    until the pipe ends. Should its Grader vanish while it hangs, the kernel ends it after 2 * seconds
-    of CPU time (SIGPROF)."""
+    """A worker: says that it is ready, reads one JSON line [record, answer], writes one line with the
+    accuracy, and so on until the pipe ends. The kernel ends it (SIGPROF) after `seconds` of CPU time
+    for one item, also if its Grader is gone."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, for huge integers
     math_equal("x", "y + 1"), rouge("", "")  # imports
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
-        print(accuracy(*json.loads(line)), flush=True)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        print(accuracy(*json.loads(line)), "ready", sep="\n", flush=True)
 
 
 if __name__ == "__main__":
