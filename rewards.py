@@ -207,33 +207,27 @@ def without_leads(text):
         yield text
 
 
-_SI = "m meter metre 米, g gram 克, s sec second 秒, L liter litre 升, N newton, J joule, W watt, "
-_SI += "V volt, A amp ampere, K kelvin, Hz hertz, Pa pascal, Ω ohm, mol mole, eV, cal calorie, Wh"
-_PREFIXES = "k kilo 千, c centi 厘, m milli 毫, d deci 分, μ micro, n nano, M mega, G giga"
-_OTHER = (  # rows: the name, its other spellings
-    "min minute 分钟, h hr hour 小时, day 天, week, month 月, yr year 年 岁, in inch inche, ft foot feet, "
-    "yd yard, mi mile, km 公里, kg kilo 公斤, mL ml cc, lb pound, oz ounce, gal gallon, ton tonne 吨, "
-    "acre, ha hectare, ° deg degree 度, °C ℃ celsius, °F ℉ fahrenheit, rad radian, % percent pct, "
-    "$ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, £ GBP, ¥ yuan RMB CNY 元, JPY yen, ₹ INR rupee, "
-    "₩ won, unit, person people 人, squares, cubes, km/h kmh kph, mi/h mph, 个, 只, 本, 条, 张, 次, 块"
+_UNITS = (  # rows: the name, its other spellings
+    "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, s sec second 秒, "
+    "km kilometer kilometre 千米 公里, g gram 克, kg kilogram kilo 千克 公斤, L liter litre 升, "
+    "N newton, Ω ohm, min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, "
+    "ft foot feet, yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
+    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, "
+    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
 )
-_UNITS = {word: row.split()[0] for row in _OTHER.split(", ") for word in row.split()}
-for _prefix, _row in itertools.product(["", *_PREFIXES.split(", ")], _SI.split(", ")):
-    (_sign, *_starts), (_name, *_words) = _prefix.split() or ("", ""), _row.split()
-    _UNITS |= {start + word: _sign + _name for start in _starts for word in _words}
-    _UNITS[_sign + _name] = _sign + _name
+_UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
+for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
+    _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
-_NO_UNITS = set(  # words that change the number before them, without a last "s"
-    "sin cos tan cot csc log exp sqrt root max gcd lcm mod modulo det lim sinh cosh tanh arcsin arccos "
-    "arctan abs floor ceil sum alpha beta gamma delta epsilon zeta eta theta kappa lambda rho sigma tau "
-    "phi chi psi omega infinity infinite zero one two three four five six seven eight nine ten eleven "
-    "twelve twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion "
-    "trillion lakh crore dozen score gross half halve third quarter fourth fifth sixth seventh eighth "
-    "ninth tenth hundredth thousandth millionth and but not plus minus time over divided multiplied "
-    "squared square cubed cube cubic power factorial choose permute fold double triple twice thrice more "
-    "les fewer greater smaller than least most below above under negative positive through until "
-    "versus from out per remainder between except without wrong incorrect false never maybe perhap "
-    "possibly none null nan inf or of".split()
+_NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
+    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|"
+    + "cot csc log exp sqrt root max gcd lcm mod modulo det lim abs floor ceil sum alpha beta gamma delta "
+    "theta lambda sigma phi omega infinite zero one two three four five six seven eight nine ten eleven "
+    "twelve hundred thousand lakh crore dozen score gross half halve third quarter and but not plus minus "
+    "time over divided multiplied squared square cubed cube cubic power factorial choose permute fold "
+    "double triple twice thrice more les fewer greater smaller than least most below above under negative "
+    "positive through until versus from out per remainder between except without wrong incorrect false "
+    "never maybe perhap possibly none null nan inf or of".replace(" ", "|")
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -241,8 +235,6 @@ _UNIT = re.compile(rf"/?{_UNIT}(?: ?[ /·*⋅.] ?{_UNIT})*")
 _UNIT_FORMS = [
     (r"(?i)(?:\b(?:square|sq)\b\.? ?|平方)([^\W\d_]+)", r"\1^2"),
     (r"(?i)(?:\b(?:cubic|cu)\b\.? ?|立方)([^\W\d_]+)", r"\1^3"),
-    (r"(?<=\w) squared\b", "^2"),
-    (r"(?<=\w) cubed\b", "^3"),
     (r" ?\bper\b ?", "/"),
     (r"(?i)(?:°|\bdeg(?:rees?)?) ?([CF])(?:elsius|ahrenheit)?\b", r"°\1"),
     (r"(?: ?\^ ?\{?|(?<=[a-zA-Z]))([23]|-[1-9])\}?", r"^\1"),
@@ -266,7 +258,8 @@ def read_unit(text):
         forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
         known = next((_UNITS[form] for form in forms if form in _UNITS), None)
         if not known:
-            unknown.append(len(word) > 2 and word.isascii() and not {*forms} & _NO_UNITS)
+            changes = any(map(_NO_UNIT.fullmatch, forms))
+            unknown.append(len(word) > 2 and word.isascii() and not changes)
         return known or forms[-1]
 
     text = _UNIT_WORD.sub(name, text).rstrip(".")
@@ -488,28 +481,14 @@ def rouge(p, y):
     return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
 
 
-_RESULT = re.compile(r"(?:\$[^$]+\$|\\boxed\{.*\})(?:\s*(?:,|,?\s*(?:and|or))\s*\$[^$]+\$)*")
-
-
 def math_side(text):
     """What math-verify reads of a text, the unit that it had, and its value if it is one number. Of
-    prose the last sentence with a result counts, of that what is in dollars or boxed, or follows "is"."""
-    prose = len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2
-    if prose or "\\boxed" in text:
+    prose it is what follows "is" in the last sentence with a result."""
+    if len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2 or "\\boxed" in text:
         sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
         marked = [part for part in sentences if re.search(r"\$|\\boxed|\\\(|(?i:answer)", part)]
-        text = (marked or sentences)[-1]
-        if not re.search(r"\$.*\$|\\[a-z(\[]", text):
-            text = re.split(r"\b(?:is|are|equals)\b", text)[-1]
+        text = re.split(r"\b(?:is|are|equals)\b", (marked or sentences)[-1])[-1]
     value, unit, short = read_quantity(text, named=False)
-    text = re.sub(r"\\[()\[\]]", "$", text.replace("\\$", ""))
-    for result in list(_RESULT.finditer(text))[-1:]:
-        before, after = text[: result.start()].lower(), text[result.end() :].lower()
-        near = re.findall(r"[^\W_]+", before)[-1:] + re.findall(r"[^\W_]+", after)
-        if re.search(r"[a-z]{2}", before + after) and not any(
-            word in _NO_UNITS - {"square", "cubic"} or word[0].isdigit() for word in near
-        ):
-            return result[0] if "$" in result[0] else f"${result[0]}$", unit, value
     short = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)", short)
     short = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", short)
     short = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
@@ -789,9 +768,7 @@ def polar_text(record, answer):
 def ask_polar(url, texts, seconds):
     """One request to vLLM's pooling endpoint: list of text -> list of raw scores, each the last number
     of an item (the last token's value); None if the server fails, lies, or takes too long."""
-    body = json.dumps(
-        {"input": texts, "use_activation": False}
-    ).encode()  # no sigmoid over the score
+    body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body)
     request.add_header("Content-Type", "application/json")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
@@ -808,15 +785,16 @@ def ask_polar(url, texts, seconds):
 
 def polar_scores(url, pairs, seconds=60.0):
     """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1],
-    in order, and the number of groups that failed. A group is the answers to one prompt: its scores
-    are min-max normalised (all 1 if all are equal). Where the server fails twice, the values of the
-    whole group are None, never a mix, since raw scales differ."""
+    and the number of groups that failed. A group is the answers to one prompt: its scores are min-max
+    normalised (all 1 if all are equal). If the server fails twice, all values of the group are None:
+    raw scales differ, so never a mix."""
     groups = {}
-    for i, (record, _) in enumerate(pairs):
-        groups.setdefault((record.get("problem"), truth_of(record)), []).append(i)
+    for i, (record, answer) in enumerate(pairs):
+        group = groups.setdefault((record.get("problem"), truth_of(record)), {})
+        group[i] = polar_text(record, answer)
 
     def ask(group):
-        texts = [polar_text(*pairs[i]) for i in group]
+        texts = [*group.values()]
         return ask_polar(url, texts, seconds / 2) or ask_polar(url, texts, seconds / 2)
 
     values, failed = [None] * len(pairs), 0
