@@ -4,28 +4,24 @@
     accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
 
 A response must be one <think> block, then one <answer> block, and nothing else; otherwise all three
-parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. Read the examples:
-`python rewards.py` runs them.
-
-Where this departs from the release (arXiv 2512.03043):
+parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py`
+runs the examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
-2. Text is graded as written, "é" being one text in both its forms in Unicode. The release removes
-   spaces around "<", ">" and "/" from the answer but not from the truth.
+2. Text is graded as written, in any form of Unicode. The release removes spaces around "<", ">" and
+   "/" from the answer but not from the truth.
 3. Choices and numbers are read as people write them: "Answer: B", "It is the dog.", "5 cm", "1/2".
-   The release takes a bare letter and bare digits.
-4. Units come from one list. Two must agree, one on one side only is left out. The release's math
-   drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
-5. Words in math are compared as text. In the release they are products: ABC equals ACB.
-6. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
-7. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both
+   Two units must agree, one on one side only is left out. The release takes a bare letter and bare
+   digits; its math drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
+4. Words in math are text. In the release they are products: ABC equals ACB.
+5. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
+6. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both
    sides have, so that one right box of five scores as five), and the share of seconds counts for
    structure only if the schema holds.
-8. Relative accuracy is exact on decimal ties, and math without dollars gets them.
-9. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
+7. Relative accuracy is exact on decimal ties, and math without dollars gets them.
+8. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
 The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian.
 """
 
-import http.client
 import itertools
 import json
 import logging
@@ -42,12 +38,13 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from http.client import HTTPException
 from subprocess import PIPE, Popen
 from typing import NamedTuple
 
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
-JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding")
-JSON_TYPES += ("tracking", "segmentation")
+JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking")
+JSON_TYPES += ("segmentation",)
 PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
 
@@ -71,9 +68,9 @@ def parse_response(text):
 
 
 def find_answer(text):
-    """The answer as a lenient reader finds it, without a Markdown fence, or None: after the thinking
-    the last pair of tags, else what follows an opening tag, else everything. A response without
-    </think> may be a thought that was cut off: its tags count only if nothing follows them."""
+    """The answer as a lenient reader finds it, or None: after the thinking the last pair of tags, else
+    what follows an opening tag, else everything. A response without </think> may be a thought that was
+    cut off: its tags count only if nothing follows them."""
     text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text) if isinstance(text, str) else ""
     _, thought, rest = text.partition("</think>")
     if not thought:
@@ -94,8 +91,7 @@ _STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: 
 
 @lru_cache(256)  # the truth is read once per group, the answer once for accuracy and structure
 def read_json(text):
-    """The JSON object that `text` is; {} if it is anything else. Of duplicate keys the last one
-    counts. The result is shared: do not change it."""
+    """The JSON object that `text` is, else {}. The result is shared: do not change it."""
     try:
         value = _STRICT.decode(text)
     except (ValueError, RecursionError):  # ValueError also: an integer of more than 4,300 digits
@@ -107,8 +103,8 @@ def tidy(value):
     """JSON with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4", not
     "4.0", and no list around a single list or object. Two such names in one object: {}."""
     if isinstance(value, dict):
-        names = [re.sub(r"^(\d+)\.0*$", r"\1", key) for key in value]
-        names = [re.sub(r"^(?:bbox_2d|bbox|box)$", "boxes", name) for name in names]
+        names = [re.sub(r"^(?:bbox_2d|bbox|box)$", "boxes", key) for key in value]
+        names = [re.sub(r"^(\d+)\.0*$", r"\1", name) for name in names]
         result = dict(zip(names, map(tidy, value.values())))
         return result if len(result) == len(value) else {}
     if isinstance(value, list):
@@ -119,8 +115,8 @@ def tidy(value):
 
 
 def loose_json(record, text):
-    """The one answer in the task's schema that a text holds, as JSON, or None if none or several.
-    Trailing commas, single quotes and numbers as keys are mended."""
+    """The one answer in the task's schema that a text holds, as JSON; None if none or several. Trailing
+    commas, single quotes and numbers as keys are mended."""
     text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
     text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
     text = text if '"' in text else text.replace("'", '"')
@@ -141,9 +137,9 @@ def loose_json(record, text):
         if isinstance(boxes, dict):
             boxes = {k: box.get("boxes") if type(box) is dict else box for k, box in boxes.items()}
             value["boxes"] = boxes
-        if readable(record, answer := json.dumps(value)):
-            found.add(answer)
-    return found.pop() if len(found) == 1 else None
+        found.add(json.dumps(value))
+    found = [answer for answer in found if readable(record, answer)]
+    return found[0] if len(found) == 1 else None
 
 
 def truth_of(record):
@@ -243,8 +239,8 @@ _UNIT_FORMS = [
 
 @lru_cache(4096)
 def read_unit(text):
-    """The one name of a unit in whatever spelling, or None if `text` is none: units of the list, up
-    to three unknown words, powers, quotients and products of them.
+    """The one name of a unit however spelled, or None if `text` is none: units of the list, up to
+    three unknown words, powers, quotients and products of them.
 
     >>> read_unit("square meters per second"), read_unit("red balls"), read_unit("million")
     ('m^2/s', 'red ball', None)
@@ -309,10 +305,10 @@ def read_quantity(text, named=True):
 
 
 def read_number(text):
-    """The number that `text` is (as a Decimal), or None. It may have a unit and stand in LaTeX.
+    """The number that `text` is (a Decimal), or None. It may have a unit and stand in LaTeX.
 
-    >>> [str(read_number(t)) for t in ("1,234.50", "$-5$", "40%", "x = 5 km/h", "5 or 6", "1,23")]
-    ['1234.50', '-5', '40', '5', 'None', 'None']
+    >>> [str(read_number(t)) for t in ("1,234.50", "$-5$", "x = 5 km/h", "5 or 6", "1,23")]
+    ['1234.50', '-5', '5', 'None', 'None']
     """
     return read_quantity(text)[0] if len(text) <= 200 else None
 
@@ -384,10 +380,8 @@ def read_choice(text, options=()):
     list of "A. the cat" or "the cat"): all of it as one phrase, else the last that prose states, else
     the only one that its sentences name.
 
-    >>> [read_choice(t) for t in ("(b)", "Answer: B", "B is correct", "**B**", "答案是B", "I see. So B.")]
-    ['B', 'B', 'B', 'B', 'B', 'B']
-    >>> [read_choice(t) for t in ("A or B", "Not B", "B is wrong", "a dog", "It may be B", "A. B.")]
-    [None, None, None, None, None, None]
+    >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
+    ['B', 'B', 'B', 'B', None, None]
     """
     options = tuple(map(str, options or ()))
     if letter := read_phrase(text[:2000], options):
@@ -413,11 +407,7 @@ def readable(record, answer):
 
 def answer_of(record, response):
     """The answer that evaluation grades and inference shows: find_answer; of a choice its letter, of
-    JSON the one object of the schema, where they can be made out. Training is strict about JSON.
-
-    >>> answer_of({"problem_type": "multiple choice"}, "It barks. So the answer is (B).")
-    'B'
-    """
+    JSON the one object of the schema, where they can be made out. Training is strict about JSON."""
     answer, kind = find_answer(response), record["problem_type"]
     if answer and kind == "multiple choice":
         return read_choice(answer, record.get("options")) or answer
@@ -461,8 +451,8 @@ def word_error_rate(p, y):
 
 
 def rouge(p, y):
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. No pair of words in y means no ROUGE-2:
-    one word scores 2/3 at most, as in the release. Reads 20,000 characters, and 40 of a word.
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. A single word has no ROUGE-2 and scores 2/3
+    at most, as in the release. Reads 20,000 characters, and 40 of a word.
 
     >>> rouge("a dog runs", "A dog runs."), round(rouge("cat", "cat"), 4), rouge("一只狗", "一只狗。")
     (1.0, 0.6667, 1.0)
@@ -496,9 +486,8 @@ def math_side(text):
 
 
 def math_equal(p, y):
-    """Equality of numbers to six decimals, of words as text, of the rest by math-verify, which gives
-    up after 5 s where Python still listens (hence `Grader`). A percentage equals its number and its
-    hundredth. Main thread of a process only, since math-verify uses SIGALRM.
+    """Equality of numbers to six decimals, of words as text, of the rest by math-verify. A percentage
+    equals its number and its hundredth. Main thread only, since math-verify uses SIGALRM.
 
     >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("5 cm", "5 km")
     (True, True, False)
@@ -539,11 +528,7 @@ def is_number(x):
 
 
 def are_numbers(x, n):
-    """A list of n such numbers.
-
-    >>> are_numbers([0, 2.5], 2), are_numbers([0, "2.5"], 2), are_numbers([0, True], 2)
-    (True, False, False)
-    """
+    """A list of n such numbers."""
     if type(x) is not list or len(x) != n:
         return False
     for v in x:  # not all(): most of the time of grading a track goes here
@@ -553,8 +538,7 @@ def are_numbers(x, n):
 
 
 def iou_1d(p, y):
-    """Intersection over union of two spans [start, end]; 0 if one is malformed, reversed or both are
-    empty.
+    """Intersection over union of two spans [start, end]; 0 if one is malformed or reversed.
 
     >>> iou_1d([0, 4], [2, 6])
     0.3333333333333333
@@ -585,9 +569,8 @@ def mean_box_iou(p, y, over="truth"):
     """Mean box IoU of {"second": box} dicts, over the true seconds (a missing box counts 0), or
     over="shared": only those that both sides have, as the release does.
 
-    >>> truth = {"3": [0, 0, 10, 10], "4": [0, 0, 10, 10]}
-    >>> mean_box_iou({"3": [0, 0, 10, 10]}, truth), mean_box_iou({"3": [0, 0, 10, 10]}, truth, "shared")
-    (0.5, 1.0)
+    >>> mean_box_iou({"3": [0, 0, 9, 9]}, {"3": [0, 0, 9, 9], "4": [0, 0, 9, 9]})
+    0.5
     """
     if not (isinstance(p, dict) and isinstance(y, dict)):
         return 0.0
@@ -601,8 +584,7 @@ def are_points(x):
 
 
 def point_kernel(p, y, sigma=50.0):
-    """G = exp(-d^2 / (2 sigma^2)), d = mean distance of three points [x, y] to three under the best of
-    the 6 matchings.
+    """G = exp(-d^2 / (2 sigma^2)), d = mean distance of 3 points to 3 under the best of 6 matchings.
 
     >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # d = sigma
     0.6065
@@ -612,13 +594,11 @@ def point_kernel(p, y, sigma=50.0):
 
 
 def segmentation_accuracy(p, y, video):
-    """Box, points and (video) time of the prompt for SAM2, weighted; 0 without 3 + 3 points or a
-    video's time.
+    """Box, points and (video) time of the prompt for SAM2; 0 without 3 + 3 points or a video's time.
 
-    >>> y = {"boxes": [0, 0, 9, 9], "positive_points": [[1, 1], [2, 2], [3, 3]]}
-    >>> y["negative_points"] = [[9, 1], [9, 2], [9, 3]]
-    >>> segmentation_accuracy(y, y, video=False), segmentation_accuracy(y, y, video=True)
-    (1.0, 0.0)
+    >>> y = dict(boxes=[0, 0, 9, 9], positive_points=[[1, 1]] * 3, negative_points=[[9, 1]] * 3)
+    >>> segmentation_accuracy(y | {"boxes": None}, y, video=False)
+    0.5
     """
     signs = ("positive_points", "negative_points")
     if not all(are_points(side.get(sign)) for side in (p, y) for sign in signs):
@@ -637,8 +617,7 @@ def segmentation_accuracy(p, y, video):
 
 
 def accuracy(record, answer):
-    """How right an answer (text inside the tags) is, in [0, 1]. Training and evaluation both grade
-    with this.
+    """How right an answer (text inside the tags) is, in [0, 1], in training and evaluation.
 
     >>> record = {"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}
     >>> accuracy(record, '{"time": [0, 4]}')
@@ -685,9 +664,8 @@ def accuracy(record, answer):
 def structure(record, answer):
     """How well an answer keeps to the task's JSON schema, in [0, 0.5]. Free text has no schema: 0.5.
 
-    >>> truth = {"problem_type": "tracking", "answer": '{"boxes": {"1": [0, 0, 9, 9], "2": [0, 0, 9, 9]}}'}
-    >>> structure(truth, '{"boxes": {"1": [1, 2, 3, 4]}}')  # 0.25 + 0.25 * share of the true seconds
-    0.375
+    >>> structure({"problem_type": "temporal grounding", "answer": ""}, '{"time": [0, 4]}')
+    0.5
     """
     kind = record["problem_type"]
     if kind in TEXT_TYPES:
@@ -707,12 +685,13 @@ def structure(record, answer):
         return 0.0
     seconds = read_json(truth_of(record)).get("boxes")
     seconds = seconds if isinstance(seconds, dict) else {}
-    return 0.25 + 0.25 * sum(k in boxes for k in seconds) / max(1, len(seconds))
+    return 0.25 + 0.25 * sum(k in boxes for k in seconds) / max(
+        1, len(seconds)
+    )  # share of the truth
 
 
 def gradable(record):
-    """Why no answer could be graded against a record's truth, or "". By ROUGE, WER and math-verify
-    nothing is tried.
+    """Why no answer could be graded against a record's truth, or ""; free text and math always can.
 
     >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
     'has a time that does not end after its start'
@@ -746,9 +725,8 @@ def total(accuracy, structure):
 def score(record, response):
     """Grade one response here and now. Math can take 15 s or, on hostile text, hang: use `Grader`.
 
-    >>> record = {"problem_type": "numerical", "answer": "3"}
-    >>> score(record, "<think>1 + 2</think><answer>3</answer>").reward, score(record, "3").reward
-    (1.5, 0.0)
+    >>> score({"problem_type": "numerical", "answer": "3"}, "<think>1 + 2</think><answer>3</answer>")
+    Score(reward=1.5, accuracy=1.0, format=1.0, structure=0.5)
     """
     answer = parse_response(response)
     return Score() if answer is None else total(accuracy(record, answer), structure(record, answer))
@@ -766,37 +744,35 @@ def polar_text(record, answer):
 
 
 def ask_polar(url, texts, seconds):
-    """One request to vLLM's pooling endpoint: list of text -> list of raw scores, each the last number
-    of an item (the last token's value); None if the server fails, lies, or takes too long."""
+    """vLLM's pooling endpoint: list of text -> list of raw scores, each the last number of an item (the
+    last token's value); None if the server fails, lies, or takes more than `seconds`, twice."""
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body)
     request.add_header("Content-Type", "application/json")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
-    try:
-        with opener.open(request, timeout=seconds) as response:
-            items = json.loads(response.read(2**26))["data"]
-        scores = [item["data"] for item in sorted(items, key=lambda item: item["index"])]
-        while any(isinstance(values, list) for values in scores):
-            scores = [values[-1] for values in scores]
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
-        return None
-    return scores if are_numbers(scores, len(texts)) else None
+    for _ in range(2):
+        try:
+            with opener.open(request, timeout=seconds) as response:
+                items = json.loads(response.read(2**26))["data"]
+            scores = [item["data"] for item in sorted(items, key=lambda item: item["index"])]
+            while any(isinstance(values, list) for values in scores):
+                scores = [values[-1] for values in scores]
+            if are_numbers(scores, len(texts)):
+                return scores
+        except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
+            continue
+    return None
 
 
 def polar_scores(url, pairs, seconds=60.0):
     """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1],
     and the number of groups that failed. A group is the answers to one prompt: its scores are min-max
-    normalised (all 1 if all are equal). If the server fails twice, all values of the group are None:
-    raw scales differ, so never a mix."""
+    normalised (all 1 if all are equal); all None if the server fails, since a mix has two scales."""
     groups = {}
     for i, (record, answer) in enumerate(pairs):
         group = groups.setdefault((record.get("problem"), truth_of(record)), {})
         group[i] = polar_text(record, answer)
-
-    def ask(group):
-        texts = [*group.values()]
-        return ask_polar(url, texts, seconds / 2) or ask_polar(url, texts, seconds / 2)
-
+    ask = lambda group: ask_polar(url, [*group.values()], seconds / 2)
     values, failed = [None] * len(pairs), 0
     with ThreadPoolExecutor(len(groups) or 1) as pool:
         for group, scores in zip(groups.values(), pool.map(ask, groups.values())):
