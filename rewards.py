@@ -7,16 +7,14 @@ A response must be one <think> block, then one <answer> block, and nothing else;
 parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py`
 runs the examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
-2. Text is graded as written, in any form of Unicode. The release removes spaces around "<", ">" and
-   "/" from the answer but not from the truth.
+2. Text is graded as written. The release removes spaces around "<", ">" and "/" in the answer only.
 3. Choices and numbers are read as people write them: "Answer: B", "It is the dog.", "5 cm", "1/2".
    Two units must agree, one on one side only is left out. The release takes a bare letter and bare
    digits; its math drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
 4. Words in math are text. In the release they are products: ABC equals ACB.
 5. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
-6. Spatial-temporal boxes are averaged over the true seconds (the release: over the seconds that both
-   sides have, so that one right box of five scores as five), and the share of seconds counts for
-   structure only if the schema holds.
+6. Spatial-temporal boxes are averaged over the true seconds (the release: over those that both sides
+   have: one right box of five scores as five). Structure counts seconds only if the schema holds.
 7. Relative accuracy is exact on decimal ties, and math without dollars gets them.
 8. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
 The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian.
@@ -34,27 +32,19 @@ import signal
 import sys
 import unicodedata
 import urllib.request
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
-from fractions import Fraction
 from functools import lru_cache
 from http.client import HTTPException
 from subprocess import PIPE, Popen
-from typing import NamedTuple
 
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
 JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking")
 JSON_TYPES += ("segmentation",)
 PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
-
-
-class Score(NamedTuple):
-    reward: float = 0.0  # 0.9 * accuracy + 0.1 * format + structure, in [0, 1.5]
-    accuracy: float = 0.0  # in [0, 1]
-    format: float = 0.0  # 1.0 if the tags are right
-    structure: float = 0.0  # in [0, 0.5]
-
+Score = namedtuple("Score", "reward accuracy format structure", defaults=4 * (0.0,))
 
 # ---- Reading tags and JSON
 
@@ -168,7 +158,6 @@ _MARKUP = [
     (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
     (r"\\%", "%"),
     (r"\\Omega\b", "Ω"),
-    (r"\s*\n\s*", "\n"),
     (r"[^\S\n]+", " "),
 ]
 _MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
@@ -217,13 +206,13 @@ for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
     r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|"
-    + "cot csc log exp sqrt root max gcd lcm mod modulo det lim abs floor ceil sum alpha beta gamma delta "
-    "theta lambda sigma phi omega infinite zero one two three four five six seven eight nine ten eleven "
-    "twelve hundred thousand lakh crore dozen score gross half halve third quarter and but not plus minus "
-    "time over divided multiplied squared square cubed cube cubic power factorial choose permute fold "
-    "double triple twice thrice more les fewer greater smaller than least most below above under negative "
-    "positive through until versus from out per remainder between except without wrong incorrect false "
-    "never maybe perhap possibly none null nan inf or of".replace(" ", "|")
+    + "cot csc log exp sqrt root max gcd lcm mod modulo lim alpha beta gamma delta theta lambda sigma phi "
+    "omega infinite zero one two three four five six seven eight nine ten eleven twelve hundred thousand "
+    "lakh crore dozen score gross half halve third quarter and but not plus minus time over divided "
+    "multiplied squared square cubed cube cubic power factorial choose fold double triple twice more les "
+    "fewer greater smaller than least most below above under negative positive through until versus from "
+    "out per remainder between except without wrong incorrect false never maybe perhap possibly none "
+    "null nan inf or of".replace(" ", "|")
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -241,7 +230,6 @@ _UNIT_FORMS = [
 def read_unit(text):
     """The one name of a unit however spelled, or None if `text` is none: units of the list, unknown
     words of three letters or more, powers, quotients and products of up to four.
-
     >>> read_unit("square meters per second"), read_unit("red balls"), read_unit("million")
     ('m^2/s', 'red ball', None)
     """
@@ -304,7 +292,6 @@ def read_quantity(text, named=True):
 
 def read_number(text):
     """The number that `text` is (a Decimal), or None. It may have a unit and stand in LaTeX.
-
     >>> [str(read_number(t)) for t in ("1,234.50", "$-5$", "x = 5 km/h", "5 or 6", "1,23")]
     ['1234.50', '-5', '5', 'None', 'None']
     """
@@ -317,7 +304,6 @@ _AFTER = re.compile(  # what may stand between a letter and more text
     r"[)\]}.:;!,\n]| [-–—=→(]|"
     r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
 )
-_REASON = re.compile(r"\W*(?:because|since|as|for|rather)\b")
 _UNSURE = re.compile(
     r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
     r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
@@ -343,8 +329,7 @@ def read_options(options):
     bodies, names = {}, {}
     for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
         whole = fold(plain(option))
-        named = re.match(r"\(?([a-z])[).:,] ?", whole)
-        bodies[letter] = whole[named.end() :] if named and named[1] == letter.lower() else whole
+        bodies[letter] = re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)
         for name in {whole, bodies[letter]}:
             names[name] = None if name in names else letter  # neither of two that are equal
     return bodies, names
@@ -361,7 +346,7 @@ def read_phrase(phrase, options):
     if not match or bodies and match[1].upper() not in bodies:
         return names.get(fold(text))
     letter, rest = match[1].upper(), text[match.end() :]
-    if _REASON.match(rest):
+    if re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
         return letter
     said, own = re.sub(r"^\W+(?:is )?", "", rest), bodies.get(letter)
     if own and said.casefold().startswith(own) and not said[len(own) :][:1].isalnum():
@@ -375,7 +360,6 @@ def read_choice(text, options=()):
     """The letter that `text` chooses, or None if it names none, several, or one beyond the options (a
     list of "A. the cat" or "the cat"): all of it as one phrase, else the last that prose states, else
     the only one that its sentences name.
-
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
@@ -413,26 +397,21 @@ def answer_of(record, response):
 
 
 def mean_relative_accuracy(p, y):
-    """Share of the thresholds c in {0.50, 0.55, .., 0.95} with |p - y| / |y| < 1 - c, exact on ties.
-
+    """Share of the thresholds c in {0.50, 0.55, .., 0.95} with |p - y| / |y| < 1 - c; of Decimals.
     >>> mean_relative_accuracy(90, 100)  # the error 0.1 is below 0.5, 0.45, .., 0.15, not below 0.1
     0.8
     """
-    p, y = Fraction(str(p)), Fraction(str(y))
     if y == 0:  # nothing is near it
         return float(p == 0)
     return sum(20 * abs(p - y) < k * abs(y) for k in range(1, 11)) / 10
 
 
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces between words, each character is one
-_UNSPACED = re.compile(
-    "([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff])"
-)
+_UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
 
 
 def word_error_rate(p, y):
     """Word edits that turn text p into text y, per word of y (can exceed 1).
-
     >>> word_error_rate("the dark room", "the dog park")
     0.6666666666666666
     """
@@ -448,7 +427,6 @@ def word_error_rate(p, y):
 def rouge(p, y):
     """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. A single word has no ROUGE-2 and scores 2/3
     at most, as in the release. Reads 20,000 characters, and 40 of a word.
-
     >>> rouge("a dog runs", "A dog runs."), round(rouge("cat", "cat"), 4), rouge("一只狗", "一只狗。")
     (1.0, 0.6667, 1.0)
     """
@@ -483,7 +461,6 @@ def math_side(text):
 def math_equal(p, y):
     """Equality of numbers to six decimals, of words as text, of the rest by math-verify. A percentage
     equals its number and its hundredth. Main thread only, since math-verify uses SIGALRM.
-
     >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("5 cm", "5 km")
     (True, True, False)
     """
@@ -534,7 +511,6 @@ def are_numbers(x, n):
 
 def iou_1d(p, y):
     """Intersection over union of two spans [start, end]; 0 if one is malformed or reversed.
-
     >>> iou_1d([0, 4], [2, 6])
     0.3333333333333333
     """
@@ -546,7 +522,6 @@ def iou_1d(p, y):
 
 def iou_box(p, y):
     """Intersection over union of two boxes [x1, y1, x2, y2]; 0 if one is malformed, reversed or empty.
-
     >>> iou_box([0, 0, 10, 10], [0, 5, 10, 15])
     0.3333333333333333
     """
@@ -563,7 +538,6 @@ def iou_box(p, y):
 def mean_box_iou(p, y, over="truth"):
     """Mean box IoU of {"second": box} dicts, over the true seconds (a missing box counts 0), or
     over="shared": only those that both sides have, as the release does.
-
     >>> mean_box_iou({"3": [0, 0, 9, 9]}, {"3": [0, 0, 9, 9], "4": [0, 0, 9, 9]})
     0.5
     """
@@ -580,7 +554,6 @@ def are_points(x):
 
 def point_kernel(p, y, sigma=50.0):
     """G = exp(-d^2 / (2 sigma^2)), d = mean distance of 3 points to 3 under the best of 6 matchings.
-
     >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # d = sigma
     0.6065
     """
@@ -590,7 +563,6 @@ def point_kernel(p, y, sigma=50.0):
 
 def segmentation_accuracy(p, y, video):
     """Box, points and (video) time of the prompt for SAM2; 0 without 3 + 3 points or a video's time.
-
     >>> y = dict(boxes=[0, 0, 9, 9], positive_points=[[1, 1]] * 3, negative_points=[[9, 1]] * 3)
     >>> segmentation_accuracy(y | {"boxes": None}, y, video=False)
     0.5
@@ -613,7 +585,6 @@ def segmentation_accuracy(p, y, video):
 
 def accuracy(record, answer):
     """How right an answer (text inside the tags) is, in [0, 1], in training and evaluation.
-
     >>> record = {"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}
     >>> accuracy(record, '{"time": [0, 4]}')
     0.3333333333333333
@@ -633,9 +604,8 @@ def accuracy(record, answer):
         (p, p_unit, _), (y, y_unit, _) = read_quantity(answer), read_quantity(truth)
         if p is None or y is None or (p_unit and y_unit and p_unit != y_unit):
             return 0.0
-        if kind == "regression":
-            return mean_relative_accuracy(p, y)
-        return float(round(float(p), 2) == round(float(y), 2))  # of binary floats, as released
+        same = round(float(p), 2) == round(float(y), 2)  # binary floats, as released
+        return mean_relative_accuracy(p, y) if kind == "regression" else float(same)
     if kind == "math":
         return float(math_equal(answer, truth))
     if kind == "OCR":
@@ -658,7 +628,6 @@ def accuracy(record, answer):
 
 def structure(record, answer):
     """How well an answer keeps to the task's JSON schema, in [0, 0.5]. Free text has no schema: 0.5.
-
     >>> truth = '{"boxes": {"1": [0, 0, 9, 9], "2": [0, 0, 9, 9]}}'  # the half of its seconds:
     >>> structure({"problem_type": "tracking", "answer": truth}, '{"boxes": {"1": [1, 2, 3, 4]}}')
     0.375
@@ -686,7 +655,6 @@ def structure(record, answer):
 
 def gradable(record):
     """Why no answer could be graded against a record's truth, or ""; free text and math always can.
-
     >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
     'has a time that does not end after its start'
     """
@@ -700,7 +668,7 @@ def gradable(record):
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
     y = read_json(truth)
-    if "grounding" in kind and kind != "spatial grounding" and not y["time"][0] < y["time"][1]:
+    if "temporal" in kind and not y["time"][0] < y["time"][1]:
         return "has a time that does not end after its start"
     boxes = y.get("boxes") if kind != "temporal grounding" else {}
     for x1, y1, x2, y2 in boxes.values() if isinstance(boxes, dict) else [boxes]:
@@ -718,7 +686,6 @@ def total(accuracy, structure):
 
 def score(record, response):
     """Grade one response here and now. Math can take 15 s or, on hostile text, hang: use `Grader`.
-
     >>> score({"problem_type": "numerical", "answer": "3"}, "<think>1 + 2</think><answer>3</answer>")
     Score(reward=1.5, accuracy=1.0, format=1.0, structure=0.5)
     """
@@ -741,8 +708,8 @@ def ask_polar(url, texts, seconds):
     """vLLM's pooling endpoint: list of text -> list of raw scores, each the last number of an item (the
     last token's value); None if the server fails, lies, or takes more than `seconds`, twice."""
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
-    request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body)
-    request.add_header("Content-Type", "application/json")
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
     for _ in range(2):
         try:
