@@ -30,7 +30,6 @@ import re
 import resource
 import signal
 import sys
-import unicodedata
 import urllib.request
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from decimal import Decimal
 from functools import lru_cache
 from http.client import HTTPException
 from subprocess import PIPE, Popen
+from unicodedata import category, normalize
 
 TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
 JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking")
@@ -137,7 +137,7 @@ def truth_of(record):
     truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
     truth = truth if isinstance(truth, str) else json.dumps(truth)
     truth = truth.rpartition("<answer>")[2].partition("</answer>")[0]
-    return unicodedata.normalize("NFC", truth.strip())
+    return normalize("NFC", truth.strip())
 
 
 # ---- Reading units and numbers
@@ -145,9 +145,8 @@ def truth_of(record):
 _SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and digits
 _SIGNS |= str.maketrans("−–\u3000\xa0\u2009\u202f。、’“”", '--    .,\'""')
 _SIGNS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "π": r"\pi ", "∞": r"\infty "})
-_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _MARKUP = [
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + match[0].translate(_POWERS) + "}"),
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + normalize("NFKC", match[0]).replace("−", "-") + "}"),
     (r"\\\$", "＄"),  # a sign of currency, no mark of LaTeX
     (r"\$\$?([^$]*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
@@ -357,9 +356,8 @@ def read_phrase(phrase, options):
 
 
 def read_choice(text, options=()):
-    """The letter that `text` chooses, or None if it names none, several, or one beyond the options (a
-    list of "A. the cat" or "the cat"): all of it as one phrase, else the last that prose states, else
-    the only one that its sentences name.
+    """The letter that `text` chooses, as one phrase, else the last that prose states, else the only one
+    of its sentences; None if none, several, or beyond the options (like "A. the cat" or "the cat").
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
@@ -436,7 +434,7 @@ def rouge(p, y):
         text = re.sub(r"([^\W_]{40})[^\W_]+", r"\1", text[:20_000])
         if text.isascii():
             return text
-        text = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text.lower())
+        text = "".join(c if category(c)[0] in "LMN" else " " for c in text.lower())
         text = _UNSPACED.sub(r" \1 ", text).split()
         return " ".join(word if word.isascii() else word.encode().hex() + "0" for word in text)
 
@@ -561,25 +559,6 @@ def point_kernel(p, y, sigma=50.0):
     return math.exp(-(d**2) / (2 * sigma**2))
 
 
-def segmentation_accuracy(p, y, video):
-    """Box, points and (video) time of the prompt for SAM2; 0 without 3 + 3 points or a video's time.
-    >>> y = dict(boxes=[0, 0, 9, 9], positive_points=[[1, 1]] * 3, negative_points=[[9, 1]] * 3)
-    >>> segmentation_accuracy(y | {"boxes": None}, y, video=False)
-    0.5
-    """
-    signs = ("positive_points", "negative_points")
-    if not all(are_points(side.get(sign)) for side in (p, y) for sign in signs):
-        return 0.0
-    box = iou_box(p.get("boxes"), y.get("boxes"))
-    positive, negative = (point_kernel(p[sign], y[sign]) for sign in signs)
-    if not video:
-        return 0.5 * box + 0.25 * positive + 0.25 * negative
-    if not (is_number(p.get("time")) and is_number(y.get("time"))):
-        return 0.0
-    time = math.exp(-abs(p["time"] - y["time"]) / 2)
-    return 0.3 * box + 0.3 * time + 0.2 * positive + 0.2 * negative
-
-
 # ---- Grading
 
 
@@ -594,7 +573,7 @@ def accuracy(record, answer):
         raise ValueError(f"problem_type is {kind!r}, expected one of {PROBLEM_TYPES}")
     if not isinstance(answer, str):
         return 0.0
-    answer = unicodedata.normalize("NFC", answer)
+    answer = normalize("NFC", answer)
     if kind == "multiple choice":
         options = record.get("options")
         letter = read_choice(truth, options)
@@ -623,7 +602,18 @@ def accuracy(record, answer):
         return 0.5 * iou_1d(*times) + 0.5 * mean_box_iou(*boxes)
     if kind == "tracking":
         return mean_box_iou(*boxes)
-    return segmentation_accuracy(p, y, video=record.get("data_type") != "image")
+
+    # segmentation: a prompt for SAM2; 0 without 3 + 3 points or a video's time
+    signs = ("positive_points", "negative_points")
+    if not all(are_points(side.get(sign)) for side in (p, y) for sign in signs):
+        return 0.0
+    positive, negative = (point_kernel(p[sign], y[sign]) for sign in signs)
+    if record.get("data_type") == "image":
+        return 0.5 * iou_box(*boxes) + 0.25 * positive + 0.25 * negative
+    if not are_numbers([*times], 2):
+        return 0.0
+    time = math.exp(-abs(times[0] - times[1]) / 2)
+    return 0.3 * iou_box(*boxes) + 0.3 * time + 0.2 * positive + 0.2 * negative
 
 
 def structure(record, answer):
