@@ -36,6 +36,7 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
 from http.client import HTTPException
+from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
 from unicodedata import category, normalize
 
@@ -93,8 +94,8 @@ def tidy(value):
     """JSON with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4", not
     "4.0", and no list around a single list or object. Two such names in one object: {}."""
     if isinstance(value, dict):
-        names = [re.sub(r"^(?:bbox_2d|bbox|box)$", "boxes", key) for key in value]
-        names = [re.sub(r"^(\d+)\.0*$", r"\1", name) for name in names]
+        other = r"^(?:bbox_2d|bbox|box)$|^(\d+)\.0*$"
+        names = [re.sub(other, lambda match: match[1] or "boxes", key) for key in value]
         result = dict(zip(names, map(tidy, value.values())))
         return result if len(result) == len(value) else {}
     if isinstance(value, list):
@@ -308,14 +309,10 @@ _UNSURE = re.compile(
     r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
     r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
 )
-_STATED = re.compile(
-    r"(?i)\b(?:answer|option|choice|letter|one|it is|it's|so|thus|hence|therefore|"
-    r"i (?:think|choose|pick|select)|[a-z](?= (?:is|was) ))\b|答案|选"
+_CLAUSE = re.compile(  # where a statement may begin
+    r"(?i)^|[,;] (?=(?:(?:the |my )?(?:\w+ )?(?:answer|option)|(?:[a-z]|it) is|it's|i)\b)|"
+    r"[,;] but (?=.*\bis\b)|\b(?=(?:so|thus|hence|therefore)\b)"
 )
-_CLAUSE = re.compile(  # where a clause begins
-    r"^|(?<!\b[A-Z])[,;]|, (?=the (?:\w+ )?(?:answer|option)\b)|\bbut\b|\b(?=(?:so|thus|hence)\b)"
-)
-_SENTENCE = re.compile(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+")
 
 
 def fold(text):
@@ -356,21 +353,22 @@ def read_phrase(phrase, options):
 
 
 def read_choice(text, options=()):
-    """The letter that `text` chooses, as one phrase, else the last that prose states, else the only one
-    of its sentences; None if none, several, or beyond the options (like "A. the cat" or "the cat").
+    """The letter that `text` chooses, as one phrase, else the last that it calls the answer, else the
+    only one of its sentences; None if none, several, or not in options ("A. the cat" or "the cat").
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
     options = tuple(map(str, options or ()))
     if letter := read_phrase(text[:2000], options):
         return letter
-    stated, alone = [], set()
-    for sentence in _SENTENCE.split(text[-5000:]):
-        alone.add(read_phrase(sentence[:500], options))
-        clauses = [sentence[start.end() : 500] for start in _CLAUSE.finditer(sentence, 0, 500)]
-        stated += [read_phrase(clause, options) for clause in clauses if _STATED.search(clause)]
-    stated, alone = [letter for letter in stated if letter], alone - {None}
-    return stated[-1] if stated else alone.pop() if len(alone) == 1 else None
+    stated, named = [], set()
+    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
+        for start in _CLAUSE.finditer(sentence, 0, 500):
+            clause = sentence[start.end() : 500]
+            if letter := read_phrase(clause, options):
+                named.add(letter)
+                stated += [letter] if re.search("(?i)answer|答案", clause) else []
+    return stated[-1] if stated else named.pop() if len(named) == 1 else None
 
 
 def readable(record, answer):
@@ -741,8 +739,8 @@ class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
-    C code where no Python time limit reaches. An item that takes a worker more than `seconds` of CPU
-    time is killed with it and scores 0; one whose worker dies otherwise is tried once more.
+    C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
+    its item scores 0; one that dies is replaced and the item tried once more.
     counts: {"killed": overran, "errors": deaths}, and "polar_failed" (groups) if polar_url is given.
     """
 
@@ -796,16 +794,18 @@ class Grader:
             if worker.stdout.readline() != "ready\n":  # no wrong answer, but a broken grader
                 self.idle.put(worker)
                 raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
+            late = False
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
-                value = float(worker.stdout.readline())
+                late = not wait([worker.stdout], self.seconds)
+                value = float("" if late else worker.stdout.readline())
                 self.idle.put(worker)
                 return value, 0, errors
-            except (BrokenPipeError, ValueError):  # it is dead, or babbles
+            except (BrokenPipeError, ValueError):  # it hangs, is dead, or babbles
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
                 self.idle.put(self._launch())
-                if worker.returncode == -signal.SIGPROF:
+                if late:
                     return 0.0, 1, errors
         return 0.0, 0, 2
 
@@ -824,14 +824,14 @@ class Grader:
 
 def work(seconds):
     """A worker: says that it is ready, reads one JSON line [record, answer], writes one line with the
-    accuracy, and so on until the pipe ends. The kernel ends it (SIGPROF) after `seconds` of CPU time
-    for one item, also if its Grader is gone."""
+    accuracy, and so on until the pipe ends. Should its Grader vanish while it hangs, the kernel ends it
+    after 2 * seconds of CPU time (SIGPROF)."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, for huge integers
     math_equal("x", "y + 1"), rouge("", "")  # imports
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
         print(accuracy(*json.loads(line)), "ready", sep="\n", flush=True)
 
 
