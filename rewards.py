@@ -374,7 +374,7 @@ def read_choice(text, options=()):
 def readable(record, answer):
     """Whether an answer says anything in the terms of its task, right or wrong."""
     if answer and record["problem_type"] == "multiple choice":
-        return read_choice(answer, record.get("options")) is not None
+        return bool(read_choice(answer, record.get("options")))
     if answer and record["problem_type"] in ("numerical", "regression"):
         return read_number(answer) is not None
     return bool(answer) and structure(record, answer) > 0
@@ -589,7 +589,6 @@ def accuracy(record, answer):
         return max(0.0, 1 - word_error_rate(answer, truth))
     if kind == "open-ended":
         return rouge(answer, truth)
-
     p, y = read_json(answer), read_json(truth)
     boxes, times = (p.get("boxes"), y.get("boxes")), (p.get("time"), y.get("time"))
     if kind == "temporal grounding":
@@ -600,7 +599,6 @@ def accuracy(record, answer):
         return 0.5 * iou_1d(*times) + 0.5 * mean_box_iou(*boxes)
     if kind == "tracking":
         return mean_box_iou(*boxes)
-
     # segmentation: a prompt for SAM2; 0 without 3 + 3 points or a video's time
     signs = ("positive_points", "negative_points")
     if not all(are_points(side.get(sign)) for side in (p, y) for sign in signs):
