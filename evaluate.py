@@ -37,7 +37,6 @@ import base64
 import csv
 import hashlib
 import html
-import http.client
 import io
 import json
 import math
@@ -46,7 +45,6 @@ import re
 import signal
 import sys
 import time
-import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -63,7 +61,7 @@ from pycocotools import mask as coco
 import data
 import rewards
 from data import draw, draw_strip, marks_of, task_of
-from infer import iter_frames, load_sam2, segment_images, segment_video
+from infer import ask_server, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
 # --------------------------------------------------------------------------------------------------
@@ -433,25 +431,22 @@ def masks_of(record, answer, sam2):
     """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, "frames": {place:
     RLE} for the report}. An answer that prompts nothing has empty masks."""
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
-    size, prompts = next(iter(truths.values())).shape, bool(marks.boxes or marks.positive)
-    if record["data_type"] == "image":
-        masks, y, shown = np.zeros((1, *size), dtype=bool), truths[0], [0]
-        if prompts:  # without an answer the image may not even be there
-            image = ImageOps.exif_transpose(Image.open(record["media"][0]["path"]))
-            masks = segment_images(sam2, [(image.convert("RGB").resize(size[::-1]), marks)])
-        both, either = int((masks[0] & y).sum()), int((masks[0] | y).sum())
-        parts = {"cIoU": [both, either], "gIoU": jaccard(masks[0], y, empty=1.0)}
+    size, image = next(iter(truths.values())).shape, record["data_type"] == "image"
+    count = 1 if image else len(record["segmentation_output"]["frames"])
+    place = 0 if image else round((marks.time or 0) * record["fps"])
+    place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
+    if marks.boxes or marks.positive:  # without an answer the media may not even be there
+        masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+    if image:
+        both, either = int((masks[0] & truths[0]).sum()), int((masks[0] | truths[0]).sum())
+        parts = {"cIoU": [both, either], "gIoU": jaccard(masks[0], truths[0], empty=1.0)}
     else:
-        count, parts = len(record["segmentation_output"]["frames"]), {}
-        place = round((marks.time or 0) * record["fps"])
-        place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
-        if prompts:
-            masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+        parts = {}
         for by, davis in (("", False), (" (DAVIS)", True)):
             j = np.mean([jaccard(masks[k], y, empty=float(davis)) for k, y in truths.items()])
             f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
             parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
-        shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
+    shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
     codes = coco.encode(np.asfortranarray(np.stack([masks[k] for k in shown], -1), dtype=np.uint8))
     frames = {str(k): c | dict(counts=c["counts"].decode()) for k, c in zip(shown, codes)}
     return dict(answer=answer, parts=parts, frames=frames)
@@ -469,10 +464,13 @@ def true_masks(record):
 
 
 def frames_at(record, count, size):
-    """The first `count` frames of a segmentation's video, uint8 (count, H, W, 3), size = (H, W).
+    """The image, or the first `count` frames of the video, uint8 (count, H, W, 3), size = (H, W).
     Frame k is the first one from k / fps seconds on, as in the release, or the last there is."""
-    frames, fps = [], record["fps"]
-    for second, image in iter_frames(record["media"][0]["path"], fps)[1]:
+    path, frames, fps = record["media"][0]["path"], [], record.get("fps")
+    if record["data_type"] == "image":
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        return np.array(image.resize(size[::-1]))[None]
+    for second, image in iter_frames(path, fps)[1]:
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
         if len(frames) == count:
@@ -502,28 +500,24 @@ def read_score(text):
     return int(score[1]) / 10 if score else None
 
 
-def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
+def ask_judge(url, model, record, answer, tries=3, silence=120.0, pause=1.0):
     """One question to an OpenAI-compatible server -> its score in [0, 1], or None and what went
-    wrong. OPENAI_API_KEY, if set, is sent along."""
+    wrong."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=answer[:20000]))
-    body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
+    request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
     url = f"{url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode())
-    request.add_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}")
-    request.add_header("Content-Type", "application/json")
     for attempt in range(tries):
         time.sleep(pause * attempt)
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as reply:
-                text = json.load(reply)["choices"][0]["message"]["content"]
-            score, wrong = read_score(text), f"it replied {text[:200]!r}"
-            if score is not None:
+            reply = json.loads(b"".join(ask_server(url, request, silence)))
+            text = str(reply["choices"][0]["message"]["content"])
+            if (score := read_score(text)) is not None:
                 return score, ""
-        except (OSError, http.client.HTTPException) as error:  # an HTTPError can be read
-            cause = error.read(300).decode(errors="replace") if hasattr(error, "code") else ""
-            wrong = f"{error} {cause}"
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            wrong = f"it replied {text[:200]!r}"
+        except OSError as error:
+            wrong = str(error)
+        except (ValueError, LookupError, TypeError) as error:
             wrong = f"it replied no chat completion: {error!r}"
     return None, wrong
 
@@ -546,7 +540,7 @@ def judge_answers(benchmarks, out, url, model):
                 verdict = dict(judge=model, answer=answer, score=score)
                 append(out, "judge", record["benchmark"], line | dict(verdict=verdict))
             elif not failed:
-                print(f"judge: {url}: record {record['index']}: {wrong}", flush=True)
+                print(f"judge: record {record['index']}: {wrong}", flush=True)
             failed += score is None
     join_parts(out)
     if failed:

@@ -260,17 +260,16 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
         assert (evaluate.true_masks(record)[0] == twice).all()
     prompts = []
 
-    def segment_images(sam2, items):  # a perfect SAM2, at the size of what it is given
-        ((image, _),) = items
-        mask = Image.fromarray(evaluate.true_masks(images[0])[0]).resize(image.size)
-        return [np.asarray(mask)]
-
-    def segment_video(sam2, frames, index, marks):
+    def segment_video(
+        sam2, frames, index, marks
+    ):  # a perfect SAM2, at the size of what it is given
+        if len(frames) == 1:
+            mask = Image.fromarray(evaluate.true_masks(images[0])[0])
+            return np.asarray(mask.resize(frames.shape[2:0:-1]))[None]
         prompts.append(index)
         assert frames.shape == (32, 64, 64, 3)
         return np.stack([evaluate.true_masks(videos[len(prompts) - 1])[k] for k in range(32)])
 
-    monkeypatch.setattr(evaluate, "segment_images", segment_images)
     monkeypatch.setattr(evaluate, "segment_video", segment_video)
     images[1]["media"] = [dict(type="image", path="lost.png")]
     sums = [int(evaluate.true_masks(record)[0].sum()) for record in images]
@@ -527,7 +526,7 @@ def test_a_judges_reply_is_read_or_not(text, score):
 def test_judge_answers_fails_and_lies(server, replies, score, wrong):
     """A failing or babbling judge read as a score, or as 0, and nobody learns why."""
     server.replies = list(replies)
-    found = evaluate.ask_judge(server.url, "m", CAPTION, "a fox", seconds=0.2, pause=0)
+    found = evaluate.ask_judge(server.url, "m", CAPTION, "a fox", silence=0.2, pause=0)
     assert found[0] == score and wrong in found[1] and len(server.asked) == len(replies)
     assert json.loads(server.asked[0].splitlines()[-1])["reference"] == "a red fox"
 
@@ -551,7 +550,7 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
     server.replies = [(503, "asleep")] + ["no"] * 8
     assert accuracies() == [None] * 3 + [0.0] and len(server.asked) == 9
     said = capsys.readouterr().out
-    assert said.count("judge: http") == 1 and "3 of 3 answers have no verdict" in said
+    assert said.count("judge: record") == 1 and "3 of 3 answers have no verdict" in said
     found = values(name, list(stored(out, name).values()))
     assert found["not judged"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 12
