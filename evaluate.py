@@ -437,13 +437,14 @@ def masks_of(record, answer, sam2):
     place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
     if marks.boxes or marks.positive:  # without an answer the media may not even be there
         masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+    areas = [[int((masks[k] & y).sum()), int((masks[k] | y).sum())] for k, y in truths.items()]
+    iou = lambda empty: np.mean([both / either if either else empty for both, either in areas])
     if image:
-        both, either = int((masks[0] & truths[0]).sum()), int((masks[0] | truths[0]).sum())
-        parts = {"cIoU": [both, either], "gIoU": jaccard(masks[0], truths[0], empty=1.0)}
+        parts = {"cIoU": areas[0], "gIoU": float(iou(empty=1))}
     else:
         parts = {}
         for by, davis in (("", False), (" (DAVIS)", True)):
-            j = np.mean([jaccard(masks[k], y, empty=float(davis)) for k, y in truths.items()])
+            j = iou(empty=int(davis))  # of two empty masks: 1 by DAVIS, 0 in the paper's figures
             f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
             parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
     shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
@@ -579,33 +580,6 @@ def grade(benchmarks, out, judge):
 # Metrics, first of masks, then of answers: each is the ratio of two sums over records
 
 
-def jaccard(p, y, empty):
-    """J, the intersection over union of two masks, bool (H, W); `empty` if both are: 1 by DAVIS, 0
-    in the paper's figures.
-
-    >>> jaccard(np.array([[1, 1, 0]], bool), np.array([[0, 1, 1]], bool), empty=1.0)
-    0.3333333333333333
-    """
-    union = (p | y).sum()
-    return float((p & y).sum() / union) if union else empty
-
-
-def boundary(mask, davis):
-    """The contour of a mask as bool (H, W). DAVIS: pixels that differ from the one to the right,
-    below, or both. The paper: mask pixels on the edge of the image, or with one of their eight
-    neighbours outside the mask.
-
-    >>> [int(boundary(np.ones((3, 3), bool), davis).sum()) for davis in (False, True)]
-    [8, 0]
-    """
-    if davis:
-        wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
-        return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
-    wide, (height, width) = np.pad(mask, 1), mask.shape
-    around = [wide[y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    return mask & ~np.logical_and.reduce(around)
-
-
 def dilate(mask, reach):
     """A mask, bool (H, W), grown by a shape of 2r + 1 rows, the same upside down: its row i reaches
     reach[i] <= r pixels to either side.
@@ -619,6 +593,19 @@ def dilate(mask, reach):
         rows = sums[y : y + height]
         grown |= rows[:, r + w + 1 : r + w + 1 + width] > rows[:, r - w : r - w + width]
     return grown
+
+
+def boundary(mask, davis):
+    """The contour of a mask, bool (H, W). DAVIS: pixels that differ from the one to the right, below,
+    or both. The paper: mask pixels with one of eight neighbours outside the mask or the image.
+
+    >>> [int(boundary(np.ones((3, 3), bool), davis).sum()) for davis in (False, True)]
+    [8, 0]
+    """
+    if davis:
+        wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
+        return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
+    return mask & dilate(~np.pad(mask, 1), [1, 1, 1])[1:-1, 1:-1]
 
 
 def boundary_f(p, y, davis):
@@ -661,23 +648,15 @@ def parts_of(task, record, answer):
     if task == TRACK:
         p, y = (side if isinstance(side, dict) else {} for side in boxes)
         ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
-        rest = track_parts([iou for k, iou in ious.items() if k != "1"], ", given box left out")
-        return track_parts(ious.values()) | rest
+        later, parts = [iou for k, iou in ious.items() if k != "1"], {}
+        for title, each in (("", [*ious.values()]), (", given box left out", later)):
+            n, one = len(each), min(1, len(each))  # R@t counts sequences, SR@t frames
+            iou = sum(each) / max(1, n)
+            parts |= {f"AO{title}": (iou, one)}
+            parts |= {f"R@{t}{title}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
+            parts |= {f"SR@{t}{title}": (sum(v >= t for v in each), n) for t in (0.5, 0.75)}
+        return parts
     return {"box_mIoU": rewards.iou_box(*boxes)} if task in (IMAGE, VIDEO) else {}
-
-
-def track_parts(ious, title=""):
-    """IoUs of a sequence's frames -> its parts in AO and R@t, where each sequence counts once, and
-    in SR@t, where each frame does. A sequence without frames does not count.
-
-    >>> {metric: track_parts([1.0, 0.0])[metric] for metric in ("AO", "R@0.5", "SR@0.5")}
-    {'AO': (0.5, 1), 'R@0.5': (True, 1), 'SR@0.5': (1, 2)}
-    """
-    n, one = len(ious), min(1, len(ious))
-    iou = sum(ious) / max(1, n)
-    parts = {"AO": (iou, one)} | {f"R@{t}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
-    parts |= {f"SR@{t}": (sum(v >= t for v in ious), n) for t in (0.5, 0.75)}
-    return {metric + title: part for metric, part in parts.items()}
 
 
 TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
@@ -734,18 +713,15 @@ def headline_metric(name, lines, metrics):
 # Numbers with their intervals, the table, the report
 
 
-def ratios(sums):
-    """(..., 2) -> (...): the first by the second, 0 where that is 0."""
-    return sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
-
-
 def resampled(columns, name, resamples=2000):
-    """Bootstrap: the ratios of columns (m, 2, n) over draws of n records with replacement ->
-    (resamples, m). All columns see the same draws: so a comparison of columns is paired. The seed
-    is the name: a benchmark has the same draws everywhere, two benchmarks have independent ones."""
+    """Columns (m, 2, n) of sums -> their m ratios, 0 where a denominator is, and by the bootstrap
+    those of draws of n records, (resamples, m). The seed is the name: all models see the same draws,
+    so a comparison is paired; those of two benchmarks are independent."""
+    ratios = lambda sums: sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
     draws = (rng.integers(n, size=n, dtype=np.int32) for _ in range(resamples))
-    return ratios(np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws]))
+    drawn = np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws])
+    return ratios(columns.sum(-1)), ratios(drawn)
 
 
 def interval(value, draws, **more):
@@ -759,16 +735,16 @@ def metrics_of(name, lines, failed=0):
     (or questions, or sequences) count. failed: how many records have no line."""
     columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
-    values, draws = ratios(stacked.sum(-1)), resampled(stacked, name)
+    values, draws = resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
     return cells | dict(failed=interval(failed / n, [failed / n], n=n))
 
 
-def weights_of(names):
-    """A weight for each benchmark: the files of one of the paper's benchmarks share one."""
-    titles = [benchmark_row(name).name or name for name in names]
-    return [1 / titles.count(title) for title in titles]
+def mean_of(values):
+    """{benchmark: value} -> the mean; the files of one of the paper's benchmarks count as one."""
+    titles = [benchmark_row(name).name or name for name in values]
+    return np.average([*values.values()], 0, [1 / titles.count(title) for title in titles])
 
 
 def percent(cell, form="5.1f"):
@@ -797,7 +773,7 @@ def table_of(results, headlines):
         else:
             values[name] = 100 * metrics[headline]["value"]
     if values:
-        mean = f"{np.average([*values.values()], weights=weights_of(values)):.1f}"
+        mean = f"{mean_of(values):.1f}"
         said.insert(0, f"mean over {len(values)} benchmarks, each by its headline metric *: {mean}")
     return rows, said
 
@@ -1017,56 +993,44 @@ def sum_up(args, benchmarks, settings):
 # Comparing models that answered the same records
 
 
-def read_finished(out):
-    """The finished benchmarks of an --out folder: {(benchmark, headline metric): ([problem ids],
-    that metric's columns (2, n))}. One that is not in that folder's mean is not finished."""
-    found, results = {}, read_object(f"{out}/results.json")
-    if not results:
-        data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
-    for name, metrics in results.items():
-        lines = list(read_lines(f"{out}/{name}.jsonl").values())
-        headline, why = headline_metric(name, lines, metrics)
-        if not why:
-            column = columns_of(name, lines)[headline]
-            found[name, headline] = [line["problem_id"] for line in lines], column
-    return found
-
-
-def compare_models(models):
-    """{model: read_finished(...)} -> what --compare prints and writes.
-
-    {"benchmarks": {name: row}, "mean": row, "left_out": [benchmarks that not all models have by the
-    same metric]}. A row: {"metric", "n", "models": {model: interval}, "differences": {model:
-    interval and p, minus the model before it}}. These are paired: records are drawn within each
-    benchmark, the same for all models, and the mean over benchmarks is taken of each draw. p: twice
-    the share of draws on the other side of 0.
-    """
-    names, everything = list(models), [key for found in models.values() for key in found]
-    shared = [key for key in dict.fromkeys(everything) if everything.count(key) == len(names)]
-    if not shared:
+def compare_models(outs):
+    """{model: its --out folder} -> what --compare prints and writes: {"mean": row, "benchmarks":
+    {name: row}, "left_out": [those that not all models have in their mean by the same metric]}. A
+    row: {"metric", "n", "models": {model: interval}, "differences": {model: interval and p, minus
+    the model before it}}. Differences are paired: records are drawn within each benchmark, the same
+    for all models, and of each draw the mean is taken. p: twice the share of draws beyond 0."""
+    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [(ids, columns (2, n))]
+    for out in outs.values():
+        results = read_object(f"{out}/results.json")
+        if not results:
+            data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
+        for name, metrics in results.items():
+            lines = [*read_lines(f"{out}/{name}.jsonl").values()]
+            metric, why = headline_metric(name, lines, metrics)
+            if not why:
+                each = [line["problem_id"] for line in lines], columns_of(name, lines)[metric]
+                found.setdefault((name, metric), []).append(each)
+    for (name, metric), each in found.items():
+        if len(each) == len(outs):
+            ids, columns = zip(*each)
+            if any(other != ids[0] for other in ids):
+                data.refuse(f"--compare: {name}: the models did not answer the same records")
+            rows[name] = dict(metric=metric, n=len(ids[0]))
+            values[name], draws[name] = resampled(np.stack(columns), name)  # one column per model
+    if not rows:
         data.refuse("--compare: the models have no benchmark in common")
-    rows = []  # name, metric, n, values (models,), their draws (resamples, models)
-    for name, headline in shared:
-        ids, columns = zip(*(found[name, headline] for found in models.values()))
-        if any(other != ids[0] for other in ids):
-            data.refuse(f"--compare: {name}: the models did not answer the same records")
-        columns = np.stack(columns)  # (models, 2, n)
-        values, draws = ratios(columns.sum(-1)), resampled(columns, name)
-        rows.append((name, headline, columns.shape[-1], values, draws))
-    weights = weights_of([name for name, _ in shared])
-    means = [np.average([row[i] for row in rows], 0, weights) for i in (3, 4)]
-    report = {}
-    for name, metric, n, values, draws in [*rows, ("mean", "mean", len(rows), *means)]:
-        row = dict(metric=metric, n=n, models={}, differences={})
-        for i, model in enumerate(names):
-            row["models"][model] = interval(values[i], draws[:, i])
-            if i:
-                gap = draws[:, i] - draws[:, i - 1]
-                p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
-                row["differences"][model] = interval(values[i] - values[i - 1], gap, p=p)
-        report[name] = row
-    left_out = sorted({name for name, _ in everything} - {name for name, _ in shared})
-    return dict(mean=report.pop("mean"), benchmarks=report, left_out=left_out)
+    left_out = sorted({name for name, _ in found} - {*rows})
+    values["mean"], draws["mean"] = mean_of(values), mean_of(draws)
+    rows["mean"] = dict(metric="mean", n=len(rows))
+    for name, row in rows.items():
+        value, drawn = values[name], draws[name].T
+        row["models"] = {model: interval(value[i], drawn[i]) for i, model in enumerate(outs)}
+        row["differences"] = {}
+        for i, model in [*enumerate(outs)][1:]:
+            gap = drawn[i] - drawn[i - 1]
+            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
+            row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
+    return dict(mean=rows.pop("mean"), benchmarks=rows, left_out=left_out)
 
 
 def compare(args):
@@ -1074,7 +1038,7 @@ def compare(args):
     if len({*names}) != len(args.compare) or len(names) != len(args.compare):
         wanted = f"{len(args.compare)} different names are needed"
         data.refuse(f"--names: {wanted}, not {' '.join(names)}")
-    report = compare_models({name: read_finished(out) for name, out in zip(names, args.compare)})
+    report = compare_models(dict(zip(names, args.compare)))
     sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
     rows, mean = report["benchmarks"], report["mean"]
     alike = all(row["metric"] == "accuracy" for row in rows.values())
