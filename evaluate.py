@@ -70,9 +70,7 @@ from rewards import answer_of, readable
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
 IMAGE, VIDEO = "segmentation-image", "segmentation-video"
-METRICS = {  # task -> the paper's metrics; with the first one a benchmark enters the mean
-    MC: ["accuracy"],
-    TEXT: ["accuracy"],
+METRICS = {  # task -> the paper's metrics, the headline metric first; of the others accuracy
     TG: ["mIoU", "R@0.3", "R@0.5", "R@0.7"],
     SG: ["R@0.5"],
     ST: ["m_tIoU&m_sIoU", "m_tIoU", "tIoU@0.5", "m_sIoU", "sIoU@0.5"],
@@ -152,7 +150,7 @@ def benchmark_row(stem):
 def paper_numbers(stem):
     """{metric: (OneThinker-8B, Qwen3-VL-8B or "")} of a benchmark."""
     row = benchmark_row(stem)
-    metrics = [row.metric] if row.metric else METRICS.get(row.task, [])
+    metrics = [row.metric] if row.metric else METRICS.get(row.task, ["accuracy"])
     return dict(zip(metrics, zip(row.paper, row.qwen or [""] * len(row.paper))))
 
 
@@ -184,41 +182,23 @@ VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; re
 
 def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
-    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE).
-
-    VLMEvalKit's TSV (or the JSON that its video TSVs are made of): the position is the row, the
-    problem_id the row's index; rows of another split are no records. A cell of images is base64, a
-    list of base64, or the index of the row that has them; they are written to `out`/media.
-    """
+    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE)."""
     stem, end = os.path.splitext(os.path.basename(path))
-    benchmark, records = benchmark_row(stem), []
-    if end != ".tsv" and not benchmark.media:
-        records = data.load_records(path, media_root)
+    benchmark = benchmark_row(stem)
+    if end == ".tsv" or benchmark.media:
+        records = data.gradable(load_rows(path, benchmark, media_root, out))
     else:
-        rows, out = read_rows(path), os.path.abspath(f"{out}/media")
-        cells = {row["index"]: row.get("image") or "" for row in rows}
-        root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-        for i, row in enumerate(rows):
-            if benchmark.split in ("", row.get("split")):
-                try:
-                    cell = cells[row["index"]]
-                    cell = cells[cell] if 0 < len(cell) <= 64 else cell
-                    codes = literal(cell) or [cell] * bool(cell)
-                    raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
-                except (ValueError, SyntaxError, LookupError, TypeError) as error:
-                    raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
-                records.append(data.normalise(raw, path, i, out if codes else root))
-        if len(records) < len(rows) and data.FIRST_RANK:
-            print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
-        records = data.gradable(records)
+        records = data.load_records(path, media_root)
     for record in records:
         record["benchmark"] = stem
         record["judged"] = benchmark.judged and record["problem_type"] == TEXT
     return {record["index"]: record for record in records}
 
 
-def read_rows(path):
-    """A TSV or JSON file -> list of dicts; names of columns in lower case, but for A, B, ..."""
+def load_rows(path, benchmark, media_root, out):
+    """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> records. The position is the
+    row, the problem_id the row's index; rows of another split are no records. A cell of images is
+    base64, a list of base64, or the index of the row that has them; they go to `out`/media."""
     csv.field_size_limit(2**31 - 1)
     if path.endswith(".tsv"):
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -227,8 +207,25 @@ def read_rows(path):
         rows = data.read_values(path)
     if not all(isinstance(row, dict) and len(row) > 1 for row in rows):
         raise ValueError(f"{path}: expected a list of objects, one per question")
-    rows = [{k if len(k) == 1 else k.lower(): v for k, v in row.items() if k} for row in rows]
-    return [row | dict(index=str(row.get("index", i))) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):  # columns: A, B, ..., and names in lower case
+        row = {k if len(k) == 1 else k.lower(): v for k, v in row.items() if k}
+        rows[i] = row | dict(index=str(row.get("index", i)))
+    cells = {row["index"]: row.get("image") or "" for row in rows}
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
+    out, records = os.path.abspath(f"{out}/media"), []
+    for i, row in enumerate(rows):
+        if benchmark.split in ("", row.get("split")):
+            try:
+                cell = cells[row["index"]]
+                cell = cells[cell] if 0 < len(cell) <= 64 else cell
+                images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
+                raw = record_of_row(row, benchmark, images)
+            except (ValueError, SyntaxError, LookupError, TypeError) as error:
+                raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
+            records.append(data.normalise(raw, path, i, out if images else root))
+    if len(records) < len(rows) and data.FIRST_RANK:
+        print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
+    return records
 
 
 def literal(cell):
@@ -242,12 +239,13 @@ def save_image(code, folder):
     """Base64 -> the name of a file with its content, which names it: ranks may write it at once."""
     content = base64.b64decode(code, validate=True)
     end = "png" if content.startswith(b"\x89") else "jpg"
-    name = f"{hashlib.sha256(content).hexdigest()[:24]}.{end}"
-    if not os.path.exists(target := f"{folder}/{name}"):
-        os.makedirs(folder, exist_ok=True)
-        Path(f"{target}.{os.getpid()}").write_bytes(content)
-        os.replace(f"{target}.{os.getpid()}", target)
-    return name
+    path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(content)
+        part.replace(path)
+    return path.name
 
 
 def record_of_row(row, benchmark, images):
@@ -302,19 +300,21 @@ def check(args):
         data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
     if bool(args.judge_url) != bool(args.judge_model):
         data.refuse("--judge-url and --judge-model go together")
-    here = os.path.isdir(sam2) or os.path.isdir(os.path.dirname(sam2) or ".")
-    kind = read_object(f"{sam2}/config.json").get("model_type", "") if sam2 else "sam2"
-    if not kind.startswith("sam2") and (here or sam2.count("/") != 1):
+    local = os.path.isdir(os.path.dirname(sam2) or ".") or sam2.count("/") != 1
+    kind = read_object(f"{sam2}/config.json").get("model_type", "")
+    if sam2 and local and not kind.startswith("sam2"):
         data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
     try:
         if not args.regrade:
             system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
             limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
-            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
-            settings |= {name: getattr(args, name) for name in ("dtype", "max_response_tokens")}
-            settings |= dict(model=fingerprint(args.model)) | (dict(sam2=sam2) if sam2 else {})
             processor = data.load_processor(args.model)
             encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
+            weights = [np.memmap(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
+            model = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]  # tells apart
+            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
+            settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
+            settings |= dict(model=model or args.model) | (dict(sam2=sam2) if sam2 else {})
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
@@ -339,20 +339,14 @@ def check(args):
     return benchmarks, old | settings, encode
 
 
-def fingerprint(path):
-    """Tells model folders apart by the middle of their weight files. A hub id is its own."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return [zlib.crc32(np.memmap(f)[f.stat().st_size // 2 :][: 2**20]) for f in files] or path
-
-
 def read_object(path):
     """The object in a JSON file; {} if there is no file."""
     return json.loads(Path(path).read_text(encoding="utf-8")) if os.path.exists(path) else {}
 
 
 def read_lines(path):
-    """{position: line} of a JSONL file of outputs; {} if there is none. Of two lines for a position
-    the later one counts; a line that a kill has torn is as good as not written."""
+    """{position: line} of a JSONL file; {} if there is none. Of two lines for a position the later
+    one counts; a line that a kill has torn is left out."""
     lines = {}
     for text in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
         with suppress(json.JSONDecodeError):
@@ -400,11 +394,9 @@ def prompt_of(record, processor, limits, prompts, system):
 
 
 def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
-    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), for a
-    chunk of `most` prompts at a time, or of fewer long ones (2^18 tokens of video: 1.6 GB of pixels).
-
-    A generation that neither ended nor filled its tokens has failed in vLLM: it is left out, so that
-    the next run tries it again.
+    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), in
+    chunks of `most` prompts or most_tokens (of video: 1.6 GB of pixels). A generation that neither
+    ended nor filled its tokens has failed in vLLM: it is left out, and the next run tries it again.
     """
     from rl_ema_grpo import generate, text_of
 
@@ -501,11 +493,11 @@ def read_score(text):
     return int(score[1]) / 10 if score else None
 
 
-def ask_judge(url, model, record, answer, tries=3, silence=120.0, pause=1.0):
+def ask_judge(url, model, record, line, tries=3, silence=120.0, pause=1.0):
     """One question to an OpenAI-compatible server -> its score in [0, 1], or None and what went
     wrong."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
-    content = JUDGE + json.dumps(said | dict(answer=answer[:20000]))
+    content = JUDGE + json.dumps(said | dict(answer=line["answer"][:20000]))
     request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
     url = f"{url.rstrip('/')}/chat/completions"
     for attempt in range(tries):
@@ -523,35 +515,9 @@ def ask_judge(url, model, record, answer, tries=3, silence=120.0, pause=1.0):
     return None, wrong
 
 
-def judge_answers(benchmarks, out, url, model):
-    """Asks the judge about the stored answers that have no verdict of this model, 8 at a time. The
-    first failure is printed at once; the next run asks again."""
-    waiting, failed = [], 0
-    for name, records in benchmarks.items():
-        for position, line in read_lines(f"{out}/{name}.jsonl").items():
-            record, verdict = records[position], line.get("verdict", {})
-            answer = answer_of(record, line["response"])
-            known = (verdict.get("judge"), verdict.get("answer")) == (model, answer)
-            if record["judged"] and answer is not None and not known:
-                waiting.append((line, record, answer))
-    with ThreadPoolExecutor(8) as pool:
-        asked = pool.map(lambda each: ask_judge(url, model, *each[1:]), waiting)
-        for (line, record, answer), (score, wrong) in zip(waiting, asked):
-            if score is not None:
-                verdict = dict(judge=model, answer=answer, score=score)
-                append(out, "judge", record["benchmark"], line | dict(verdict=verdict))
-            elif not failed:
-                print(f"judge: record {record['index']}: {wrong}", flush=True)
-            failed += score is None
-    join_parts(out)
-    if failed:
-        print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
-
-
 def grade(benchmarks, out, judge):
-    """Grades all stored responses, also those graded before, perhaps by other rules. accuracy is
-    None where the judge (the name of its model) has given no verdict. Masks and verdicts of an
-    answer that is read otherwise now are dropped."""
+    """Grades all stored responses anew. accuracy is None where the judge (a model's name) has given
+    no verdict. Masks and verdicts of an answer that is read otherwise now are dropped."""
     with rewards.Grader() as grader:
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
@@ -567,32 +533,40 @@ def grade(benchmarks, out, judge):
                 trouble = [what for what in old["trouble"] if what != "unreadable"]
                 if old["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
-                line = {key: old[key] for key in ("problem_id", "position", "response")}
-                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy) | kept
                 parts = parts_of(task, record, answer) | kept.get("masks", {}).get("parts", {})
-                lines[record["index"]] = line | dict(parts=parts)
+                line = {key: old[key] for key in ("problem_id", "position", "response")}
+                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy)
+                lines[record["index"]] = line | dict(parts=parts) | kept
             write_whole(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
             print(f"{killed} answers took too long to grade and count 0")
 
 
+def judge_answers(benchmarks, out, url, model):
+    """Asks the judge about the answers that `grade` has left without accuracy, 8 at a time. The first
+    failure is printed at once; the next run asks again."""
+    waiting, failed = [], 0
+    for name, records in benchmarks.items():
+        for position, line in read_lines(f"{out}/{name}.jsonl").items():
+            if line["accuracy"] is None:
+                waiting.append((records[position], line))
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(lambda each: ask_judge(url, model, *each), waiting)
+        for (record, line), (score, wrong) in zip(waiting, asked):
+            if score is not None:
+                verdict = dict(judge=model, answer=line["answer"], score=score)
+                line |= dict(accuracy=score, verdict=verdict)
+                append(out, "judge", record["benchmark"], line)
+            elif not failed:
+                print(f"judge: record {record['index']}: {wrong}", flush=True)
+            failed += score is None
+    join_parts(out)
+    if failed:
+        print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
+
+
 # --------------------------------------------------------------------------------------------------
 # Metrics, first of masks, then of answers: each is the ratio of two sums over records
-
-
-def dilate(mask, reach):
-    """A mask, bool (H, W), grown by a shape of 2r + 1 rows, the same upside down: its row i reaches
-    reach[i] <= r pixels to either side.
-
-    >>> dilate(np.array([[0, 0, 0, 0], [1, 0, 0, 0]], bool), [0, 1, 0]).astype(int).tolist()
-    [[1, 0, 0, 0], [1, 1, 0, 0]]
-    """
-    r, (height, width), grown = len(reach) // 2, mask.shape, np.zeros_like(mask)
-    sums = np.pad(mask, ((r, r), (r + 1, r))).cumsum(1, dtype=np.int32)  # c: pixels left of c - r
-    for y, w in enumerate(reach):
-        rows = sums[y : y + height]
-        grown |= rows[:, r + w + 1 : r + w + 1 + width] > rows[:, r - w : r - w + width]
-    return grown
 
 
 def boundary(mask, davis):
@@ -605,7 +579,9 @@ def boundary(mask, davis):
     if davis:
         wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
         return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
-    return mask & dilate(~np.pad(mask, 1), [1, 1, 1])[1:-1, 1:-1]
+    wide, (height, width) = np.pad(mask, 1), mask.shape
+    around = [wide[y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return mask & ~np.logical_and.reduce(around)
 
 
 def boundary_f(p, y, davis):
@@ -613,15 +589,20 @@ def boundary_f(p, y, davis):
     tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper:
     round(0.0075 * diagonal), at least 1, a square. 1 if neither has a contour, 0 if only one has.
     """
-    diagonal = math.hypot(*p.shape)
-    r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
-    reach = [math.isqrt(r * r - dy * dy) if davis else r for dy in range(-r, r + 1)]
-    p, y = boundary(p, davis), boundary(y, davis)
+    diagonal, p, y = math.hypot(*p.shape), boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
-    precision = (p & dilate(y, reach)).sum() / p.sum()
-    recall = (y & dilate(p, reach)).sum() / y.sum()
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+    r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
+    rows, columns = np.mgrid[-r : r + 1, -r : r + 1]
+    near = np.argwhere(rows**2 + columns**2 <= r * r) if davis else np.argwhere(rows == rows)
+
+    def right(contour, other):  # the share of its pixels; near: offsets, plus r as in the padding
+        rows, columns = np.nonzero(contour)
+        wide = np.pad(other, r)
+        return np.any([wide[rows + dy, columns + dx] for dy, dx in near], axis=0).mean()
+
+    precision, recall = right(p, y), right(y, p)
+    return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
 def parts_of(task, record, answer):
@@ -703,9 +684,9 @@ def headline_metric(name, lines, metrics):
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
     for what, (most, hint) in UNKNOWN.items():
-        if metrics.get(what, {"value": 0})["value"] > most:
-            count = metrics[what]["value"] * metrics[what]["n"]
-            return headline, f"{count:.0f} {what} ({hint})"
+        cell = metrics.get(what, dict(value=0))
+        if cell["value"] > most:
+            return headline, f"{cell['value'] * cell['n']:.0f} {what} ({hint})"
     return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
 
 
@@ -788,8 +769,7 @@ def aligned(rows, left=1):
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: auto; padding: 1rem }
-body { color: #222; background: #f7f7f5 } h1 { font-size: 1.5rem } h2 { margin: 2rem 0 .5rem }
+body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; background: #f7f7f5 }
 .small { color: #666; font-size: .85rem } .box, .card { background: #fff; border: 1px solid #ddd }
 .box { max-height: 40vh; overflow: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .15rem .8rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee }
@@ -810,30 +790,26 @@ def image_of(record, line):
     """An answer over its truth, drawn on the record's first video, as a strip of frames, or else on
     its first image -> PIL.Image."""
     task, masks = task_of(record), {}
-    medium = min(record["media"], key=lambda medium: medium["type"] == "image")
-    truth, wide = marks_of(task, record["answer"]), {}
-    for second, (x1, y1, x2, y2) in truth.boxes.items():
-        wide[second] = [x1 - 8, y1 - 8, x2 + 8, y2 + 8]
-    marks = {
-        "limegreen": data.Marks(boxes=wide),
-        "lime": truth,
-        "orange": marks_of(task, line["answer"]),
-    }
+    truth, answer = marks_of(task, record["answer"]), marks_of(task, line["answer"])
+    wide = {t: [x1 - 8, y1 - 8, x2 + 8, y2 + 8] for t, (x1, y1, x2, y2) in truth.boxes.items()}
+    marks = {"limegreen": data.Marks(boxes=wide), "lime": truth, "orange": answer}
     if "masks" in line:
         truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
         drawn = np.stack([coco.decode(rle) for rle in line["masks"]["frames"].values()]) > 0
         true = np.stack([truths.get(k, np.zeros_like(drawn[0])) for k in places])
         masks = {"lime": true, "orange": drawn}
-    if medium["type"] == "image":
-        image = data.enlarged(Image.fromarray(data.read_image(medium["path"], 0, 480 * 480)))
-        for colour, each in marks.items():
-            image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
-        return image
-    if masks:
+    medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
+    if masks and medium["type"] == "video":
         frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
         return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-    video = data.read_video(medium["path"], max_frames=64, folder_fps=record.get("fps"))
-    return draw_strip(video.frames, np.array(video.indices) / video.fps, marks)
+    limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
+    pixels = data.read_medium(medium, limits, record.get("fps"))
+    if medium["type"] == "video":
+        return draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
+    image = data.enlarged(Image.fromarray(pixels))
+    for colour, each in marks.items():
+        image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
+    return image
 
 
 def card(record, line, score):
@@ -864,16 +840,16 @@ def write_report(out, table, said, benchmarks, lines, count=9):
     for name, each in lines.items():
         scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
         ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
-        chosen = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round())
-        cards = ""
-        for score, i in (ranked[int(place)] for place in chosen):
-            cards += card(benchmarks[name][each[i]["position"]], each[i], score)
-        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">{cards}</div>')
+        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">')
+        for place in np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round()):
+            score, i = ranked[int(place)]
+            sections.append(card(benchmarks[name][each[i]["position"]], each[i], score))
+        sections.append("</div>")
     shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model", "commit")
     settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
     settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
-    texts = dict(settings="; ".join(settings), said="; ".join(said))
-    texts |= dict(title=f"Evaluation of {os.path.basename(os.path.abspath(out))}")
+    title = f"Evaluation of {os.path.basename(os.path.abspath(out))}"
+    texts = dict(title=title, settings="; ".join(settings), said="; ".join(said))
     texts = {key: html.escape(text) for key, text in texts.items()}
     page = PAGE.substitute(texts, table="\n".join(rows), sections="\n".join(sections))
     write_whole(f"{out}/report.html", page)
@@ -885,8 +861,13 @@ def write_report(out, table, said, benchmarks, lines, count=9):
 
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
-    handler = partial(stopped, args.out) if data.FIRST_RANK else signal.SIG_DFL
-    signal.signal(signal.SIGINT, handler)
+
+    def stopped(*_):  # by Ctrl-C
+        what = f"{args.out} has all answers so far; the same command goes on from there"
+        os.write(2, f"\nevaluate.py: stopped: {what}\n".encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)
     import cpu_compat  # noqa: F401  (before transformers)
 
     benchmarks, settings, encode = check(args)
@@ -906,11 +887,9 @@ def evaluate(args):
         if rank == 0:
             join_parts(args.out)
         dist.barrier(group=patient)
-        pairs = []
-        for name, records in benchmarks.items():
-            lines = read_lines(f"{args.out}/{name}.jsonl")
-            pairs += [(record, lines.get(position)) for position, record in records.items()]
-        return pairs
+        stored = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
+        records = [record for name in benchmarks for record in benchmarks[name].values()]
+        return [(record, stored[record["benchmark"]].get(record["index"])) for record in records]
 
     # 1 What is there already? Records whose media could not be used are tried again.
     start_run(args)
@@ -956,25 +935,16 @@ def evaluate(args):
     sys.exit(code)
 
 
-def stopped(out, *_):
-    """Ends this process at Ctrl-C: everything is in the files already."""
-    paths = [*Path(out, "parts").glob("*/*.jsonl"), *Path(out).glob("*.jsonl")]
-    count = sum(path.read_bytes().count(b"\n") for path in paths)
-    what = f"{count} answers are saved in {out}; the same command goes on from there"
-    print(f"\nevaluate.py: stopped: {what}", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 def sum_up(args, benchmarks, settings):
-    """Verdicts, grades, metrics, table, report, from the stored responses. The exit code: 1 if some
+    """Grades, verdicts, metrics, table, report, from the stored responses. The exit code: 1 if some
     records have none."""
     join_parts(args.out)
     if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
         data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
     write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
+    grade(benchmarks, args.out, settings.get("judge"))
     if args.judge_url:
         judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
-    grade(benchmarks, args.out, settings.get("judge"))
     lines, results, headlines = {}, {}, {}
     for name, records in benchmarks.items():
         if each := [*read_lines(f"{args.out}/{name}.jsonl").values()]:

@@ -523,7 +523,7 @@ def test_a_judges_reply_is_read_or_not(text, score):
 def test_judge_answers_fails_and_lies(server, replies, score, wrong):
     """A failing or babbling judge read as a score, or as 0, and nobody learns why."""
     server.replies = list(replies)
-    found = evaluate.ask_judge(server.url, "m", CAPTION, "a fox", silence=0.2, pause=0)
+    found = evaluate.ask_judge(server.url, "m", CAPTION, dict(answer="a fox"), silence=0.2, pause=0)
     assert found[0] == score and wrong in found[1] and len(server.asked) == len(replies)
     assert json.loads(server.asked[0].splitlines()[-1])["reference"] == "a red fox"
 
@@ -540,8 +540,8 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
     evaluate.write_whole(f"{out}/{name}.jsonl", lines)
 
     def accuracies(model="m"):
-        evaluate.judge_answers({name: records}, out, server.url, model)
         evaluate.grade({name: records}, out, model)
+        evaluate.judge_answers({name: records}, out, server.url, model)
         return [line["accuracy"] for line in stored(out, name).values()]
 
     server.replies = [(503, "asleep")] + ["no"] * 8
@@ -1000,7 +1000,7 @@ def test_interrupted_four_times_the_result_is_the_same(runs):
 def test_ctrl_c_ends_in_one_line(runs):
     """A traceback of 40 lines, and nobody knows whether the answers are saved."""
     said = (runs / "said").read_text()
-    line = f"evaluate.py: stopped: 9 answers are saved in {runs}/cut; the same command goes on"
+    line = f"evaluate.py: stopped: {runs}/cut has all answers so far; the same command goes on"
     assert said.count("evaluate.py: stopped") == 1 and line in said and "Traceback" not in said
 
 
