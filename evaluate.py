@@ -55,8 +55,10 @@ from string import Template, ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
+from tqdm import tqdm
 
 import data
 import rewards
@@ -236,15 +238,13 @@ def literal(cell):
 
 
 def save_image(code, folder):
-    """Base64 -> the name of a file with its content, which names it: ranks may write it at once."""
+    """Base64 -> the name of a file with its content, which names it: ranks may all write it."""
     content = base64.b64decode(code, validate=True)
     end = "png" if content.startswith(b"\x89") else "jpg"
     path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
-    if not path.exists():
+    if not path.exists() or path.stat().st_size < len(content):  # a kill has torn it
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_bytes(content)
-        part.replace(path)
+        path.write_bytes(content)
     return path.name
 
 
@@ -328,12 +328,12 @@ def check(args):
             if not args.regrade and len(lost) > len(media) / 2:
                 where = f"such as {lost[0]} (see --media-root)"
                 raise ValueError(f"{path}: {len(lost)} of {len(media)} media are missing, {where}")
+        old = read_object(f"{args.out}/settings.json")
+        if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
+            what = f"{args.out} holds answers with other {', '.join(other)}"
+            raise ValueError(f"{what}: name another --out, or remove that folder")
     except (OSError, ValueError, csv.Error) as error:
         data.refuse(error)
-    old = read_object(f"{args.out}/settings.json")
-    if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
-        what = f"{args.out} holds answers with other {', '.join(other)}"
-        data.refuse(f"{what}: name another --out, or remove that folder")
     if args.judge_model:  # a new judge grades all captions anew, and only its verdicts count
         settings["judge"] = args.judge_model
     return benchmarks, old | settings, encode
@@ -868,12 +868,7 @@ def evaluate(args):
         os._exit(130)
 
     signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)
-    import cpu_compat  # noqa: F401  (before transformers)
-
     benchmarks, settings, encode = check(args)
-    import torch.distributed as dist
-    from tqdm import tqdm
-
     from rl_ema_grpo import make_engine
     from sft import init_distributed, start_run
 
@@ -899,8 +894,7 @@ def evaluate(args):
     todo = [record for record, line in pairs if not line or "skipped" in line["trouble"]]
     mine = todo[rank::world]
     if rank == 0:
-        what = f"{len(pairs)} records in {len(benchmarks)} benchmarks"
-        print(f"{what}, {len(todo)} to answer on {world} ranks", flush=True)
+        print(f"{len(pairs)} records, {len(todo)} to answer on {world} ranks", flush=True)
 
     # 2 Each rank answers its share, and writes after each chunk.
     if todo:
@@ -916,11 +910,10 @@ def evaluate(args):
             append(args.out, rank, record["benchmark"], line | dict(response=text, trouble=trouble))
 
     # 3 Masks, each rank its share.
-    pairs = joined()
     if args.sam2:
         masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
+        pairs = joined()[rank::world]
         pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
-        pairs = pairs[rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
             masks = masks_of(record, answer_of(record, line["response"]), sam2)
@@ -1005,9 +998,8 @@ def compare_models(outs):
 
 def compare(args):
     names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
-    if len({*names}) != len(args.compare) or len(names) != len(args.compare):
-        wanted = f"{len(args.compare)} different names are needed"
-        data.refuse(f"--names: {wanted}, not {' '.join(names)}")
+    if not len({*names}) == len(names) == len(args.compare):
+        data.refuse(f"--names: expected {len(args.compare)} different ones, not {' '.join(names)}")
     report = compare_models(dict(zip(names, args.compare)))
     sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
     rows, mean = report["benchmarks"], report["mean"]
