@@ -1,6 +1,6 @@
 """Answers benchmarks with a model and grades them; compares models on the same records.
 
-    python evaluate.py --list                   # the paper's 31 benchmarks, its numbers, the downloads
+    python evaluate.py --list                # the paper's 31 benchmarks, its numbers, the downloads
     python evaluate.py --model runs/demo/rl --data runs/demo/toy/eval/*.json --out runs/demo/eval/rl \\
         --dtype float32 --workers 1 --max-prompt-tokens 400 --max-response-tokens 128         # laptop
     torchrun --nproc-per-node 8 evaluate.py --model runs/rl --data eval/*.json eval/*.tsv \\
@@ -15,21 +15,21 @@ points into masks, a judge grades captions, all else goes by rules. Under --out:
 
     <benchmark>.jsonl   one line per record: problem_id, position, task, response, trouble, answer,
                         accuracy, parts (of the metrics), masks, verdict (of the judge)
-    results.json        benchmark -> metric -> value, low, high (95% bootstrap interval), n; shares
+    results.json        benchmark -> metric -> value, low, high (95% bootstrap interval), n
     report.html         the numbers, and answers of each benchmark, from the worst to the best
     settings.json       what the answers depend on; a run that would mix two models is refused
     parts/, media/      what the ranks have written so far; the images out of TSV files
 
-The same command goes on where it was, with any number of ranks. Grading is rewards.accuracy, as in
-training; only the reading is more lenient (rewards.answer_of). An answer that cannot be read counts
-0, and so does a record whose media cannot be opened (the next run tries it again). A generation
-that failed in vLLM is no answer: it is not stored, and its benchmark is not in the mean.
+The same command goes on where it was, with any number of ranks. Grading is that of training; only
+the reading is more lenient (rewards.answer_of). An answer that cannot be read counts 0, and so does
+a record whose media cannot be opened (the next run tries it again). A generation that failed in
+vLLM is no answer: it is not stored, and its benchmark is not in the mean.
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
-R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds that
-both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of intersections
-by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the rules of
-the paper's code and by those of DAVIS. The headline metric (*) is the one that enters the mean.
+R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds
+that both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of
+intersections by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure,
+by the paper's rules and by those of DAVIS. The headline metric (*) is the one in the mean.
 """
 
 import ast
@@ -166,10 +166,10 @@ def print_list():
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered:
-PROMPTS in data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the
-length. judge: needs --judge-url. system: the release asks these through VLMEvalKit with a system
-prompt; --system FILE gives it to these and to files of your own.
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: PROMPTS in
+data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the length. judge:
+needs --judge-url. system: the release asks these through VLMEvalKit with a system prompt; --system
+FILE gives it to these and to files of your own.
 
 Each file is called by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
 or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
@@ -259,8 +259,7 @@ def record_of_row(row, benchmark, images):
     asked, _, choices = question.partition("\nChoices:")
     listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-    for key in ("choices", "candidates", "options"):
-        options = options or literal(row.get(key)) or {}
+    options = options or literal(row.get("choices") or row.get("candidates") or row.get("options"))
     options = dict(zip(ascii_uppercase, options)) if isinstance(options, list) else options
     options = options or (listed if [*listed] == [*ascii_uppercase[: len(listed)]] else {})
     options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
@@ -282,8 +281,8 @@ def record_of_row(row, benchmark, images):
         kind = "math"
     if "<image " in question + "".join(options):  # MMMU: "Is <image 2> like <image 1>?"
         question = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images))) + question
-        named = re.sub(r"<image (\d+)>", r"image \1", "\0".join([question, *options]))
-        question, *options = named.split("\0")
+        texts = [re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options]]
+        question, *options = texts
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
@@ -345,8 +344,7 @@ def read_object(path):
 
 
 def read_lines(path):
-    """{position: line} of a JSONL file; {} if there is none. Of two lines for a position the later
-    one counts; a line that a kill has torn is left out."""
+    """{position: line} of a JSONL file, {} without one. Later lines count, torn ones do not."""
     lines = {}
     for text in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
         with suppress(json.JSONDecodeError):
@@ -396,8 +394,7 @@ def prompt_of(record, processor, limits, prompts, system):
 def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
     """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), in
     chunks of `most` prompts or most_tokens (of video: 1.6 GB of pixels). A generation that neither
-    ended nor filled its tokens has failed in vLLM: it is left out, and the next run tries it again.
-    """
+    ended nor filled its tokens has failed in vLLM: the next run tries it again."""
     from rl_ema_grpo import generate, text_of
 
     pairs, chunk = iter(pairs), [None]
@@ -494,8 +491,7 @@ def read_score(text):
 
 
 def ask_judge(url, model, record, line, tries=3, silence=120.0, pause=1.0):
-    """One question to an OpenAI-compatible server -> its score in [0, 1], or None and what went
-    wrong."""
+    """One question to an OpenAI server -> its score in [0, 1], or None and what went wrong."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=line["answer"][:20000]))
     request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
@@ -543,8 +539,8 @@ def grade(benchmarks, out, judge):
 
 
 def judge_answers(benchmarks, out, url, model):
-    """Asks the judge about the answers that `grade` has left without accuracy, 8 at a time. The first
-    failure is printed at once; the next run asks again."""
+    """Asks the judge about the answers that `grade` has left without accuracy, 8 at a time. The
+    first failure is printed at once; the next run asks again."""
     waiting, failed = [], 0
     for name, records in benchmarks.items():
         for position, line in read_lines(f"{out}/{name}.jsonl").items():
@@ -570,8 +566,8 @@ def judge_answers(benchmarks, out, url, model):
 
 
 def boundary(mask, davis):
-    """The contour of a mask, bool (H, W). DAVIS: pixels that differ from the one to the right, below,
-    or both. The paper: mask pixels with one of eight neighbours outside the mask or the image.
+    """The contour of a mask, bool (H, W). DAVIS: pixels that differ from the one to the right or
+    below or both. The paper: mask pixels with one of 8 neighbours outside the mask or the image.
 
     >>> [int(boundary(np.ones((3, 3), bool), davis).sum()) for davis in (False, True)]
     [8, 0]
@@ -586,9 +582,8 @@ def boundary(mask, davis):
 
 def boundary_f(p, y, davis):
     """F, the F-measure of two masks' contours, bool (H, W): a contour pixel is right within a
-    tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper:
-    round(0.0075 * diagonal), at least 1, a square. 1 if neither has a contour, 0 if only one has.
-    """
+    tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper: a square of
+    round(0.0075 * diagonal), at least 1. F is 1 if neither has a contour, 0 if only one has."""
     diagonal, p, y = math.hypot(*p.shape), boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
@@ -684,7 +679,7 @@ def headline_metric(name, lines, metrics):
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
     for what, (most, hint) in UNKNOWN.items():
-        cell = metrics.get(what, dict(value=0))
+        cell = metrics[what]
         if cell["value"] > most:
             return headline, f"{cell['value'] * cell['n']:.0f} {what} ({hint})"
     return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
@@ -696,8 +691,8 @@ def headline_metric(name, lines, metrics):
 
 def resampled(columns, name, resamples=2000):
     """Columns (m, 2, n) of sums -> their m ratios, 0 where a denominator is, and by the bootstrap
-    those of draws of n records, (resamples, m). The seed is the name: all models see the same draws,
-    so a comparison is paired; those of two benchmarks are independent."""
+    those of draws of n records, (resamples, m). The seed is the name: all models see the same draws
+    (a comparison is paired), two benchmarks see independent ones."""
     ratios = lambda sums: sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
     draws = (rng.integers(n, size=n, dtype=np.int32) for _ in range(resamples))
@@ -769,8 +764,8 @@ def aligned(rows, left=1):
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
-body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; background: #f7f7f5 }
-.small { color: #666; font-size: .85rem } .box, .card { background: #fff; border: 1px solid #ddd }
+body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
+.small { color: #666; font-size: .85rem } .box, .card { border: 1px solid #ddd }
 .box { max-height: 40vh; overflow: auto } table { border-collapse: collapse; width: 100% }
 th, td { padding: .15rem .8rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee }
 th { position: sticky; top: 0; background: #eee } .headline { font-weight: bold }
@@ -876,8 +871,7 @@ def evaluate(args):
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # ranks end far apart
 
     def joined():
-        """All ranks call this: rank 0 joins what they have written -> all records, each with its
-        stored line, or None."""
+        """All ranks call this -> all records, each with what any rank has written, or None."""
         dist.barrier(group=patient)
         if rank == 0:
             join_parts(args.out)
@@ -929,8 +923,7 @@ def evaluate(args):
 
 
 def sum_up(args, benchmarks, settings):
-    """Grades, verdicts, metrics, table, report, from the stored responses. The exit code: 1 if some
-    records have none."""
+    """Stored responses -> grades, verdicts, metrics, report; exit code 1 if some are missing."""
     join_parts(args.out)
     if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
         data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
