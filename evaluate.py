@@ -144,14 +144,9 @@ BENCHMARKS = {  # file name without its ending ->
 # fmt: on
 
 
-def benchmark_row(stem):
-    """The table's row of a benchmark; the defaults for a file of one's own."""
-    return BENCHMARKS.get(stem, B())
-
-
 def paper_numbers(stem):
     """{metric: (OneThinker-8B, Qwen3-VL-8B or "")} of a benchmark."""
-    row = benchmark_row(stem)
+    row = BENCHMARKS.get(stem, B())
     metrics = [row.metric] if row.metric else METRICS.get(row.task, ["accuracy"])
     return dict(zip(metrics, zip(row.paper, row.qwen or [""] * len(row.paper))))
 
@@ -186,7 +181,7 @@ def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
     `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE)."""
     stem, end = os.path.splitext(os.path.basename(path))
-    benchmark = benchmark_row(stem)
+    benchmark = BENCHMARKS.get(stem, B())
     if end == ".tsv" or benchmark.media:
         records = data.gradable(load_rows(path, benchmark, media_root, out))
     else:
@@ -383,7 +378,7 @@ def join_parts(out):
 
 def prompt_of(record, processor, limits, prompts, system):
     """A benchmark's record -> data.Prompt, without what only a trainer needs."""
-    row = benchmark_row(record["benchmark"])
+    row = BENCHMARKS.get(record["benchmark"], B())
     fps = 1000.0 if row.spread else limits.fps  # 1000: of all frames max_frames are taken
     limits = limits._replace(fps=fps, max_frames=min(limits.max_frames, row.frames))
     prompt = data.encode(record, processor, limits, prompts, system if row.source != HUB else None)
@@ -520,19 +515,19 @@ def grade(benchmarks, out, judge):
             pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
             ruled = [(r, None if r["judged"] else answer) for r, answer in pairs]
             for (record, answer), accuracy in zip(pairs, grader.accuracies(ruled)):
-                old, task = lines[record["index"]], task_of(record)
-                kept = {key: old[key] for key in ("masks", "verdict") if key in old}
-                kept = {key: value for key, value in kept.items() if value["answer"] == answer}
+                line, task = lines[record["index"]], task_of(record)
+                for key in ("masks", "verdict"):
+                    if key in line and line[key]["answer"] != answer:
+                        del line[key]
                 if record["judged"] and answer is not None:
-                    verdict = kept.get("verdict", {})
+                    verdict = line.get("verdict", {})
                     accuracy = verdict.get("score") if verdict.get("judge") == judge else None
-                trouble = [what for what in old["trouble"] if what != "unreadable"]
-                if old["response"] is not None and not readable(record, answer):
+                trouble = [what for what in line["trouble"] if what != "unreadable"]
+                if line["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
-                parts = parts_of(task, record, answer) | kept.get("masks", {}).get("parts", {})
-                line = {key: old[key] for key in ("problem_id", "position", "response")}
                 line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy)
-                lines[record["index"]] = line | dict(parts=parts) | kept
+                line["parts"] = parts_of(task, record, answer)
+                line["parts"] |= line.get("masks", {}).get("parts", {})
             write_whole(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
             print(f"{killed} answers took too long to grade and count 0")
@@ -654,7 +649,7 @@ def columns_of(name, lines):
         columns[metric] = np.array(pairs, dtype=np.float64).T
 
     add("accuracy", [line["accuracy"] for line in lines])
-    if benchmark_row(name).metric == "circular accuracy":  # right in every order of the options:
+    if BENCHMARKS.get(name, B()).metric:  # circular accuracy: right in every order of the options
         for line in lines:  # VLMEvalKit's index of question k in another order is k + n * 1,000,000
             orders.setdefault(int(line["problem_id"]) % 10**6, []).append(line)
         right = {o[0]["position"]: min(line["accuracy"] for line in o) for o in orders.values()}
@@ -675,7 +670,7 @@ def columns_of(name, lines):
 def headline_metric(name, lines, metrics):
     """The metric with which a benchmark enters the mean, and why it is not in it ("" if it is). The
     paper's metric; for a file of one's own the accuracy, or that of its masks."""
-    headline = benchmark_row(name).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
+    headline = BENCHMARKS.get(name, B()).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
     for what, (most, hint) in UNKNOWN.items():
@@ -719,7 +714,7 @@ def metrics_of(name, lines, failed=0):
 
 def mean_of(values):
     """{benchmark: value} -> the mean; the files of one of the paper's benchmarks count as one."""
-    titles = [benchmark_row(name).name or name for name in values]
+    titles = [BENCHMARKS.get(name, B()).name or name for name in values]
     return np.average([*values.values()], 0, [1 / titles.count(title) for title in titles])
 
 
