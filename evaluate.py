@@ -760,20 +760,16 @@ def aligned(rows, left=1):
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
 body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
-.small { color: #666; font-size: .85rem } .box, .card { border: 1px solid #ddd }
-.box { max-height: 40vh; overflow: auto } table { border-collapse: collapse; width: 100% }
-th, td { padding: .15rem .8rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee }
-th { position: sticky; top: 0; background: #eee } .headline { font-weight: bold }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } pre { white-space: pre-wrap }
+.small { color: #666; font-size: .85rem } .table, .card { border: 1px solid #ddd; padding: .8rem }
+.table { max-height: 50vh; overflow: auto } .wide { grid-column: 1 / -1 }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
-.card { padding: .8rem; overflow-wrap: anywhere; min-width: 0 } .wide { grid-column: 1 / -1 }
+.card { overflow-wrap: anywhere; min-width: 0 } .card pre { white-space: pre-wrap }
 .card p { margin: .4rem 0; white-space: pre-wrap; max-height: 9rem; overflow: auto }
 .card img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
 .answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
 </style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
-<div class="box"><table>$table</table></div><p class="small">Percent, with 95% bootstrap intervals.
-Below, answers of each benchmark from the worst to the best: orange is the answer, green the truth,
-beneath it and wider.</p>$sections</html>""")
+<pre class="table">$table</pre><p class="small">Below, answers of each benchmark from the worst to
+the best: orange is the answer, green the truth, beneath it and wider.</p>$sections</html>""")
 
 
 def image_of(record, line):
@@ -822,27 +818,22 @@ def card(record, line, score):
 def write_report(out, table, said, benchmarks, lines, count=9):
     """report.html under `out`, which needs no other file: the table, and of each benchmark `count`
     answers. A score: that of the masks if there are any, else the accuracy."""
-    args, sections, rows = read_object(f"{out}/args.json"), [], []
-    for i, row in enumerate(table):
-        kind, tag = ' class="headline"' * row[1].endswith("*"), "td" if i else "th"
-        cells = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
-        rows.append(f"<tr{kind}>{cells}</tr>")
+    args, sections = read_object(f"{out}/args.json"), []
     for name, each in lines.items():
         scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
         ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
         sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">')
-        for place in np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round()):
-            score, i = ranked[int(place)]
+        for place in np.linspace(0, len(ranked) - 1, min(count, len(ranked)), dtype=int):
+            score, i = ranked[place]
             sections.append(card(benchmarks[name][each[i]["position"]], each[i], score))
         sections.append("</div>")
     shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model", "commit")
     settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
     settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
     title = f"Evaluation of {os.path.basename(os.path.abspath(out))}"
-    texts = dict(title=title, settings="; ".join(settings), said="; ".join(said))
+    texts = dict(title=title, settings="; ".join(settings), said="; ".join(said), table=table)
     texts = {key: html.escape(text) for key, text in texts.items()}
-    page = PAGE.substitute(texts, table="\n".join(rows), sections="\n".join(sections))
-    write_whole(f"{out}/report.html", page)
+    write_whole(f"{out}/report.html", PAGE.substitute(texts, sections="\n".join(sections)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -932,9 +923,10 @@ def sum_up(args, benchmarks, settings):
             lines[name] = each
             results[name] = metrics_of(name, each, failed=len(records) - len(each))
             headlines[name] = headline_metric(name, each, results[name])
-    path, (table, said) = f"{args.out}/results.json", table_of(results, headlines)
+    path, (rows, said) = f"{args.out}/results.json", table_of(results, headlines)
     write_whole(path, json.dumps(read_object(path) | results, indent=1))
-    print("", aligned(table, left=2), *said, sep="\n")
+    table = aligned(rows, left=2)
+    print("", table, *said, sep="\n")
     write_report(args.out, table, said, benchmarks, lines)
     print(f"written to {args.out}: results.json, report.html")
     return int(sum(map(len, lines.values())) < sum(map(len, benchmarks.values())))
