@@ -244,12 +244,10 @@ def save_image(code, folder):
 
 
 def record_of_row(row, benchmark, images):
-    """A row of a TSV, and the names of its images -> a record in the release's RL form.
-
-    Options: the columns A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .."
-    under "Choices:" in the question. Options, or an answer that is a letter: a multiple choice. A
-    number is numerical, a list of numbers is math; the rest is the benchmark's `free` task.
-    """
+    """A row of a TSV, and its images' names -> a record in the release's RL form. Options: columns
+    A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
+    the question. Options, or an answer that is a letter: a multiple choice. A number is numerical,
+    a list of numbers is math; the rest is the benchmark's `free` task."""
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
     listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
@@ -305,10 +303,10 @@ def check(args):
             processor = data.load_processor(args.model)
             encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
             weights = [np.memmap(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
-            model = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]  # tells apart
+            middles = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]
             settings = dict(prompts=prompts, system=system, limits=limits._asdict())
             settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
-            settings |= dict(model=model or args.model) | (dict(sam2=sam2) if sam2 else {})
+            settings |= dict(model=middles or args.model) | (dict(sam2=sam2) if sam2 else {})
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
@@ -638,10 +636,9 @@ UNKNOWN = {  # no grade: the largest share with which a benchmark enters the mea
 
 
 def columns_of(name, lines):
-    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to the
-    metric's two sums, 0 and 0 where it does not count. accuracy, then the metrics of the records'
-    task, then the shares of what went wrong. A file with several tasks gets the metrics of each
-    over its own records, named like "mIoU (temporal grounding)"."""
+    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to its two
+    sums, 0 and 0 where it does not count. accuracy, the metrics of the records' task, the shares of
+    what went wrong. With several tasks in a file: named like "mIoU (temporal grounding)"."""
     columns, tasks, orders = {}, sorted({line["task"] for line in lines}), {}
 
     def add(metric, parts):  # one per line: a number, a pair, or None
@@ -725,9 +722,8 @@ def percent(cell, form="5.1f"):
 
 
 def table_of(results, headlines):
-    """The results as rows of cells, one per metric: the headline metric has a star, and a trouble
-    that nobody had has no row. The paper's numbers stand beside them. Then sentences: the mean over
-    benchmarks, each by its headline metric, and what is not in it and why."""
+    """The results as rows of cells, one per metric (*: the headline metric), without the troubles
+    that nobody had. And sentences: the mean over benchmarks, and what is not in it and why."""
     papers = any(map(paper_numbers, results))
     head = ["benchmark", "metric", "n", "percent [95% interval]"]
     rows, values, said = [head + ["paper", "Qwen3-VL"] * papers], {}, []
@@ -844,8 +840,7 @@ def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
 
     def stopped(*_):  # by Ctrl-C
-        what = f"{args.out} has all answers so far; the same command goes on from there"
-        os.write(2, f"\nevaluate.py: stopped: {what}\n".encode())
+        os.write(2, f"\nevaluate.py: stopped; the same command goes on from {args.out}\n".encode())
         os._exit(130)
 
     signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)

@@ -1000,7 +1000,7 @@ def test_interrupted_four_times_the_result_is_the_same(runs):
 def test_ctrl_c_ends_in_one_line(runs):
     """A traceback of 40 lines, and nobody knows whether the answers are saved."""
     said = (runs / "said").read_text()
-    line = f"evaluate.py: stopped: {runs}/cut has all answers so far; the same command goes on"
+    line = f"evaluate.py: stopped; the same command goes on from {runs}/cut\n"
     assert said.count("evaluate.py: stopped") == 1 and line in said and "Traceback" not in said
 
 
