@@ -1,6 +1,6 @@
 """Answers benchmarks with a model and grades them; compares models on the same records.
 
-    python evaluate.py --list                   # the paper's 31 benchmarks, its numbers, the downloads
+    python evaluate.py --list                # the paper's 31 benchmarks, its numbers, the downloads
     python evaluate.py --model runs/demo/rl --data runs/demo/toy/eval/*.json --out runs/demo/eval/rl \\
         --dtype float32 --workers 1 --max-prompt-tokens 400 --max-response-tokens 128         # laptop
     torchrun --nproc-per-node 8 evaluate.py --model runs/rl --data eval/*.json eval/*.tsv \\
@@ -15,21 +15,21 @@ points into masks, a judge grades captions, all else goes by rules. Under --out:
 
     <benchmark>.jsonl   one line per record: problem_id, position, task, response, trouble, answer,
                         accuracy, parts (of the metrics), masks, verdict (of the judge)
-    results.json        benchmark -> metric -> value, low, high (95% bootstrap interval), n; shares
+    results.json        benchmark -> metric -> value, low, high (95% bootstrap interval), n
     report.html         the numbers, and answers of each benchmark, from the worst to the best
     settings.json       what the answers depend on; a run that would mix two models is refused
     parts/, media/      what the ranks have written so far; the images out of TSV files
 
-The same command goes on where it was, with any number of ranks. Grading is rewards.accuracy, as in
-training; only the reading is more lenient (rewards.answer_of). An answer that cannot be read counts
-0, and so does a record whose media cannot be opened (the next run tries it again). A generation
-that failed in vLLM is no answer: it is not stored, and its benchmark is not in the mean.
+The same command goes on where it was, with any number of ranks. Grading is that of training; only
+the reading is more lenient (rewards.answer_of). An answer that cannot be read counts 0, and so does
+a record whose media cannot be opened (the next run tries it again). A generation that failed in
+vLLM is no answer: it is not stored, and its benchmark is not in the mean.
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
-R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds that
-both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of intersections
-by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the rules of
-the paper's code and by those of DAVIS. The headline metric (*) is the one that enters the mean.
+R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds
+that both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of
+intersections by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure,
+by the paper's rules and by those of DAVIS. The headline metric (*) is the one in the mean.
 """
 
 import ast
@@ -37,7 +37,6 @@ import base64
 import csv
 import hashlib
 import html
-import http.client
 import io
 import json
 import math
@@ -46,7 +45,6 @@ import re
 import signal
 import sys
 import time
-import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -57,13 +55,15 @@ from string import Template, ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
+from tqdm import tqdm
 
 import data
 import rewards
 from data import draw, draw_strip, marks_of, task_of
-from infer import iter_frames, load_sam2, segment_images, segment_video
+from infer import ask_server, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
 # --------------------------------------------------------------------------------------------------
@@ -72,9 +72,7 @@ from rewards import answer_of, readable
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
 IMAGE, VIDEO = "segmentation-image", "segmentation-video"
-METRICS = {  # task -> the paper's metrics; with the first one a benchmark enters the mean
-    MC: ["accuracy"],
-    TEXT: ["accuracy"],
+METRICS = {  # task -> the paper's metrics, the headline metric first; of the others accuracy
     TG: ["mIoU", "R@0.3", "R@0.5", "R@0.7"],
     SG: ["R@0.5"],
     ST: ["m_tIoU&m_sIoU", "m_tIoU", "tIoU@0.5", "m_sIoU", "sIoU@0.5"],
@@ -146,15 +144,10 @@ BENCHMARKS = {  # file name without its ending ->
 # fmt: on
 
 
-def benchmark_row(stem):
-    """The table's row of a benchmark; the defaults for a file of one's own."""
-    return BENCHMARKS.get(stem, B())
-
-
 def paper_numbers(stem):
     """{metric: (OneThinker-8B, Qwen3-VL-8B or "")} of a benchmark."""
-    row = benchmark_row(stem)
-    metrics = [row.metric] if row.metric else METRICS.get(row.task, [])
+    row = BENCHMARKS.get(stem, B())
+    metrics = [row.metric] if row.metric else METRICS.get(row.task, ["accuracy"])
     return dict(zip(metrics, zip(row.paper, row.qwen or [""] * len(row.paper))))
 
 
@@ -168,10 +161,10 @@ def print_list():
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered:
-PROMPTS in data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the
-length. judge: needs --judge-url. system: the release asks these through VLMEvalKit with a system
-prompt; --system FILE gives it to these and to files of your own.
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: PROMPTS in
+data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the length. judge:
+needs --judge-url. system: the release asks these through VLMEvalKit with a system prompt; --system
+FILE gives it to these and to files of your own.
 
 Each file is called by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
 or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
@@ -186,41 +179,23 @@ VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; re
 
 def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
-    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE).
-
-    VLMEvalKit's TSV (or the JSON that its video TSVs are made of): the position is the row, the
-    problem_id the row's index; rows of another split are no records. A cell of images is base64, a
-    list of base64, or the index of the row that has them; they are written to `out`/media.
-    """
+    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE)."""
     stem, end = os.path.splitext(os.path.basename(path))
-    benchmark, records = benchmark_row(stem), []
-    if end != ".tsv" and not benchmark.media:
-        records = data.load_records(path, media_root)
+    benchmark = BENCHMARKS.get(stem, B())
+    if end == ".tsv" or benchmark.media:
+        records = data.gradable(load_rows(path, benchmark, media_root, out))
     else:
-        rows, out = read_rows(path), os.path.abspath(f"{out}/media")
-        cells = {row["index"]: row.get("image") or "" for row in rows}
-        root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-        for i, row in enumerate(rows):
-            if benchmark.split in ("", row.get("split")):
-                try:
-                    cell = cells[row["index"]]
-                    cell = cells[cell] if 0 < len(cell) <= 64 else cell
-                    codes = literal(cell) or [cell] * bool(cell)
-                    raw = record_of_row(row, benchmark, [save_image(code, out) for code in codes])
-                except (ValueError, SyntaxError, LookupError, TypeError) as error:
-                    raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
-                records.append(data.normalise(raw, path, i, out if codes else root))
-        if len(records) < len(rows) and data.FIRST_RANK:
-            print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
-        records = data.gradable(records)
+        records = data.load_records(path, media_root)
     for record in records:
         record["benchmark"] = stem
         record["judged"] = benchmark.judged and record["problem_type"] == TEXT
     return {record["index"]: record for record in records}
 
 
-def read_rows(path):
-    """A TSV or JSON file -> list of dicts; names of columns in lower case, but for A, B, ..."""
+def load_rows(path, benchmark, media_root, out):
+    """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> records. The position is the
+    row, the problem_id the row's index; rows of another split are no records. A cell of images is
+    base64, a list of base64, or the index of the row that has them; they go to `out`/media."""
     csv.field_size_limit(2**31 - 1)
     if path.endswith(".tsv"):
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -229,8 +204,25 @@ def read_rows(path):
         rows = data.read_values(path)
     if not all(isinstance(row, dict) and len(row) > 1 for row in rows):
         raise ValueError(f"{path}: expected a list of objects, one per question")
-    rows = [{k if len(k) == 1 else k.lower(): v for k, v in row.items() if k} for row in rows]
-    return [row | dict(index=str(row.get("index", i))) for i, row in enumerate(rows)]
+    for i, row in enumerate(rows):  # columns: A, B, ..., and names in lower case
+        row = {k if len(k) == 1 else k.lower(): v for k, v in row.items() if k}
+        rows[i] = row | dict(index=str(row.get("index", i)))
+    cells = {row["index"]: row.get("image") or "" for row in rows}
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
+    out, records = os.path.abspath(f"{out}/media"), []
+    for i, row in enumerate(rows):
+        if benchmark.split in ("", row.get("split")):
+            try:
+                cell = cells[row["index"]]
+                cell = cells[cell] if 0 < len(cell) <= 64 else cell
+                images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
+                raw = record_of_row(row, benchmark, images)
+            except (ValueError, SyntaxError, LookupError, TypeError) as error:
+                raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
+            records.append(data.normalise(raw, path, i, out if images else root))
+    if len(records) < len(rows) and data.FIRST_RANK:
+        print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
+    return records
 
 
 def literal(cell):
@@ -241,30 +233,26 @@ def literal(cell):
 
 
 def save_image(code, folder):
-    """Base64 -> the name of a file with its content, which names it: ranks may write it at once."""
+    """Base64 -> the name of a file with its content, which names it: ranks may all write it."""
     content = base64.b64decode(code, validate=True)
     end = "png" if content.startswith(b"\x89") else "jpg"
-    name = f"{hashlib.sha256(content).hexdigest()[:24]}.{end}"
-    if not os.path.exists(target := f"{folder}/{name}"):
-        os.makedirs(folder, exist_ok=True)
-        Path(f"{target}.{os.getpid()}").write_bytes(content)
-        os.replace(f"{target}.{os.getpid()}", target)
-    return name
+    path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
+    if not path.exists() or path.stat().st_size < len(content):  # a kill has torn it
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return path.name
 
 
 def record_of_row(row, benchmark, images):
-    """A row of a TSV, and the names of its images -> a record in the release's RL form.
-
-    Options: the columns A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .."
-    under "Choices:" in the question. Options, or an answer that is a letter: a multiple choice. A
-    number is numerical, a list of numbers is math; the rest is the benchmark's `free` task.
-    """
+    """A row of a TSV, and its images' names -> a record in the release's RL form. Options: columns
+    A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
+    the question. Options, or an answer that is a letter: a multiple choice. A number is numerical,
+    a list of numbers is math; the rest is the benchmark's `free` task."""
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
     listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
-    for key in ("choices", "candidates", "options"):
-        options = options or literal(row.get(key)) or {}
+    options = options or literal(row.get("choices") or row.get("candidates") or row.get("options"))
     options = dict(zip(ascii_uppercase, options)) if isinstance(options, list) else options
     options = options or (listed if [*listed] == [*ascii_uppercase[: len(listed)]] else {})
     options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
@@ -286,8 +274,8 @@ def record_of_row(row, benchmark, images):
         kind = "math"
     if "<image " in question + "".join(options):  # MMMU: "Is <image 2> like <image 1>?"
         question = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images))) + question
-        named = re.sub(r"<image (\d+)>", r"image \1", "\0".join([question, *options]))
-        question, *options = named.split("\0")
+        texts = [re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options]]
+        question, *options = texts
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
@@ -304,19 +292,21 @@ def check(args):
         data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
     if bool(args.judge_url) != bool(args.judge_model):
         data.refuse("--judge-url and --judge-model go together")
-    here = os.path.isdir(sam2) or os.path.isdir(os.path.dirname(sam2) or ".")
-    kind = read_object(f"{sam2}/config.json").get("model_type", "") if sam2 else "sam2"
-    if not kind.startswith("sam2") and (here or sam2.count("/") != 1):
+    local = os.path.isdir(os.path.dirname(sam2) or ".") or sam2.count("/") != 1
+    kind = read_object(f"{sam2}/config.json").get("model_type", "")
+    if sam2 and local and not kind.startswith("sam2"):
         data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
     try:
         if not args.regrade:
             system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
             limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
-            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
-            settings |= {name: getattr(args, name) for name in ("dtype", "max_response_tokens")}
-            settings |= dict(model=fingerprint(args.model)) | (dict(sam2=sam2) if sam2 else {})
             processor = data.load_processor(args.model)
             encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
+            weights = [np.memmap(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
+            middles = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]
+            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
+            settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
+            settings |= dict(model=middles or args.model) | (dict(sam2=sam2) if sam2 else {})
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
@@ -330,21 +320,15 @@ def check(args):
             if not args.regrade and len(lost) > len(media) / 2:
                 where = f"such as {lost[0]} (see --media-root)"
                 raise ValueError(f"{path}: {len(lost)} of {len(media)} media are missing, {where}")
+        old = read_object(f"{args.out}/settings.json")
+        if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
+            what = f"{args.out} holds answers with other {', '.join(other)}"
+            raise ValueError(f"{what}: name another --out, or remove that folder")
     except (OSError, ValueError, csv.Error) as error:
         data.refuse(error)
-    old = read_object(f"{args.out}/settings.json")
-    if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
-        what = f"{args.out} holds answers with other {', '.join(other)}"
-        data.refuse(f"{what}: name another --out, or remove that folder")
     if args.judge_model:  # a new judge grades all captions anew, and only its verdicts count
         settings["judge"] = args.judge_model
     return benchmarks, old | settings, encode
-
-
-def fingerprint(path):
-    """Tells model folders apart by the middle of their weight files. A hub id is its own."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return [zlib.crc32(np.memmap(f)[f.stat().st_size // 2 :][: 2**20]) for f in files] or path
 
 
 def read_object(path):
@@ -353,8 +337,7 @@ def read_object(path):
 
 
 def read_lines(path):
-    """{position: line} of a JSONL file of outputs; {} if there is none. Of two lines for a position
-    the later one counts; a line that a kill has torn is as good as not written."""
+    """{position: line} of a JSONL file, {} without one. Later lines count, torn ones do not."""
     lines = {}
     for text in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
         with suppress(json.JSONDecodeError):
@@ -393,7 +376,7 @@ def join_parts(out):
 
 def prompt_of(record, processor, limits, prompts, system):
     """A benchmark's record -> data.Prompt, without what only a trainer needs."""
-    row = benchmark_row(record["benchmark"])
+    row = BENCHMARKS.get(record["benchmark"], B())
     fps = 1000.0 if row.spread else limits.fps  # 1000: of all frames max_frames are taken
     limits = limits._replace(fps=fps, max_frames=min(limits.max_frames, row.frames))
     prompt = data.encode(record, processor, limits, prompts, system if row.source != HUB else None)
@@ -402,12 +385,9 @@ def prompt_of(record, processor, limits, prompts, system):
 
 
 def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
-    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), for a
-    chunk of `most` prompts at a time, or of fewer long ones (2^18 tokens of video: 1.6 GB of pixels).
-
-    A generation that neither ended nor filled its tokens has failed in vLLM: it is left out, so that
-    the next run tries it again.
-    """
+    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), in
+    chunks of `most` prompts or most_tokens (of video: 1.6 GB of pixels). A generation that neither
+    ended nor filled its tokens has failed in vLLM: the next run tries it again."""
     from rl_ema_grpo import generate, text_of
 
     pairs, chunk = iter(pairs), [None]
@@ -433,25 +413,23 @@ def masks_of(record, answer, sam2):
     """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, "frames": {place:
     RLE} for the report}. An answer that prompts nothing has empty masks."""
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
-    size, prompts = next(iter(truths.values())).shape, bool(marks.boxes or marks.positive)
-    if record["data_type"] == "image":
-        masks, y, shown = np.zeros((1, *size), dtype=bool), truths[0], [0]
-        if prompts:  # without an answer the image may not even be there
-            image = ImageOps.exif_transpose(Image.open(record["media"][0]["path"]))
-            masks = segment_images(sam2, [(image.convert("RGB").resize(size[::-1]), marks)])
-        both, either = int((masks[0] & y).sum()), int((masks[0] | y).sum())
-        parts = {"cIoU": [both, either], "gIoU": jaccard(masks[0], y, empty=1.0)}
+    size, image = next(iter(truths.values())).shape, record["data_type"] == "image"
+    count = 1 if image else len(record["segmentation_output"]["frames"])
+    place = 0 if image else round((marks.time or 0) * record["fps"])
+    place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
+    if marks.boxes or marks.positive:  # without an answer the media may not even be there
+        masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+    areas = [[int((masks[k] & y).sum()), int((masks[k] | y).sum())] for k, y in truths.items()]
+    iou = lambda empty: np.mean([both / either if either else empty for both, either in areas])
+    if image:
+        parts = {"cIoU": areas[0], "gIoU": float(iou(empty=1))}
     else:
-        count, parts = len(record["segmentation_output"]["frames"]), {}
-        place = round((marks.time or 0) * record["fps"])
-        place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
-        if prompts:
-            masks = segment_video(sam2, frames_at(record, count, size), place, marks)
+        parts = {}
         for by, davis in (("", False), (" (DAVIS)", True)):
-            j = np.mean([jaccard(masks[k], y, empty=float(davis)) for k, y in truths.items()])
+            j = iou(empty=int(davis))  # of two empty masks: 1 by DAVIS, 0 in the paper's figures
             f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
             parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
-        shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
+    shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
     codes = coco.encode(np.asfortranarray(np.stack([masks[k] for k in shown], -1), dtype=np.uint8))
     frames = {str(k): c | dict(counts=c["counts"].decode()) for k, c in zip(shown, codes)}
     return dict(answer=answer, parts=parts, frames=frames)
@@ -469,10 +447,13 @@ def true_masks(record):
 
 
 def frames_at(record, count, size):
-    """The first `count` frames of a segmentation's video, uint8 (count, H, W, 3), size = (H, W).
+    """The image, or the first `count` frames of the video, uint8 (count, H, W, 3), size = (H, W).
     Frame k is the first one from k / fps seconds on, as in the release, or the last there is."""
-    frames, fps = [], record["fps"]
-    for second, image in iter_frames(record["media"][0]["path"], fps)[1]:
+    path, frames, fps = record["media"][0]["path"], [], record.get("fps")
+    if record["data_type"] == "image":
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        return np.array(image.resize(size[::-1]))[None]
+    for second, image in iter_frames(path, fps)[1]:
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
         if len(frames) == count:
@@ -502,104 +483,84 @@ def read_score(text):
     return int(score[1]) / 10 if score else None
 
 
-def ask_judge(url, model, record, answer, tries=3, seconds=120.0, pause=1.0):
-    """One question to an OpenAI-compatible server -> its score in [0, 1], or None and what went
-    wrong. OPENAI_API_KEY, if set, is sent along."""
+def ask_judge(url, model, record, line, tries=3, silence=120.0, pause=1.0):
+    """One question to an OpenAI server -> its score in [0, 1], or None and what went wrong."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
-    content = JUDGE + json.dumps(said | dict(answer=answer[:20000]))
-    body = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
+    content = JUDGE + json.dumps(said | dict(answer=line["answer"][:20000]))
+    request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
     url = f"{url.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode())
-    request.add_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}")
-    request.add_header("Content-Type", "application/json")
     for attempt in range(tries):
         time.sleep(pause * attempt)
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as reply:
-                text = json.load(reply)["choices"][0]["message"]["content"]
-            score, wrong = read_score(text), f"it replied {text[:200]!r}"
-            if score is not None:
+            reply = json.loads(b"".join(ask_server(url, request, silence)))
+            text = str(reply["choices"][0]["message"]["content"])
+            if (score := read_score(text)) is not None:
                 return score, ""
-        except (OSError, http.client.HTTPException) as error:  # an HTTPError can be read
-            cause = error.read(300).decode(errors="replace") if hasattr(error, "code") else ""
-            wrong = f"{error} {cause}"
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            wrong = f"it replied {text[:200]!r}"
+        except OSError as error:
+            wrong = str(error)
+        except (ValueError, LookupError, TypeError) as error:
             wrong = f"it replied no chat completion: {error!r}"
     return None, wrong
 
 
-def judge_answers(benchmarks, out, url, model):
-    """Asks the judge about the stored answers that have no verdict of this model, 8 at a time. The
-    first failure is printed at once; the next run asks again."""
-    waiting, failed = [], 0
-    for name, records in benchmarks.items():
-        for position, line in read_lines(f"{out}/{name}.jsonl").items():
-            record, verdict = records[position], line.get("verdict", {})
-            answer = answer_of(record, line["response"])
-            known = (verdict.get("judge"), verdict.get("answer")) == (model, answer)
-            if record["judged"] and answer is not None and not known:
-                waiting.append((line, record, answer))
-    with ThreadPoolExecutor(8) as pool:
-        asked = pool.map(lambda each: ask_judge(url, model, *each[1:]), waiting)
-        for (line, record, answer), (score, wrong) in zip(waiting, asked):
-            if score is not None:
-                verdict = dict(judge=model, answer=answer, score=score)
-                append(out, "judge", record["benchmark"], line | dict(verdict=verdict))
-            elif not failed:
-                print(f"judge: {url}: record {record['index']}: {wrong}", flush=True)
-            failed += score is None
-    join_parts(out)
-    if failed:
-        print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
-
-
 def grade(benchmarks, out, judge):
-    """Grades all stored responses, also those graded before, perhaps by other rules. accuracy is
-    None where the judge (the name of its model) has given no verdict. Masks and verdicts of an
-    answer that is read otherwise now are dropped."""
+    """Grades all stored responses anew. accuracy is None where the judge (a model's name) has given
+    no verdict. Masks and verdicts of an answer that is read otherwise now are dropped."""
     with rewards.Grader() as grader:
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
             pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
             ruled = [(r, None if r["judged"] else answer) for r, answer in pairs]
             for (record, answer), accuracy in zip(pairs, grader.accuracies(ruled)):
-                old, task = lines[record["index"]], task_of(record)
-                kept = {key: old[key] for key in ("masks", "verdict") if key in old}
-                kept = {key: value for key, value in kept.items() if value["answer"] == answer}
+                line, task = lines[record["index"]], task_of(record)
+                for key in ("masks", "verdict"):
+                    if key in line and line[key]["answer"] != answer:
+                        del line[key]
                 if record["judged"] and answer is not None:
-                    verdict = kept.get("verdict", {})
+                    verdict = line.get("verdict", {})
                     accuracy = verdict.get("score") if verdict.get("judge") == judge else None
-                trouble = [what for what in old["trouble"] if what != "unreadable"]
-                if old["response"] is not None and not readable(record, answer):
+                trouble = [what for what in line["trouble"] if what != "unreadable"]
+                if line["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
-                line = {key: old[key] for key in ("problem_id", "position", "response")}
-                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy) | kept
-                parts = parts_of(task, record, answer) | kept.get("masks", {}).get("parts", {})
-                lines[record["index"]] = line | dict(parts=parts)
+                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy)
+                line["parts"] = parts_of(task, record, answer)
+                line["parts"] |= line.get("masks", {}).get("parts", {})
             write_whole(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
             print(f"{killed} answers took too long to grade and count 0")
+
+
+def judge_answers(benchmarks, out, url, model):
+    """Asks the judge about the answers that `grade` has left without accuracy, 8 at a time. The
+    first failure is printed at once; the next run asks again."""
+    waiting, failed = [], 0
+    for name, records in benchmarks.items():
+        for position, line in read_lines(f"{out}/{name}.jsonl").items():
+            if line["accuracy"] is None:
+                waiting.append((records[position], line))
+    with ThreadPoolExecutor(8) as pool:
+        asked = pool.map(lambda each: ask_judge(url, model, *each), waiting)
+        for (record, line), (score, wrong) in zip(waiting, asked):
+            if score is not None:
+                verdict = dict(judge=model, answer=line["answer"], score=score)
+                line |= dict(accuracy=score, verdict=verdict)
+                append(out, "judge", record["benchmark"], line)
+            elif not failed:
+                print(f"judge: record {record['index']}: {wrong}", flush=True)
+            failed += score is None
+    join_parts(out)
+    if failed:
+        print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
 
 
 # --------------------------------------------------------------------------------------------------
 # Metrics, first of masks, then of answers: each is the ratio of two sums over records
 
 
-def jaccard(p, y, empty):
-    """J, the intersection over union of two masks, bool (H, W); `empty` if both are: 1 by DAVIS, 0
-    in the paper's figures.
-
-    >>> jaccard(np.array([[1, 1, 0]], bool), np.array([[0, 1, 1]], bool), empty=1.0)
-    0.3333333333333333
-    """
-    union = (p | y).sum()
-    return float((p & y).sum() / union) if union else empty
-
-
 def boundary(mask, davis):
-    """The contour of a mask as bool (H, W). DAVIS: pixels that differ from the one to the right,
-    below, or both. The paper: mask pixels on the edge of the image, or with one of their eight
-    neighbours outside the mask.
+    """The contour of a mask, bool (H, W). DAVIS: pixels that differ from the one to the right or
+    below or both. The paper: mask pixels with one of 8 neighbours outside the mask or the image.
 
     >>> [int(boundary(np.ones((3, 3), bool), davis).sum()) for davis in (False, True)]
     [8, 0]
@@ -612,35 +573,24 @@ def boundary(mask, davis):
     return mask & ~np.logical_and.reduce(around)
 
 
-def dilate(mask, reach):
-    """A mask, bool (H, W), grown by a shape of 2r + 1 rows, the same upside down: its row i reaches
-    reach[i] <= r pixels to either side.
-
-    >>> dilate(np.array([[0, 0, 0, 0], [1, 0, 0, 0]], bool), [0, 1, 0]).astype(int).tolist()
-    [[1, 0, 0, 0], [1, 1, 0, 0]]
-    """
-    r, (height, width), grown = len(reach) // 2, mask.shape, np.zeros_like(mask)
-    sums = np.pad(mask, ((r, r), (r + 1, r))).cumsum(1, dtype=np.int32)  # c: pixels left of c - r
-    for y, w in enumerate(reach):
-        rows = sums[y : y + height]
-        grown |= rows[:, r + w + 1 : r + w + 1 + width] > rows[:, r - w : r - w + width]
-    return grown
-
-
 def boundary_f(p, y, davis):
     """F, the F-measure of two masks' contours, bool (H, W): a contour pixel is right within a
-    tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper:
-    round(0.0075 * diagonal), at least 1, a square. 1 if neither has a contour, 0 if only one has.
-    """
-    diagonal = math.hypot(*p.shape)
-    r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
-    reach = [math.isqrt(r * r - dy * dy) if davis else r for dy in range(-r, r + 1)]
-    p, y = boundary(p, davis), boundary(y, davis)
+    tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper: a square of
+    round(0.0075 * diagonal), at least 1. F is 1 if neither has a contour, 0 if only one has."""
+    diagonal, p, y = math.hypot(*p.shape), boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
-    precision = (p & dilate(y, reach)).sum() / p.sum()
-    recall = (y & dilate(p, reach)).sum() / y.sum()
-    return float(2 * precision * recall / (precision + recall)) if precision + recall else 0.0
+    r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
+    rows, columns = np.mgrid[-r : r + 1, -r : r + 1]
+    near = np.argwhere(rows**2 + columns**2 <= r * r) if davis else np.argwhere(rows == rows)
+
+    def right(contour, other):  # the share of its pixels; near: offsets, plus r as in the padding
+        rows, columns = np.nonzero(contour)
+        wide = np.pad(other, r)
+        return np.any([wide[rows + dy, columns + dx] for dy, dx in near], axis=0).mean()
+
+    precision, recall = right(p, y), right(y, p)
+    return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
 def parts_of(task, record, answer):
@@ -667,23 +617,15 @@ def parts_of(task, record, answer):
     if task == TRACK:
         p, y = (side if isinstance(side, dict) else {} for side in boxes)
         ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
-        rest = track_parts([iou for k, iou in ious.items() if k != "1"], ", given box left out")
-        return track_parts(ious.values()) | rest
+        later, parts = [iou for k, iou in ious.items() if k != "1"], {}
+        for title, each in (("", [*ious.values()]), (", given box left out", later)):
+            n, one = len(each), min(1, len(each))  # R@t counts sequences, SR@t frames
+            iou = sum(each) / max(1, n)
+            parts |= {f"AO{title}": (iou, one)}
+            parts |= {f"R@{t}{title}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
+            parts |= {f"SR@{t}{title}": (sum(v >= t for v in each), n) for t in (0.5, 0.75)}
+        return parts
     return {"box_mIoU": rewards.iou_box(*boxes)} if task in (IMAGE, VIDEO) else {}
-
-
-def track_parts(ious, title=""):
-    """IoUs of a sequence's frames -> its parts in AO and R@t, where each sequence counts once, and
-    in SR@t, where each frame does. A sequence without frames does not count.
-
-    >>> {metric: track_parts([1.0, 0.0])[metric] for metric in ("AO", "R@0.5", "SR@0.5")}
-    {'AO': (0.5, 1), 'R@0.5': (True, 1), 'SR@0.5': (1, 2)}
-    """
-    n, one = len(ious), min(1, len(ious))
-    iou = sum(ious) / max(1, n)
-    parts = {"AO": (iou, one)} | {f"R@{t}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
-    parts |= {f"SR@{t}": (sum(v >= t for v in ious), n) for t in (0.5, 0.75)}
-    return {metric + title: part for metric, part in parts.items()}
 
 
 TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
@@ -694,10 +636,9 @@ UNKNOWN = {  # no grade: the largest share with which a benchmark enters the mea
 
 
 def columns_of(name, lines):
-    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to the
-    metric's two sums, 0 and 0 where it does not count. accuracy, then the metrics of the records'
-    task, then the shares of what went wrong. A file with several tasks gets the metrics of each
-    over its own records, named like "mIoU (temporal grounding)"."""
+    """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to its two
+    sums, 0 and 0 where it does not count. accuracy, the metrics of the records' task, the shares of
+    what went wrong. With several tasks in a file: named like "mIoU (temporal grounding)"."""
     columns, tasks, orders = {}, sorted({line["task"] for line in lines}), {}
 
     def add(metric, parts):  # one per line: a number, a pair, or None
@@ -705,7 +646,7 @@ def columns_of(name, lines):
         columns[metric] = np.array(pairs, dtype=np.float64).T
 
     add("accuracy", [line["accuracy"] for line in lines])
-    if benchmark_row(name).metric == "circular accuracy":  # right in every order of the options:
+    if BENCHMARKS.get(name, B()).metric:  # circular accuracy: right in every order of the options
         for line in lines:  # VLMEvalKit's index of question k in another order is k + n * 1,000,000
             orders.setdefault(int(line["problem_id"]) % 10**6, []).append(line)
         right = {o[0]["position"]: min(line["accuracy"] for line in o) for o in orders.values()}
@@ -726,13 +667,13 @@ def columns_of(name, lines):
 def headline_metric(name, lines, metrics):
     """The metric with which a benchmark enters the mean, and why it is not in it ("" if it is). The
     paper's metric; for a file of one's own the accuracy, or that of its masks."""
-    headline = benchmark_row(name).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
+    headline = BENCHMARKS.get(name, B()).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
     for what, (most, hint) in UNKNOWN.items():
-        if metrics.get(what, {"value": 0})["value"] > most:
-            count = metrics[what]["value"] * metrics[what]["n"]
-            return headline, f"{count:.0f} {what} ({hint})"
+        cell = metrics[what]
+        if cell["value"] > most:
+            return headline, f"{cell['value'] * cell['n']:.0f} {what} ({hint})"
     return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
 
 
@@ -740,18 +681,15 @@ def headline_metric(name, lines, metrics):
 # Numbers with their intervals, the table, the report
 
 
-def ratios(sums):
-    """(..., 2) -> (...): the first by the second, 0 where that is 0."""
-    return sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
-
-
 def resampled(columns, name, resamples=2000):
-    """Bootstrap: the ratios of columns (m, 2, n) over draws of n records with replacement ->
-    (resamples, m). All columns see the same draws: so a comparison of columns is paired. The seed
-    is the name: a benchmark has the same draws everywhere, two benchmarks have independent ones."""
+    """Columns (m, 2, n) of sums -> their m ratios, 0 where a denominator is, and by the bootstrap
+    those of draws of n records, (resamples, m). The seed is the name: all models see the same draws
+    (a comparison is paired), two benchmarks see independent ones."""
+    ratios = lambda sums: sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], 1)
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
     draws = (rng.integers(n, size=n, dtype=np.int32) for _ in range(resamples))
-    return ratios(np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws]))
+    drawn = np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws])
+    return ratios(columns.sum(-1)), ratios(drawn)
 
 
 def interval(value, draws, **more):
@@ -765,16 +703,16 @@ def metrics_of(name, lines, failed=0):
     (or questions, or sequences) count. failed: how many records have no line."""
     columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
-    values, draws = ratios(stacked.sum(-1)), resampled(stacked, name)
+    values, draws = resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
     return cells | dict(failed=interval(failed / n, [failed / n], n=n))
 
 
-def weights_of(names):
-    """A weight for each benchmark: the files of one of the paper's benchmarks share one."""
-    titles = [benchmark_row(name).name or name for name in names]
-    return [1 / titles.count(title) for title in titles]
+def mean_of(values):
+    """{benchmark: value} -> the mean; the files of one of the paper's benchmarks count as one."""
+    titles = [BENCHMARKS.get(name, B()).name or name for name in values]
+    return np.average([*values.values()], 0, [1 / titles.count(title) for title in titles])
 
 
 def percent(cell, form="5.1f"):
@@ -784,9 +722,8 @@ def percent(cell, form="5.1f"):
 
 
 def table_of(results, headlines):
-    """The results as rows of cells, one per metric: the headline metric has a star, and a trouble
-    that nobody had has no row. The paper's numbers stand beside them. Then sentences: the mean over
-    benchmarks, each by its headline metric, and what is not in it and why."""
+    """The results as rows of cells, one per metric (*: the headline metric), without the troubles
+    that nobody had. And sentences: the mean over benchmarks, and what is not in it and why."""
     papers = any(map(paper_numbers, results))
     head = ["benchmark", "metric", "n", "percent [95% interval]"]
     rows, values, said = [head + ["paper", "Qwen3-VL"] * papers], {}, []
@@ -803,7 +740,7 @@ def table_of(results, headlines):
         else:
             values[name] = 100 * metrics[headline]["value"]
     if values:
-        mean = f"{np.average([*values.values()], weights=weights_of(values)):.1f}"
+        mean = f"{mean_of(values):.1f}"
         said.insert(0, f"mean over {len(values)} benchmarks, each by its headline metric *: {mean}")
     return rows, said
 
@@ -818,52 +755,43 @@ def aligned(rows, left=1):
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
 <meta name="viewport" content="width=device-width"><style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: auto; padding: 1rem }
-body { color: #222; background: #f7f7f5 } h1 { font-size: 1.5rem } h2 { margin: 2rem 0 .5rem }
-.small { color: #666; font-size: .85rem } .box, .card { background: #fff; border: 1px solid #ddd }
-.box { max-height: 40vh; overflow: auto } table { border-collapse: collapse; width: 100% }
-th, td { padding: .15rem .8rem; text-align: right; white-space: pre; border-bottom: 1px solid #eee }
-th { position: sticky; top: 0; background: #eee } .headline { font-weight: bold }
-td:nth-child(-n+2), th:nth-child(-n+2) { text-align: left } pre { white-space: pre-wrap }
+body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
+.small { color: #666; font-size: .85rem } .table, .card { border: 1px solid #ddd; padding: .8rem }
+.table { max-height: 50vh; overflow: auto } .wide { grid-column: 1 / -1 }
 .cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
-.card { padding: .8rem; overflow-wrap: anywhere; min-width: 0 } .wide { grid-column: 1 / -1 }
+.card { overflow-wrap: anywhere; min-width: 0 } .card pre { white-space: pre-wrap }
 .card p { margin: .4rem 0; white-space: pre-wrap; max-height: 9rem; overflow: auto }
 .card img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
 .answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
 </style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
-<div class="box"><table>$table</table></div><p class="small">Percent, with 95% bootstrap intervals.
-Below, answers of each benchmark from the worst to the best: orange is the answer, green the truth,
-beneath it and wider.</p>$sections</html>""")
+<pre class="table">$table</pre><p class="small">Below, answers of each benchmark from the worst to
+the best: orange is the answer, green the truth, beneath it and wider.</p>$sections</html>""")
 
 
 def image_of(record, line):
     """An answer over its truth, drawn on the record's first video, as a strip of frames, or else on
     its first image -> PIL.Image."""
     task, masks = task_of(record), {}
-    medium = min(record["media"], key=lambda medium: medium["type"] == "image")
-    truth, wide = marks_of(task, record["answer"]), {}
-    for second, (x1, y1, x2, y2) in truth.boxes.items():
-        wide[second] = [x1 - 8, y1 - 8, x2 + 8, y2 + 8]
-    marks = {
-        "limegreen": data.Marks(boxes=wide),
-        "lime": truth,
-        "orange": marks_of(task, line["answer"]),
-    }
+    truth, answer = marks_of(task, record["answer"]), marks_of(task, line["answer"])
+    wide = {t: [x1 - 8, y1 - 8, x2 + 8, y2 + 8] for t, (x1, y1, x2, y2) in truth.boxes.items()}
+    marks = {"limegreen": data.Marks(boxes=wide), "lime": truth, "orange": answer}
     if "masks" in line:
         truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
         drawn = np.stack([coco.decode(rle) for rle in line["masks"]["frames"].values()]) > 0
         true = np.stack([truths.get(k, np.zeros_like(drawn[0])) for k in places])
         masks = {"lime": true, "orange": drawn}
-    if medium["type"] == "image":
-        image = data.enlarged(Image.fromarray(data.read_image(medium["path"], 0, 480 * 480)))
-        for colour, each in marks.items():
-            image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
-        return image
-    if masks:
+    medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
+    if masks and medium["type"] == "video":
         frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
         return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-    video = data.read_video(medium["path"], max_frames=64, folder_fps=record.get("fps"))
-    return draw_strip(video.frames, np.array(video.indices) / video.fps, marks)
+    limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
+    pixels = data.read_medium(medium, limits, record.get("fps"))
+    if medium["type"] == "video":
+        return draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
+    image = data.enlarged(Image.fromarray(pixels))
+    for colour, each in marks.items():
+        image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
+    return image
 
 
 def card(record, line, score):
@@ -886,27 +814,22 @@ def card(record, line, score):
 def write_report(out, table, said, benchmarks, lines, count=9):
     """report.html under `out`, which needs no other file: the table, and of each benchmark `count`
     answers. A score: that of the masks if there are any, else the accuracy."""
-    args, sections, rows = read_object(f"{out}/args.json"), [], []
-    for i, row in enumerate(table):
-        kind, tag = ' class="headline"' * row[1].endswith("*"), "td" if i else "th"
-        cells = "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in row)
-        rows.append(f"<tr{kind}>{cells}</tr>")
+    args, sections = read_object(f"{out}/args.json"), []
     for name, each in lines.items():
         scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
         ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
-        chosen = np.unique(np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round())
-        cards = ""
-        for score, i in (ranked[int(place)] for place in chosen):
-            cards += card(benchmarks[name][each[i]["position"]], each[i], score)
-        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">{cards}</div>')
+        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">')
+        for place in np.linspace(0, len(ranked) - 1, min(count, len(ranked)), dtype=int):
+            score, i = ranked[place]
+            sections.append(card(benchmarks[name][each[i]["position"]], each[i], score))
+        sections.append("</div>")
     shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model", "commit")
     settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
     settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
-    texts = dict(settings="; ".join(settings), said="; ".join(said))
-    texts |= dict(title=f"Evaluation of {os.path.basename(os.path.abspath(out))}")
+    title = f"Evaluation of {os.path.basename(os.path.abspath(out))}"
+    texts = dict(title=title, settings="; ".join(settings), said="; ".join(said), table=table)
     texts = {key: html.escape(text) for key, text in texts.items()}
-    page = PAGE.substitute(texts, table="\n".join(rows), sections="\n".join(sections))
-    write_whole(f"{out}/report.html", page)
+    write_whole(f"{out}/report.html", PAGE.substitute(texts, sections="\n".join(sections)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -915,14 +838,13 @@ def write_report(out, table, said, benchmarks, lines, count=9):
 
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
-    handler = partial(stopped, args.out) if data.FIRST_RANK else signal.SIG_DFL
-    signal.signal(signal.SIGINT, handler)
-    import cpu_compat  # noqa: F401  (before transformers)
 
+    def stopped(*_):  # by Ctrl-C
+        os.write(2, f"\nevaluate.py: stopped; the same command goes on from {args.out}\n".encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)
     benchmarks, settings, encode = check(args)
-    import torch.distributed as dist
-    from tqdm import tqdm
-
     from rl_ema_grpo import make_engine
     from sft import init_distributed, start_run
 
@@ -930,17 +852,14 @@ def evaluate(args):
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # ranks end far apart
 
     def joined():
-        """All ranks call this: rank 0 joins what they have written -> all records, each with its
-        stored line, or None."""
+        """All ranks call this -> all records, each with what any rank has written, or None."""
         dist.barrier(group=patient)
         if rank == 0:
             join_parts(args.out)
         dist.barrier(group=patient)
-        pairs = []
-        for name, records in benchmarks.items():
-            lines = read_lines(f"{args.out}/{name}.jsonl")
-            pairs += [(record, lines.get(position)) for position, record in records.items()]
-        return pairs
+        stored = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
+        records = [record for name in benchmarks for record in benchmarks[name].values()]
+        return [(record, stored[record["benchmark"]].get(record["index"])) for record in records]
 
     # 1 What is there already? Records whose media could not be used are tried again.
     start_run(args)
@@ -950,8 +869,7 @@ def evaluate(args):
     todo = [record for record, line in pairs if not line or "skipped" in line["trouble"]]
     mine = todo[rank::world]
     if rank == 0:
-        what = f"{len(pairs)} records in {len(benchmarks)} benchmarks"
-        print(f"{what}, {len(todo)} to answer on {world} ranks", flush=True)
+        print(f"{len(pairs)} records, {len(todo)} to answer on {world} ranks", flush=True)
 
     # 2 Each rank answers its share, and writes after each chunk.
     if todo:
@@ -967,11 +885,10 @@ def evaluate(args):
             append(args.out, rank, record["benchmark"], line | dict(response=text, trouble=trouble))
 
     # 3 Masks, each rank its share.
-    pairs = joined()
     if args.sam2:
         masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
+        pairs = joined()[rank::world]
         pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
-        pairs = pairs[rank::world]
         sam2 = load_sam2(args.sam2, device) if pairs else None
         for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
             masks = masks_of(record, answer_of(record, line["response"]), sam2)
@@ -986,34 +903,25 @@ def evaluate(args):
     sys.exit(code)
 
 
-def stopped(out, *_):
-    """Ends this process at Ctrl-C: everything is in the files already."""
-    paths = [*Path(out, "parts").glob("*/*.jsonl"), *Path(out).glob("*.jsonl")]
-    count = sum(path.read_bytes().count(b"\n") for path in paths)
-    what = f"{count} answers are saved in {out}; the same command goes on from there"
-    print(f"\nevaluate.py: stopped: {what}", file=sys.stderr, flush=True)
-    os._exit(130)
-
-
 def sum_up(args, benchmarks, settings):
-    """Verdicts, grades, metrics, table, report, from the stored responses. The exit code: 1 if some
-    records have none."""
+    """Stored responses -> grades, verdicts, metrics, report; exit code 1 if some are missing."""
     join_parts(args.out)
     if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
         data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
     write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
+    grade(benchmarks, args.out, settings.get("judge"))
     if args.judge_url:
         judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
-    grade(benchmarks, args.out, settings.get("judge"))
     lines, results, headlines = {}, {}, {}
     for name, records in benchmarks.items():
         if each := [*read_lines(f"{args.out}/{name}.jsonl").values()]:
             lines[name] = each
             results[name] = metrics_of(name, each, failed=len(records) - len(each))
             headlines[name] = headline_metric(name, each, results[name])
-    path, (table, said) = f"{args.out}/results.json", table_of(results, headlines)
+    path, (rows, said) = f"{args.out}/results.json", table_of(results, headlines)
     write_whole(path, json.dumps(read_object(path) | results, indent=1))
-    print("", aligned(table, left=2), *said, sep="\n")
+    table = aligned(rows, left=2)
+    print("", table, *said, sep="\n")
     write_report(args.out, table, said, benchmarks, lines)
     print(f"written to {args.out}: results.json, report.html")
     return int(sum(map(len, lines.values())) < sum(map(len, benchmarks.values())))
@@ -1023,64 +931,51 @@ def sum_up(args, benchmarks, settings):
 # Comparing models that answered the same records
 
 
-def read_finished(out):
-    """The finished benchmarks of an --out folder: {(benchmark, headline metric): ([problem ids],
-    that metric's columns (2, n))}. One that is not in that folder's mean is not finished."""
-    found, results = {}, read_object(f"{out}/results.json")
-    if not results:
-        data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
-    for name, metrics in results.items():
-        lines = list(read_lines(f"{out}/{name}.jsonl").values())
-        headline, why = headline_metric(name, lines, metrics)
-        if not why:
-            column = columns_of(name, lines)[headline]
-            found[name, headline] = [line["problem_id"] for line in lines], column
-    return found
-
-
-def compare_models(models):
-    """{model: read_finished(...)} -> what --compare prints and writes.
-
-    {"benchmarks": {name: row}, "mean": row, "left_out": [benchmarks that not all models have by the
-    same metric]}. A row: {"metric", "n", "models": {model: interval}, "differences": {model:
-    interval and p, minus the model before it}}. These are paired: records are drawn within each
-    benchmark, the same for all models, and the mean over benchmarks is taken of each draw. p: twice
-    the share of draws on the other side of 0.
-    """
-    names, everything = list(models), [key for found in models.values() for key in found]
-    shared = [key for key in dict.fromkeys(everything) if everything.count(key) == len(names)]
-    if not shared:
+def compare_models(outs):
+    """{model: its --out folder} -> what --compare prints and writes: {"mean": row, "benchmarks":
+    {name: row}, "left_out": [those that not all models have in their mean by the same metric]}. A
+    row: {"metric", "n", "models": {model: interval}, "differences": {model: interval and p, minus
+    the model before it}}. Differences are paired: records are drawn within each benchmark, the same
+    for all models, and of each draw the mean is taken. p: twice the share of draws beyond 0."""
+    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [(ids, columns (2, n))]
+    for out in outs.values():
+        results = read_object(f"{out}/results.json")
+        if not results:
+            data.refuse(f"--compare: {out} has no results.json: no evaluation has ended there")
+        for name, metrics in results.items():
+            lines = [*read_lines(f"{out}/{name}.jsonl").values()]
+            metric, why = headline_metric(name, lines, metrics)
+            if not why:
+                each = [line["problem_id"] for line in lines], columns_of(name, lines)[metric]
+                found.setdefault((name, metric), []).append(each)
+    for (name, metric), each in found.items():
+        if len(each) == len(outs):
+            ids, columns = zip(*each)
+            if any(other != ids[0] for other in ids):
+                data.refuse(f"--compare: {name}: the models did not answer the same records")
+            rows[name] = dict(metric=metric, n=len(ids[0]))
+            values[name], draws[name] = resampled(np.stack(columns), name)  # one column per model
+    if not rows:
         data.refuse("--compare: the models have no benchmark in common")
-    rows = []  # name, metric, n, values (models,), their draws (resamples, models)
-    for name, headline in shared:
-        ids, columns = zip(*(found[name, headline] for found in models.values()))
-        if any(other != ids[0] for other in ids):
-            data.refuse(f"--compare: {name}: the models did not answer the same records")
-        columns = np.stack(columns)  # (models, 2, n)
-        values, draws = ratios(columns.sum(-1)), resampled(columns, name)
-        rows.append((name, headline, columns.shape[-1], values, draws))
-    weights = weights_of([name for name, _ in shared])
-    means = [np.average([row[i] for row in rows], 0, weights) for i in (3, 4)]
-    report = {}
-    for name, metric, n, values, draws in [*rows, ("mean", "mean", len(rows), *means)]:
-        row = dict(metric=metric, n=n, models={}, differences={})
-        for i, model in enumerate(names):
-            row["models"][model] = interval(values[i], draws[:, i])
-            if i:
-                gap = draws[:, i] - draws[:, i - 1]
-                p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
-                row["differences"][model] = interval(values[i] - values[i - 1], gap, p=p)
-        report[name] = row
-    left_out = sorted({name for name, _ in everything} - {name for name, _ in shared})
-    return dict(mean=report.pop("mean"), benchmarks=report, left_out=left_out)
+    left_out = sorted({name for name, _ in found} - {*rows})
+    values["mean"], draws["mean"] = mean_of(values), mean_of(draws)
+    rows["mean"] = dict(metric="mean", n=len(rows))
+    for name, row in rows.items():
+        value, drawn = values[name], draws[name].T
+        row["models"] = {model: interval(value[i], drawn[i]) for i, model in enumerate(outs)}
+        row["differences"] = {}
+        for i, model in [*enumerate(outs)][1:]:
+            gap = drawn[i] - drawn[i - 1]
+            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
+            row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
+    return dict(mean=rows.pop("mean"), benchmarks=rows, left_out=left_out)
 
 
 def compare(args):
     names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
-    if len({*names}) != len(args.compare) or len(names) != len(args.compare):
-        wanted = f"{len(args.compare)} different names are needed"
-        data.refuse(f"--names: {wanted}, not {' '.join(names)}")
-    report = compare_models({name: read_finished(out) for name, out in zip(names, args.compare)})
+    if not len({*names}) == len(names) == len(args.compare):
+        data.refuse(f"--names: expected {len(args.compare)} different ones, not {' '.join(names)}")
+    report = compare_models(dict(zip(names, args.compare)))
     sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
     rows, mean = report["benchmarks"], report["mean"]
     alike = all(row["metric"] == "accuracy" for row in rows.values())

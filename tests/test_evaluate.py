@@ -120,10 +120,10 @@ def test_the_table_is_the_papers():
     }
     for tasks, expected in families.items():
         stems = [stem for stem, row in evaluate.BENCHMARKS.items() if row.task in tasks]
-        weights = evaluate.weights_of(stems)
         for i in (0, 1)[: 2 - (None in expected)]:
-            numbers = [next(iter(evaluate.paper_numbers(stem).values()))[i] for stem in stems]
-            assert abs(np.average(numbers, weights=weights) - expected[i]) < 0.101, (tasks, i)
+            first = lambda stem: next(iter(evaluate.paper_numbers(stem).values()))[i]  # noqa: B023
+            mean = evaluate.mean_of({stem: first(stem) for stem in stems})
+            assert abs(mean - expected[i]) < 0.101, (tasks, i)
     assert len({row.name for row in evaluate.BENCHMARKS.values()}) == 31
     known = {"accuracy", "circular accuracy", "cIoU", "J", "F", "J&F"}
     for stem, row in evaluate.BENCHMARKS.items():  # the paper's metrics are among ours, by name
@@ -201,7 +201,7 @@ def f_measure(p, y, grow, r):
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
-def test_j_and_f_are_those_of_scipy():
+def test_f_is_that_of_scipy():
     """A contour that lacks the image's edge, a square for a disk, a tolerance rounded the other way."""
     rng = np.random.default_rng(0)
     sizes = [(5, 7), (40, 30), (1, 9), (100, 180), (240, 427), (301, 300), (480, 854)]
@@ -213,15 +213,12 @@ def test_j_and_f_are_those_of_scipy():
         for davis, reference in ((True, davis_f), (False, paper_f)):
             found, expected = evaluate.boundary_f(p, y, davis), reference(p, y)
             assert found == pytest.approx(expected, abs=1e-6), (size, davis)
-        j = (p & y).sum() / (p | y).sum() if (p | y).any() else 1.0
-        assert evaluate.jaccard(p, y, empty=1.0) == pytest.approx(j, abs=1e-6)
 
 
-def test_empty_masks_are_where_the_two_conventions_part():
-    """An object that is rightly said to be absent: J is 1 by DAVIS, 0 in the paper's figures."""
+def test_f_of_empty_masks():
+    """An object that is rightly said to be absent: a division by 0, or a 0."""
     none, some = np.zeros((20, 30), bool), np.zeros((20, 30), bool)
     some[5:9, 5:9] = True
-    assert [evaluate.jaccard(none, none, empty) for empty in (1.0, 0.0)] == [1.0, 0.0]
     for davis in (True, False):
         f = [evaluate.boundary_f(p, y, davis) for p in (none, some) for y in (none, some)]
         assert f == [1.0, 0.0, 0.0, 1.0]
@@ -260,17 +257,16 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
         assert (evaluate.true_masks(record)[0] == twice).all()
     prompts = []
 
-    def segment_images(sam2, items):  # a perfect SAM2, at the size of what it is given
-        ((image, _),) = items
-        mask = Image.fromarray(evaluate.true_masks(images[0])[0]).resize(image.size)
-        return [np.asarray(mask)]
-
-    def segment_video(sam2, frames, index, marks):
+    def segment_video(
+        sam2, frames, index, marks
+    ):  # a perfect SAM2, at the size of what it is given
+        if len(frames) == 1:
+            mask = Image.fromarray(evaluate.true_masks(images[0])[0])
+            return np.asarray(mask.resize(frames.shape[2:0:-1]))[None]
         prompts.append(index)
         assert frames.shape == (32, 64, 64, 3)
         return np.stack([evaluate.true_masks(videos[len(prompts) - 1])[k] for k in range(32)])
 
-    monkeypatch.setattr(evaluate, "segment_images", segment_images)
     monkeypatch.setattr(evaluate, "segment_video", segment_video)
     images[1]["media"] = [dict(type="image", path="lost.png")]
     sums = [int(evaluate.true_masks(record)[0].sum()) for record in images]
@@ -527,7 +523,7 @@ def test_a_judges_reply_is_read_or_not(text, score):
 def test_judge_answers_fails_and_lies(server, replies, score, wrong):
     """A failing or babbling judge read as a score, or as 0, and nobody learns why."""
     server.replies = list(replies)
-    found = evaluate.ask_judge(server.url, "m", CAPTION, "a fox", seconds=0.2, pause=0)
+    found = evaluate.ask_judge(server.url, "m", CAPTION, dict(answer="a fox"), silence=0.2, pause=0)
     assert found[0] == score and wrong in found[1] and len(server.asked) == len(replies)
     assert json.loads(server.asked[0].splitlines()[-1])["reference"] == "a red fox"
 
@@ -544,14 +540,14 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
     evaluate.write_whole(f"{out}/{name}.jsonl", lines)
 
     def accuracies(model="m"):
-        evaluate.judge_answers({name: records}, out, server.url, model)
         evaluate.grade({name: records}, out, model)
+        evaluate.judge_answers({name: records}, out, server.url, model)
         return [line["accuracy"] for line in stored(out, name).values()]
 
     server.replies = [(503, "asleep")] + ["no"] * 8
     assert accuracies() == [None] * 3 + [0.0] and len(server.asked) == 9
     said = capsys.readouterr().out
-    assert said.count("judge: http") == 1 and "3 of 3 answers have no verdict" in said
+    assert said.count("judge: record") == 1 and "3 of 3 answers have no verdict" in said
     found = values(name, list(stored(out, name).values()))
     assert found["not judged"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 12
@@ -577,7 +573,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
     """An interval of the values, not of their mean; wrong percentiles (90%, or one-sided)."""
     rng, hits = np.random.default_rng(1), 0
     for i in range(300):
-        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")
+        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")[1]
         cell = evaluate.interval(0, means)
         hits += cell["low"] <= 0.4 <= cell["high"]
     assert 0.91 <= hits / 300 <= 0.98
@@ -586,7 +582,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
 def test_resamples_are_the_same_for_a_name_and_independent_between_names():
     """One seed for all benchmarks couples their draws: the mean's interval is then wrong."""
     scores = np.random.default_rng(0).random(50)
-    a, again, b = (evaluate.resampled(column_of(scores), name)[:, 0] for name in ("a", "a", "b"))
+    a, again, b = (evaluate.resampled(column_of(scores), name)[1][:, 0] for name in ("a", "a", "b"))
     assert (a == again).all() and abs(np.corrcoef(a, b)[0, 1]) < 0.1
 
 
@@ -620,10 +616,11 @@ def test_parts_are_joined_in_position_order_with_what_was_there(tmp_path):
 # Comparison
 
 
-def store(out, name, accuracies):
+def store(out, name, accuracies, **more):
     """A finished evaluation of one benchmark, as evaluate() leaves it."""
     Path(out).mkdir(exist_ok=True)
-    lines = [dict(task="math", parts={}, trouble=[], accuracy=float(a)) for a in accuracies]
+    common = dict(task="math", parts={}, trouble=[]) | more
+    lines = [dict(accuracy=float(accuracy)) | common for accuracy in accuracies]
     lines = [line | dict(position=i, problem_id=str(i)) for i, line in enumerate(lines)]
     evaluate.write_whole(f"{out}/{name}.jsonl", dict(enumerate(lines)))
     results = evaluate.read_object(f"{out}/results.json")
@@ -631,19 +628,20 @@ def store(out, name, accuracies):
     evaluate.write_whole(f"{out}/results.json", json.dumps(results))
 
 
-def own(values, ids=None):
-    """One benchmark of one model, of what read_finished gives."""
-    ids = [str(i) for i in range(len(values))] if ids is None else ids
-    return ids, np.array([values, np.ones(len(values))], dtype=float)
+def compared(tmp_path, **models):
+    """compare_models of {model: {benchmark: accuracies}}."""
+    for model, found in models.items():
+        for name, accuracies in found.items():
+            store(tmp_path / model, name, accuracies)
+    return evaluate.compare_models({model: str(tmp_path / model) for model in models})
 
 
-def test_difference_is_paired_over_the_records():
+def test_difference_is_paired_over_the_records(tmp_path):
     """Independent resamples: a model that is better on every single record looks like chance."""
-    rng, keys = np.random.default_rng(0), [("a", "accuracy"), ("b", "accuracy")]
-    base = {key: 0.8 * (rng.random(50) < 0.5) for key in keys}
-    models = {"base": {key: own(base[key]) for key in keys}}
-    models["better"] = {key: own(base[key] + 0.02) for key in keys}
-    report = evaluate.compare_models(models)
+    rng = np.random.default_rng(0)
+    base = {name: 0.8 * (rng.random(50) < 0.5) for name in ("a", "b")}
+    better = {name: accuracies + 0.02 for name, accuracies in base.items()}
+    report = compared(tmp_path, base=base, better=better)
     for row in (report["mean"], *report["benchmarks"].values()):
         found = [row["differences"]["better"][key] for key in ("value", "low", "high", "p")]
         assert found == pytest.approx([0.02, 0.02, 0.02, 0.0])
@@ -653,41 +651,40 @@ def test_difference_is_paired_over_the_records():
     assert alone["high"] - alone["low"] > 0.1  # while each model alone is uncertain
 
 
-def test_difference_of_equal_models_with_different_luck_includes_zero():
+def test_difference_of_equal_models_with_different_luck_includes_zero(tmp_path):
     """An interval that is too narrow calls luck progress."""
-    rng, hits, surprises = np.random.default_rng(3), 0, 0
-    for i in range(60):
-        luck = lambda: {(str(i), "accuracy"): own((rng.random(80) < 0.5) * 1.0)}  # noqa: B023
-        difference = evaluate.compare_models({"a": luck(), "b": luck()})["mean"]["differences"]["b"]
-        hits += difference["low"] <= 0 <= difference["high"]
-        surprises += difference["p"] < 0.05
-    assert hits >= 52 and surprises <= 8
+    luck = np.random.default_rng(3).random((2, 60, 80)) < 0.5
+    found = {f"m{i}": {str(k): row for k, row in enumerate(each)} for i, each in enumerate(luck)}
+    rows = [row["differences"]["m1"] for row in compared(tmp_path, **found)["benchmarks"].values()]
+    assert sum(row["low"] <= 0 <= row["high"] for row in rows) >= 52
+    assert sum(row["p"] < 0.05 for row in rows) <= 8
 
 
-def test_mean_weighs_benchmarks_not_records():
+def test_mean_weighs_benchmarks_not_records(tmp_path):
     """A large benchmark drowns the small ones; RefCOCO's three files count three times; cIoU is
     averaged over images in the comparison, while results.json has the ratio of sums."""
-    mean_of = lambda found: evaluate.compare_models({"m": found})["mean"]["models"]["m"]["value"]
-    large, small = (
-        {("large", "accuracy"): own([0.0] * 90)},
-        {("small", "accuracy"): own([1.0] * 10)},
-    )
-    assert mean_of(large | small) == 0.5
+    mean = lambda model, **found: compared(tmp_path, **{model: found})["mean"]["models"][model]
+    assert mean("a", large=[0.0] * 90, small=[1.0] * 10)["value"] == 0.5
     stems = [f"eval_refcoco_{split}" for split in ("val", "testA", "testB")]
-    files = {(stem, "R@0.5"): own([1.0] * 5) for stem in stems}
-    assert mean_of(files | {("eval_charades", "mIoU"): own([0.0] * 5)}) == 0.5
-    columns = np.array([[90.0, 0.0], [100.0, 10.0]])
-    assert mean_of({("seg", "cIoU"): (["1", "2"], columns)}) == pytest.approx(90 / 110)
+    assert evaluate.mean_of(dict.fromkeys(stems, 1.0) | {"eval_charades": 0.0}) == 0.5
+    store(tmp_path / "b", "seg", [0.0, 0.0], task="segmentation-image", parts={"cIoU": (90, 100)})
+    lines = stored(tmp_path / "b", "seg")
+    lines[1]["parts"]["cIoU"] = [0, 10]
+    evaluate.write_whole(f"{tmp_path}/b/seg.jsonl", lines)
+    row = evaluate.compare_models({"b": f"{tmp_path}/b"})["benchmarks"]["seg"]
+    assert row["metric"] == "cIoU" and row["models"]["b"]["value"] == pytest.approx(90 / 110)
 
 
-def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(capsys):
+def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(tmp_path, capsys):
     """Models compared over different benchmarks, metrics or records, in silence."""
-    x, y, z = ("x", "accuracy"), ("y", "accuracy"), ("z", "accuracy")
-    a = {x: own([1.0, 0.0], ["1", "2"]), y: own([1.0], ["1"]), z: own([1.0], ["1"])}
-    b = {x: own([0.0, 0.0], ["1", "2"]), ("z", "cIoU"): own([1.0], ["1"])}
-    assert evaluate.compare_models({"a": a, "b": b})["left_out"] == ["y", "z"]
+    a, b = dict(x=[1.0, 0.0], y=[1.0], z=[1.0]), dict(x=[0.0, 0.0])
+    masks = dict(task="segmentation-image", parts={"cIoU": (1, 1)})
+    store(tmp_path / "b", "z", [1.0], **masks)  # whose headline metric is another one
+    assert compared(tmp_path, a=a, b=b)["left_out"] == ["y", "z"]
+    lines = {p: line | dict(problem_id="other") for p, line in stored(tmp_path / "b", "x").items()}
+    evaluate.write_whole(f"{tmp_path}/b/x.jsonl", lines)
     with pytest.raises(SystemExit):
-        evaluate.compare_models({"a": a, "b": {x: own([0.0, 0.0], ["1", "3"])}})
+        compared(tmp_path, a=a, b={})
     assert "x: the models did not answer the same records" in capsys.readouterr().err
 
 
@@ -1003,7 +1000,7 @@ def test_interrupted_four_times_the_result_is_the_same(runs):
 def test_ctrl_c_ends_in_one_line(runs):
     """A traceback of 40 lines, and nobody knows whether the answers are saved."""
     said = (runs / "said").read_text()
-    line = f"evaluate.py: stopped: 9 answers are saved in {runs}/cut; the same command goes on"
+    line = f"evaluate.py: stopped; the same command goes on from {runs}/cut\n"
     assert said.count("evaluate.py: stopped") == 1 and line in said and "Traceback" not in said
 
 
