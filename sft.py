@@ -29,7 +29,6 @@ from argparse import BooleanOptionalAction
 from collections import Counter, deque
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,46 +96,39 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     """Causal attention in which the responses of a group see their prompt and themselves only.
 
     query (1, H, T, D); key, value (1, Hkv, T, D); sequences: see `pack`. Returns (1, T, H, D), None.
-    One varlen call on CUDA; SDPA sequence by sequence on a CPU.
     """
-    if query.is_cuda and query.dtype != torch.float32:  # the varlen kernel takes 16 bits only
-        return varlen_attention(query, key, value, scaling, sequences), None
-    # Cut once: a slice for each sequence would make a gradient of full length for each.
-    cuts = sorted({cut for spans in sequences for span in spans for cut in span})
-    sizes, place = [b - a for a, b in pairwise(cuts)], {cut: i for i, cut in enumerate(cuts)}
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
-    out = []
-    for spans in sequences:
-        q = torch.cat(queries[place[spans[-1][0]] : place[spans[-1][1]]], dim=2)
-        seen = [i for a, b in spans for i in range(place[a], place[b])]
-        k, v = (torch.cat([x[i] for i in seen], dim=2) for x in (keys, values))
-        # Causal from the bottom right corner: `before` keys stand before the first query.
-        before = k.shape[2] - q.shape[2]
-        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before) if before else None
-        settings = dict(is_causal=not before, scale=scaling, enable_gqa=True)
-        out.append(F.scaled_dot_product_attention(q, k, v, mask, **settings))
-    return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-def varlen_attention(query, key, value, scaling, sequences):
-    """The same on CUDA, where one kernel runs all sequences: (1, H, T, D) -> (1, T, H, D)."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    key_rows, *plan = varlen_plan(sequences, query.device)
+    key_rows, *plan = attention_plan(sequences, query.device)
     key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
+    fast = query.is_cuda and query.dtype != torch.float32  # the kernel takes 16 bits only
+    attend = varlen_attn if fast else attend_one_by_one
     # Queries are in the order of the sequences already. (-1, 0): causal from the bottom right.
     settings = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-    return varlen_attn(query, key, value, *plan, **settings)[None]
+    return attend(query, key, value, *plan, **settings)[None], None
+
+
+def attend_one_by_one(query, key, value, query_ends, key_ends, *_, scale, **__):
+    """What varlen_attn does, without its kernel: SDPA sequence by sequence."""
+    queries = query.split(query_ends.diff().tolist())
+    keys, values = (x.split(key_ends.diff().tolist()) for x in (key, value))
+    out = []
+    for q, k, v in zip(queries, keys, values):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        seen = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        out.append(seen[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 @lru_cache(2)  # all layers of a micro-batch ask for the same plan
-def varlen_plan(sequences, device):
-    """Rows of all keys; offsets of the queries and keys of each sequence; longest of each."""
+def attention_plan(sequences, device):
+    """Rows of all keys; where the queries, and the keys, of each sequence end; the most of each."""
     key_rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
     queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
     keys = [sum(end - begin for begin, end in spans) for spans in sequences]
-    offsets = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
-    q_offsets, k_offsets = (offset.to(device, torch.int32) for offset in offsets)
-    return key_rows.to(device), q_offsets, k_offsets, max(queries), max(keys)
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
+    query_ends, key_ends = (each.to(device, torch.int32) for each in ends)
+    return key_rows.to(device), query_ends, key_ends, max(queries), max(keys)
 
 
 def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max_length_q, **_):
