@@ -273,7 +273,9 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
         logps = model.response_logps(sft.pack([sft.Group(group.prompt, pair)], "cpu")).detach()
         sampled = [logps[:4].tolist(), logps[4:].tolist()]
         rollouts.append(
-            rl_ema_grpo.Rollout(group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0])
+            rl_ema_grpo.RolloutGroup(
+                group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0]
+            )
         )
     result = rl_ema_grpo.update(
         model, optimizer, rollouts, None, None, settings, torch.device("cpu")
@@ -282,9 +284,7 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     assert result["logp_gap"] < 1e-5
     assert result["grad_norm"] > 0.01
     # The same rollouts once more through stored log-probabilities: the same ratio, the same gradient.
-    old = rl_ema_grpo.current_logps(
-        model, [rollout.group for rollout in rollouts], 300, torch.device("cpu")
-    )
+    old = rl_ema_grpo.current_logps(model, rollouts, 300, torch.device("cpu"))
     again = rl_ema_grpo.update(model, optimizer, rollouts, old, None, settings, torch.device("cpu"))
     assert again == pytest.approx(result, abs=1e-5)
 
