@@ -179,9 +179,7 @@ class RolloutGroup:
 
 def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
     """A vLLM engine inside this process, on this rank's device, that generates without collectives.
-
-    media_per_prompt: {"image": most images of one prompt, "video": most videos}.
-    """
+    media_per_prompt: {"image": most images of one prompt, "video": most videos}."""
     from vllm import LLM
 
     cpu_compat.register_qwen3_vl()
@@ -249,9 +247,7 @@ def release_kv_cache(llm):
 
 def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
     """n responses to each prompt -> list of RolloutGroup, ungraded. seeds: one int per prompt.
-
-    Vision tokens are banned: a sampled <|image_pad|> would claim the prompt's pixels in the trainer.
-    """
+    Vision tokens are banned: a sampled <|image_pad|> would claim the prompt's pixels."""
     from vllm import SamplingParams
 
     if not prompts:  # every record of this round was skipped
@@ -300,20 +296,15 @@ def grade(groups, grader, tokenizer):
 
 def has_signal(group):
     """Dynamic sampling (DAPO): a group whose answers are all right or all wrong teaches nothing.
-
-    The bounds are the paper's. Tasks with partial credit, such as grounding, hardly ever reach them.
-    """
+    Bounds: the paper's. Tasks with partial credit, such as grounding, hardly ever reach them."""
     accuracies = [score.accuracy for score in group.scores]
     return 0.01 < sum(accuracies) / len(accuracies) < 0.99
 
 
 def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop):
-    """Dynamic sampling: draws prompts, rolls them out and grades them, until all ranks together have
-    kept enough groups. All ranks call this.
-
-    Returns this rank's kept groups, and all that it has seen. Moves state["cursor"] (records drawn by
-    all ranks) and state["keep_rate"].
-    """
+    """Dynamic sampling: draws prompts, rolls them out and grades them, until all ranks together
+    have kept enough groups. All ranks call this. Returns the kept groups of this rank, and all that
+    it has seen. Moves state["cursor"] (records drawn by all ranks) and state["keep_rate"]."""
     rank, world = dist.get_rank(), dist.get_world_size()
     kept, seen, rounds, all_kept, all_seen = [], [], 0, 0, 0
     while all_kept < args.prompts_per_step and rounds < args.max_rounds:
@@ -349,7 +340,7 @@ def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
 
 
 def set_advantages(kept, ema, args):
-    """Fills in the advantages of the kept groups. All ranks call this, and see all rewards (a few kB),
+    """Fills in the advantages of the kept groups. All ranks call this and see all rewards (few kB),
     so that all hold the same moments. Returns the root mean square of each task's, for the log."""
     own = []
     for i, group in enumerate(kept):
@@ -369,10 +360,8 @@ def set_advantages(kept, ema, args):
 
 
 def deal_minibatches(counts, rank, updates):
-    """Deals the groups of all ranks like cards to min(updates, groups) mini-batches.
-
-    counts: groups held by each rank; they stay there. Returns for `rank` one list of its own group
-    indices per mini-batch.
+    """Deals the groups of all ranks like cards to min(updates, groups) mini-batches. counts: groups
+    of each rank, where they stay. Returns, for `rank`, its group indices in each mini-batch.
 
     >>> deal_minibatches([3, 1], rank=0, updates=2), deal_minibatches([3, 1], rank=1, updates=2)
     ([[0, 2], [1]], [[], [0]])
@@ -572,8 +561,8 @@ def main():
     if rank == 0:
         g, n = args.prompts_per_step, args.rollouts_per_prompt
         print(
-            f"{len(records)} records; {g} prompts x {n} rollouts = {g * n} responses a step on {world}"
-            f" ranks; {updates} optimiser steps of about {g // updates} prompts; from {first}"
+            f"{len(records)} records; {g} prompts x {n} rollouts = {g * n} responses a step on"
+            f" {world} ranks; {updates} updates of about {g // updates} prompts each; from {first}"
         )
 
     for step in range(first + 1, args.steps + 1):

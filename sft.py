@@ -179,10 +179,8 @@ def chunked_logps(hidden, weight, targets, chunk=1024):
 
 
 def response_logps(model, batch):
-    """log p(response token | prompt, response so far) for the R response tokens of a packed batch.
-
-    Returns (R,) float32. The vision tower runs exactly once, also without media: see DUMMY.
-    """
+    """log p(response token | prompt, response so far) of a packed batch: (R,) float32. The vision
+    tower runs exactly once, also without media: see DUMMY."""
     visual, language = model.model.visual, model.model.language_model
     ids, patches, grids = batch["ids"], batch["patches"], batch["grids"]
     embeddings = language.embed_tokens(ids)  # (T, E)
@@ -343,10 +341,8 @@ def optimizer_step(model, optimizer, grad_clip, loss):
 
 def start_run(args, may_change=()):
     """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, or {}.
-
     All ranks call this before a model is loaded. Refuses to resume with other settings than before,
-    but for those in `may_change`; --force takes the new ones.
-    """
+    but for those in `may_change`; --force takes the new ones."""
     if os.path.realpath(args.out) == os.path.realpath(args.model):
         data.refuse(f"--out {args.out} is the folder of --model: name another")
     folders = list_checkpoints(args.out)
@@ -373,11 +369,8 @@ def list_checkpoints(out):
 
 
 def save_checkpoint(args, model, optimizer, state):
-    """Writes weights, optimiser and `state` (JSON, with "step") to checkpoints/step-*. All ranks call.
-
-    Written aside, then renamed: a checkpoint is there whole or not at all. A save that fails raises
-    OSError, and the older checkpoints stay.
-    """
+    """Writes weights, optimiser and `state` (JSON, with "step") to checkpoints/step-*: aside, then
+    renamed, so a checkpoint is there whole or not at all. Raises OSError. All ranks call this."""
     folder = Path(args.out, "checkpoints", f"step-{state['step']:06d}")
     aside = folder.with_suffix(".tmp")
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
@@ -411,7 +404,7 @@ def load_checkpoint(args, model, optimizer):
 
 
 def full_weights(model, dtype):
-    """(Hugging Face name, whole tensor in `dtype`) of every weight, one at a time. All ranks call it.
+    """(Hugging Face name, whole tensor in `dtype`) of each weight, one at a time. All ranks call it.
     A tied head comes under both its names: vLLM on a CPU packs the head separately."""
     for name, shard in model.state_dict().items():
         yield name, shard.to(dtype).full_tensor()  # cast first: half the traffic
@@ -423,11 +416,9 @@ NOT_COPIED = """.safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx
 
 
 def export_model(model, source, out):
-    """Writes a folder that transformers and vLLM load as it is. All ranks call this.
-
-    bfloat16 safetensors, and all other files of the input folder or hub id `source` as they are, since
-    an older transformers cannot read what a newer one writes.
-    """
+    """Writes a folder that transformers and vLLM load: bfloat16 safetensors, and all other files of
+    the input folder or hub id `source` as they are, since an older transformers cannot read what a
+    newer one writes. All ranks call this."""
     weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
         tied = name == "lm_head.weight" and model.config.tie_word_embeddings
@@ -526,10 +517,9 @@ def learning_rate(step, steps, peak, warmup_share):
 def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-logps, {})):
     """One optimiser step on this rank's groups. All ranks call this.
 
-    loss_of(logps (R,), at (R,)) -> losses (R,) of a micro-batch's response tokens, and numbers for the
-    log, each (R,). at: where these tokens stand among those of all `groups`. Default: SFT's.
-    Returns, as a dict, the means over all response tokens of the global batch, `loss` among them;
-    `tokens`, their number; grad_norm.
+    loss_of(logps (R,), at (R,)) -> losses (R,) of a micro-batch's response tokens, and numbers for
+    the log, each (R,). at: where these tokens stand among those of all `groups`. Default: SFT's.
+    Returns a dict: the means over all response tokens of the global batch, tokens, grad_norm.
     """
     tokens = sum(gather(sum(len(response) for group in groups for response in group.responses)))
     totals, means = Counter(), Counter()
