@@ -522,7 +522,7 @@ def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-l
     Returns a dict: the means over all response tokens of the global batch, tokens, grad_norm.
     """
     tokens = sum(gather(sum(len(response) for group in groups for response in group.responses)))
-    totals, means = Counter(), Counter()
+    totals, means = Counter(), Counter(loss=0.0)
     for members, at in microbatches(groups, args.tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
         if not members:
