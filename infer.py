@@ -19,7 +19,6 @@ import os
 import re
 import sys
 import urllib.request
-from contextlib import closing
 from fractions import Fraction
 from functools import cache
 from http.client import HTTPException
@@ -33,8 +32,8 @@ from tokenizers.decoders import DecodeStream
 import cpu_compat  # noqa: F401  (before transformers)
 import data
 import rewards
+from rewards import PROBLEM_TYPES
 
-TASKS = [*data.PROMPTS, "segmentation"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
 
@@ -46,11 +45,9 @@ def iter_frames(path, folder_fps):
     """The length of a video (file, or folder of numbered images) in seconds, and an iterator of
     (second, PIL image) of all its frames, upright and in their own size."""
     if os.path.isdir(path):
-        names = [name for name in os.listdir(path) if name.lower().endswith(data.IMAGE_ENDINGS)]
-        names = [name for name in names if name[0] != "."]
-        names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
-        images = (ImageOps.exif_transpose(Image.open(os.path.join(path, name))) for name in names)
-        return len(names) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
+        paths = data.list_frame_folder(path)
+        images = (ImageOps.exif_transpose(Image.open(name)) for name in paths)
+        return len(paths) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
     with data.open_video(path) as container:
         stream = container.streams.best("video")
         pts, _ = data.list_frames(container, stream)
@@ -229,7 +226,7 @@ def request_of(record, model, limits, max_tokens, prompts, system=None):
 
 def ask_server(url, request=None, silence=30):
     """GETs a URL, or POSTs a request -> the lines of the reply, as they come. Raises OSError, also if
-    the server says nothing for so many seconds."""
+    the server is silent for so many seconds."""
     body = json.dumps(request).encode() if request else None
     key = f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"
     headers = {"Content-Type": "application/json", "Authorization": key}
@@ -238,10 +235,8 @@ def ask_server(url, request=None, silence=30):
         with urllib.request.urlopen(request, timeout=silence) as reply:
             yield from reply
     except (OSError, HTTPException) as error:
-        refused = isinstance(error, urllib.error.HTTPError)
-        reason = error.read(1000).decode(errors="replace") if refused else ""
-        hint = " (see --max-response-tokens)" if "max_tokens" in reason else ""
-        raise OSError(f"{url}: {error} {reason}{hint}") from error
+        reason = error.read(1000) if isinstance(error, urllib.error.HTTPError) else b""
+        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}") from error
 
 
 def stream_server(request, url):
@@ -267,7 +262,7 @@ def parse_args():
     medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
-    group.add_argument("--task", choices=TASKS, metavar="TASK", default="open-ended", help=", ".join(TASKS))
+    group.add_argument("--task", choices=PROBLEM_TYPES, metavar="TASK", default="open-ended", help=", ".join(PROBLEM_TYPES))
     group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question")
     group.add_argument("--questions", metavar="FILE",
                        help='lines of {"problem": "What is it?", "problem_type": "OCR", "images": ["a.jpg"]}')
@@ -304,8 +299,8 @@ def record_of(question, kind, path, task, options):
     if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
         options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     folder, name = os.path.split(os.path.abspath(path))
-    raw = dict(problem=question, problem_type=task.removesuffix(f"-{kind}"), options=options)
-    raw |= {"data_type": kind, f"{kind}s": name, "answer": "{}"}
+    raw = dict(problem=question, problem_type=task, options=options, data_type=kind, answer="{}")
+    raw[f"{kind}s"] = name
     return data.normalise(raw, "this question", 0, folder)
 
 
@@ -335,18 +330,14 @@ def converse(ask, kind, path, task, save):
     """Asks for questions until Ctrl-D. What cannot be used is named; Ctrl-C stops an answer."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
-    print(
-        "Ask (a choice: Which? | a cat | a dog), or /image FILE, /video FILE, /task NAME; Ctrl-D ends"
-    )
+    print("Ask (choices: Which? | cat | dog), or /image FILE, /video FILE, /task NAME; Ctrl-D ends")
     while True:
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
-            if command == "/image" and rest.lower().endswith((".mp4", ".mkv", ".webm", ".mov")):
-                print("that is a video: use /video")
-            elif command in ("/image", "/video"):
+            if command in ("/image", "/video"):
                 kind, path = command[1:], os.path.expanduser(rest.strip())
-            elif command == "/task" and rest in TASKS:
+            elif command == "/task" and rest in PROBLEM_TYPES:
                 task = rest
             elif line.startswith("/"):
                 print(f"no such task or command: {line}")
@@ -392,8 +383,6 @@ def main():
             raise ValueError(f"--save {args.save}: expected {' or '.join(endings)}")
     if folder:
         os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"--save: {folder} cannot be written")
     system = open(args.system, encoding="utf-8").read().strip() if args.system else None
     texts = dict(prompts=data.load_prompts(args.prompts), system=system)
 
@@ -412,8 +401,7 @@ def main():
         else:
             prompt = data.encode(record, processor, limits, **texts)  # before a model is loaded
             stream = stream_model(prompt, load_model(args.model), processor.tokenizer, most)
-        with closing(stream):
-            answer, readable = print_stream(record, stream, args.json)
+        answer, readable = print_stream(record, stream, args.json)
         if save and record["media"]:
             save_drawing(save, record, answer, limits, sam2)
         return readable

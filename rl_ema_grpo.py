@@ -40,6 +40,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from operator import itemgetter
 
 import cpu_compat  # before transformers
 import numpy as np
@@ -51,7 +52,7 @@ import data
 import sft
 from data import Prompt, encode, next_items, task_of
 from rewards import Grader
-from sft import DUMMY, Group, gather, global_sum, microbatches, pack, peak_gb
+from sft import DUMMY, gather, microbatches, pack, peak_gb
 
 # --------------------------------------------------------------------------------------------------
 # The method
@@ -71,7 +72,7 @@ class EMAStd:
 
     def __init__(self, decay=0.99, floor=1e-3):
         self.decay, self.floor = decay, floor
-        self.moments = {}  # task -> [mean of R, mean of R^2]
+        self.moments = {}  # task -> [mean of rewards, mean of their squares]
 
     def update(self, task, rewards):
         """Takes in a task's rewards of one batch, all ranks. ValueError on nan or an empty list."""
@@ -95,7 +96,7 @@ class EMAStd:
 
 
 def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
-    """A = (R - mean of its group) / scale, clipped to [-clip, clip]; one float per response.
+    """A = (reward - mean of its group) / scale, clipped to [-clip, clip]; one float per response.
 
     rewards, groups, tasks: parallel lists, one entry per response in any order: reward, name of its
     prompt, task. The moments in `ema` take in this batch first. The scale is
@@ -128,18 +129,6 @@ def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
             raise ValueError(f"method is {method!r}, expected ema_grpo, grpo or dr_grpo")
         result.append(float(np.clip((reward - np.mean(values)) / scale, -clip, clip)))
     return result
-
-
-def advantage_rms(advantages, tasks):
-    """For the log: the root mean square of each task's advantages.
-
-    >>> advantage_rms([3.0, -4.0, 1.0], ["QA", "QA", "box"])
-    {'advantage/QA': 3.5355339059327378, 'advantage/box': 1.0}
-    """
-    squares = defaultdict(list)
-    for advantage, task in zip(advantages, tasks, strict=True):
-        squares[task].append(advantage**2)
-    return {f"advantage/{task}": math.sqrt(np.mean(squares[task])) for task in sorted(squares)}
 
 
 def policy_loss(
@@ -177,8 +166,8 @@ def policy_loss(
 
 
 @dataclass
-class Rollout:
-    """One prompt's group of n responses. Lists are parallel, one entry per response."""
+class RolloutGroup:
+    """One prompt and its n rollouts. Lists are parallel, one entry per response."""
 
     prompt: Prompt
     responses: list  # n lists of token ids, with the end-of-turn token where the model wrote one
@@ -187,16 +176,10 @@ class Rollout:
     scores: list = field(default_factory=list)  # n rewards.Score
     advantages: list = field(default_factory=list)  # n floats
 
-    @property
-    def group(self):
-        return Group(self.prompt, self.responses)
-
 
 def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
     """A vLLM engine inside this process, on this rank's device, that generates without collectives.
-
-    media_per_prompt: {"image": most images of one prompt, "video": most videos}.
-    """
+    media_per_prompt: {"image": most images of one prompt, "video": most videos}."""
     from vllm import LLM
 
     cpu_compat.register_qwen3_vl()
@@ -206,15 +189,14 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
             enable_sleep_mode=True,
             kv_cache_memory_bytes=min(24 << 30, memory // 3),
             gpu_memory_utilization=0.25,  # must be free at the start; the line above sizes the pool
-            compilation_config=dict(
-                cudagraph_mode="FULL_DECODE_ONLY", max_cudagraph_capture_size=256
-            ),
         )
+        graphs = dict(cudagraph_mode="FULL_DECODE_ONLY", max_cudagraph_capture_size=256)
+        settings["compilation_config"] = graphs
     else:
         # No chunks: after half a prompt vLLM winds a seeded generator back, which a CPU cannot do.
         settings = dict(enforce_eager=True, enable_chunked_prefill=False)
         settings["max_num_batched_tokens"] = max(max_model_len, 8192)
-    random_state, precision = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     llm = LLM(
         path,
         load_format="safetensors",  # nothing is unpickled; "dummy" would spoil the normalisation
@@ -230,15 +212,16 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
         use_tqdm_on_load=False,
         **settings,
     )
-    torch.set_rng_state(random_state)  # LLM() has set both anew
-    torch.set_float32_matmul_precision(precision)
+    torch.set_float32_matmul_precision(precision)  # LLM() has set it anew
     return llm
 
 
 def sync_weights(llm, weights, compare=False):
-    """Gives the engine the trainer's weights; it forgets what it computed with the old ones. All ranks
-    call this. weights: iterator of (Hugging Face name, whole tensor). compare: RuntimeError unless
-    the engines of all ranks then hold the same (10 to 40 s for an 8B)."""
+    """Wakes the engine and gives it the trainer's weights; it forgets what it computed with the old
+    ones. All ranks call this. weights: iterator of (Hugging Face name, whole tensor). compare:
+    RuntimeError unless the engines of all ranks then hold the same (10 to 40 s for an 8B)."""
+    if torch.cuda.is_available():
+        llm.wake_up(tags=["kv_cache"])  # see release_kv_cache
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not drop its prefix cache: a request is still running")
@@ -262,16 +245,9 @@ def release_kv_cache(llm):
     return llm.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes / 1e9
 
 
-def restore_kv_cache(llm):
-    if torch.cuda.is_available():
-        llm.wake_up(tags=["kv_cache"])
-
-
 def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
-    """n responses to each prompt -> list of Rollout, ungraded. seeds: one int per prompt.
-
-    Vision tokens are banned: a sampled <|image_pad|> would claim the prompt's pixels in the trainer.
-    """
+    """n responses to each prompt -> list of RolloutGroup, ungraded. seeds: one int per prompt.
+    Vision tokens are banned: a sampled <|image_pad|> would claim the prompt's pixels."""
     from vllm import SamplingParams
 
     if not prompts:  # every record of this round was skipped
@@ -283,97 +259,80 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
     watched = dist.get_rank() == 0 and sys.stderr.isatty()
     bar = partial(tqdm, leave=False) if watched else False
     outputs = llm.generate([prompt.vllm for prompt in prompts], params, use_tqdm=bar)
-    rollouts = []
+    groups = []
     for prompt, output in zip(prompts, outputs, strict=True):
         assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM reads another prompt"
-        rollout = Rollout(prompt, [], [], [])
+        group = RolloutGroup(prompt, [], [], [])
         for sample in output.outputs:
             tokens = list(sample.token_ids)
-            rollout.responses.append(tokens)
-            rollout.logps.append(
-                [row[token].logprob for row, token in zip(sample.logprobs, tokens)]
-            )
-            rollout.finished.append(sample.finish_reason == "stop")
-        rollouts.append(rollout)
-    return rollouts
+            group.responses.append(tokens)
+            group.logps.append([row[token].logprob for row, token in zip(sample.logprobs, tokens)])
+            group.finished.append(sample.finish_reason == "stop")
+        groups.append(group)
+    return groups
 
 
-def text_of(rollout, i, tokenizer):
+def text_of(group, i, tokenizer):
     """Response i as text, with what the prompt has opened of it and without its end-of-turn token.
     Other special tokens stay visible: they break the format."""
-    tokens = rollout.responses[i][: -1 if rollout.finished[i] else None]
-    return rollout.prompt.opened + tokenizer.decode(tokens)
+    tokens = group.responses[i][: -1 if group.finished[i] else None]
+    return group.prompt.opened + tokenizer.decode(tokens)
 
 
-def grade(rollouts, grader, tokenizer):
+def grade(groups, grader, tokenizer):
     """Fills in the scores of every response."""
     pairs = []
-    for rollout in rollouts:
-        texts = [text_of(rollout, i, tokenizer) for i in range(len(rollout.responses))]
-        pairs += [(rollout.prompt.record, text) for text in texts]
+    for group in groups:
+        texts = [text_of(group, i, tokenizer) for i in range(len(group.responses))]
+        pairs += [(group.prompt.record, text) for text in texts]
     scores = iter(grader.score(pairs))
-    for rollout in rollouts:
-        rollout.scores = [next(scores) for _ in rollout.responses]
+    for group in groups:
+        group.scores = [next(scores) for _ in group.responses]
 
 
 # --------------------------------------------------------------------------------------------------
 # The parts of a step
 
 
-def has_signal(rollout):
+def has_signal(group):
     """Dynamic sampling (DAPO): a group whose answers are all right or all wrong teaches nothing.
-
-    The bounds are the paper's. Tasks with partial credit, such as grounding, hardly ever reach them.
-    """
-    accuracies = [score.accuracy for score in rollout.scores]
+    Bounds: the paper's. Tasks with partial credit, such as grounding, hardly ever reach them."""
+    accuracies = [score.accuracy for score in group.scores]
     return 0.01 < sum(accuracies) / len(accuracies) < 0.99
 
 
-def round_size(missing, keep_rate, prompts_per_step, world):
-    """Prompts that each rank draws in the next round, so that about `missing` groups are kept.
-
-    keep_rate: the share that was kept lately. At most two steps' worth, whatever it was.
-
-    >>> round_size(missing=128, keep_rate=0.5, prompts_per_step=128, world=8)
-    32
-    """
-    wanted = min(missing / max(keep_rate, 0.1), 2 * prompts_per_step)
-    return math.ceil(wanted / world)
-
-
 def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop):
-    """Dynamic sampling: draws prompts, rolls them out and grades them, until all ranks together have
-    kept enough groups. All ranks call this.
-
-    Returns this rank's kept rollouts, and all that it has seen. Moves state["cursor"] (records drawn
-    by all ranks) and state["keep_rate"].
-    """
+    """Dynamic sampling: draws prompts, rolls them out and grades them, until all ranks together
+    have kept enough groups. All ranks call this. Returns the kept groups of this rank, and all that
+    it has seen. Moves state["cursor"] (records drawn by all ranks) and state["keep_rate"]."""
     rank, world = dist.get_rank(), dist.get_world_size()
     kept, seen, rounds, all_kept, all_seen = [], [], 0, 0, 0
     while all_kept < args.prompts_per_step and rounds < args.max_rounds:
         if rounds >= 3 and (not all_kept or stop.now()):
             break  # three rounds kept nothing, or a rank was asked to stop: alike on all ranks
-        missing = args.prompts_per_step - all_kept
-        size = round_size(missing, state["keep_rate"], args.prompts_per_step, world)
+        # As many prompts as are missing, by the share kept lately; at most two steps' worth.
+        missing = (args.prompts_per_step - all_kept) / max(state["keep_rate"], 0.1)
+        size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
         with phase(row, "data"):
             prompts = next_items(stream, size, tally, args.max_bad_share)
-        n, first = args.rollouts_per_prompt, state["cursor"] + rank
         # vLLM gives response j of a prompt seed + j.
-        seeds = [args.seed + (first + i * world) * n for i in range(len(prompts))]
+        n, place = args.rollouts_per_prompt, state["cursor"] + rank
+        seeds = [args.seed + (place + i * world) * n for i in range(len(prompts))]
         state["cursor"] += size * world
         with phase(row, "generate"):
-            new = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)
+            groups = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)
         with phase(row, "wait"):  # for the rank that generates longest
             dist.barrier()
         with phase(row, "grade"):
-            grade(new, grader, tokenizer)
-        for rollout in new:
-            rollout.prompt.vllm = None  # pixels are large, and in shared memory
-            if not has_signal(rollout):
-                rollout.prompt.patches = rollout.prompt.grids = None
-        seen += new
-        kept += filter(has_signal, new)
-        new_kept, new_seen = map(int, global_sum(sum(map(has_signal, new)), len(new)))
+            grade(groups, grader, tokenizer)
+        for group in groups:
+            group.prompt.vllm = None  # pixels are large, and in shared memory
+            if not has_signal(group):
+                group.prompt.patches = group.prompt.grids = None
+        seen += groups
+        kept += filter(has_signal, groups)
+        counts = gather((sum(map(has_signal, groups)), len(groups)))
+        new_kept, new_seen = map(sum, zip(*counts))
         all_kept, all_seen, rounds = all_kept + new_kept, all_seen + new_seen, rounds + 1
         state["keep_rate"] = 0.5 * state["keep_rate"] + 0.5 * new_kept / max(new_seen, 1)
     row |= dict(kept_share=all_kept / max(all_seen, 1), groups=all_kept, rounds=rounds)
@@ -381,36 +340,35 @@ def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
 
 
 def set_advantages(kept, ema, args):
-    """Fills in rollout.advantages. All ranks call this, and see all rewards (a few kB), so that all
-    hold the same moments. Returns numbers for the log."""
-    mine = []
-    for i, rollout in enumerate(kept):
-        name, task = (dist.get_rank(), i), task_of(rollout.prompt.record)
-        mine += [(score.reward, name, task) for score in rollout.scores]
-    everyone = gather(mine)
+    """Fills in the advantages of the kept groups. All ranks call this and see all rewards (few kB),
+    so that all hold the same moments. Returns the root mean square of each task's, for the log."""
+    own = []
+    for i, group in enumerate(kept):
+        name, task = (dist.get_rank(), i), task_of(group.prompt.record)
+        own += [(score.reward, name, task) for score in group.scores]
+    everyone = gather(own)
     if not any(everyone):
         return {}
-    rewards, groups, tasks = zip(*itertools.chain(*everyone))
-    result = advantages(rewards, groups, tasks, ema, args.method, args.advantage_clip)
-    mine = iter(result[sum(map(len, everyone[: dist.get_rank()])) :])
-    for rollout in kept:
-        rollout.advantages = list(itertools.islice(mine, len(rollout.scores)))
-    return advantage_rms(result, tasks)
+    rewards, names, tasks = zip(*itertools.chain(*everyone))
+    result = advantages(rewards, names, tasks, ema, args.method, args.advantage_clip)
+    rest = iter(result[sum(map(len, everyone[: dist.get_rank()])) :])
+    for group in kept:
+        group.advantages = list(itertools.islice(rest, len(group.scores)))
+    result, tasks = np.array(result), np.array(tasks)
+    rms = lambda values: float(np.sqrt(np.mean(values**2)))
+    return {f"advantage/{task}": rms(result[tasks == task]) for task in sorted({*tasks})}
 
 
-def deal_minibatches(counts, rank, parts):
-    """Splits the groups of all ranks into min(parts, groups) mini-batches of near-equal size.
+def deal_minibatches(counts, rank, updates):
+    """Deals the groups of all ranks like cards to min(updates, groups) mini-batches. counts: groups
+    of each rank, where they stay. Returns, for `rank`, its group indices in each mini-batch.
 
-    counts: groups held by each rank; they stay there. Returns for `rank` one list of its own group
-    indices per mini-batch.
-
-    >>> deal_minibatches([3, 1], rank=0, parts=2), deal_minibatches([3, 1], rank=1, parts=2)
-    ([[0], [1, 2]], [[0], []])
+    >>> deal_minibatches([3, 1], rank=0, updates=2), deal_minibatches([3, 1], rank=1, updates=2)
+    ([[0, 2], [1]], [[], [0]])
     """
-    everyone = sorted((i, r) for r, count in enumerate(counts) for i in range(count))
-    parts = min(parts, len(everyone))
-    edges = [part * len(everyone) // parts for part in range(parts + 1)] if parts else []
-    return [[i for i, r in everyone[a:b] if r == rank] for a, b in itertools.pairwise(edges)]
+    groups = [(r, i) for r, count in enumerate(counts) for i in range(count)]
+    dealt = [groups[start::updates] for start in range(min(updates, len(groups)))]
+    return [[i for r, i in minibatch if r == rank] for minibatch in dealt]
 
 
 @torch.no_grad()
@@ -418,51 +376,38 @@ def current_logps(model, groups, tokens_per_microbatch, device):
     """Log-probabilities of all response tokens of the groups under the current weights: (R,) float32,
     on the CPU. All ranks call this."""
     result = torch.empty(sum(len(response) for group in groups for response in group.responses))
-    for members, positions in microbatches(groups, tokens_per_microbatch):
+    for members, at in microbatches(groups, tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
         if members:
-            result[positions] = logps.cpu()
+            result[at] = logps.cpu()
     model.reshard()  # the root keeps its gathered weights after a forward without backward
     return result
 
 
-def update(model, optimizer, rollouts, old_logps, ref_logps, args, device):
+def update(model, optimizer, groups, old_logps, ref_logps, args, device):
     """One optimiser step on this rank's share of a mini-batch. All ranks call this.
 
     old_logps: (R,), or None for those of this very forward. ref_logps: (R,), or None without a KL.
     Returns a dict of numbers that hold for all ranks together.
     """
-    rows = []  # one per response token
-    for rollout in rollouts:
-        for advantage, logps in zip(rollout.advantages, rollout.logps):
-            rows += [(advantage, logp) for logp in logps]
-    advantage, sampled = torch.tensor(rows).reshape(-1, 2).T.to(device)  # (R,), (R,)
-    old_logps, ref_logps = (x if x is None else x.to(device) for x in (old_logps, ref_logps))
-    tokens, totals = global_sum(len(rows)), defaultdict(float)
-    clips = dict(clip_low=args.clip_low, clip_high=args.clip_high, dual_clip=args.dual_clip)
-    for members, at in microbatches([r.group for r in rollouts], args.tokens_per_microbatch):
-        logps = model.response_logps(pack(members or [DUMMY], device))
-        if not members:
-            (0 * logps.sum()).backward()
-            continue
-        old = logps.detach() if old_logps is None else old_logps[at]
-        ref = None if ref_logps is None else ref_logps[at]
+    tokens = []  # (advantage, vLLM's log-probability) of each response token
+    for group in groups:
+        for advantage, logps in zip(group.advantages, group.logps):
+            tokens += [(advantage, logp) for logp in logps]
+    advantage, sampled = torch.tensor(tokens).reshape(-1, 2).T.to(device)  # (R,), (R,)
+
+    def loss_of(logps, at):
+        old = logps.detach() if old_logps is None else old_logps[at].to(device)
+        ref = None if ref_logps is None else ref_logps[at].to(device)
         losses, numbers = policy_loss(
-            logps, old, advantage[at], **clips, ref_logps=ref, kl_coef=args.kl_coef,
-            rollout_logps=sampled[at], tis_cap=args.tis_cap,
+            logps, old, advantage[at], args.clip_low, args.clip_high, args.dual_clip,
+            ref, args.kl_coef, sampled[at], args.tis_cap,
         )  # fmt: skip
-        # The mean over all response tokens of the mini-batch, whatever their rank. FSDP averages
-        # gradients over ranks; the loss is a sum over them.
-        loss = losses.sum() / tokens
-        (loss * dist.get_world_size()).backward()
-        numbers |= dict(loss=losses, logp_gap=(old - sampled[at]).abs())
-        for name, values in numbers.items():
-            totals[name] += values.sum().item()
-    result, everyone = {}, gather(totals)
-    for name in sorted(set().union(*everyone)):
-        result[name] = sum(each.get(name, 0.0) for each in everyone) / tokens
-    loss = result.pop("loss")  # says little: the advantages of a group sum to 0
-    return result | dict(grad_norm=sft.optimizer_step(model, optimizer, args.grad_clip, loss))
+        return losses, numbers | dict(logp_gap=(old - sampled[at]).abs())
+
+    numbers = sft.update(model, optimizer, groups, args, device, loss_of)
+    del numbers["loss"], numbers["tokens"]  # the loss says little: a group's advantages sum to 0
+    return numbers
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,21 +446,6 @@ def parse_args():
 MAY_CHANGE = [*sft.MAY_CHANGE, "eval_data", "eval_every", "steps", "wandb"]  # by a resumed run
 
 
-def load_inputs(args, world):
-    """What can be wrong is found before a model is loaded. Returns records, held out, processor."""
-    records, processor = sft.load_inputs(args, world)
-    try:
-        files = [data.load_records(path, args.media_root) for path in args.eval_data]
-    except (OSError, ValueError) as error:
-        data.refuse(error)
-    held_out = [record for file in files for record in file]
-    for record in records + held_out:
-        if record["answer"] is None:
-            where = f"{record['file']}: record {record['index']}"
-            data.refuse(f"{where}: an SFT record (messages), where answers are needed")
-    return records, held_out, processor
-
-
 @contextmanager
 def phase(row, name):
     """Adds the seconds of a phase to the step's row."""
@@ -524,17 +454,17 @@ def phase(row, name):
     row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + time.time() - start
 
 
-def evaluate_greedily(llm, records, read, grader, tokenizer, args):
+def evaluate_greedily(llm, records, make_prompt, grader, tokenizer, args):
     """Mean held-out accuracy per task, {"eval/<task>": accuracy}. All ranks call this. Records that
     cannot be used count 0."""
-    mine, graded = records[dist.get_rank() :: dist.get_world_size()], []
-    stream = data.prefetch(mine, read, range(len(mine)), args.workers)
-    for start in range(0, len(mine), 64):  # few images are in memory at a time
-        prompts = next_items(stream, min(64, len(mine) - start), Counter(), 1.0)
+    own, graded = records[dist.get_rank() :: dist.get_world_size()], []
+    stream = data.prefetch(own, make_prompt, range(len(own)), args.workers)
+    for start in range(0, len(own), 64):  # few images are in memory at a time
+        prompts = next_items(stream, min(64, len(own) - start), Counter(), 1.0)
         seeds = [0] * len(prompts)
-        rollouts = generate(llm, prompts, seeds, 1, args.max_response_tokens, tokenizer, 0.0)
-        grade(rollouts, grader, tokenizer)
-        graded += [(task_of(each.prompt.record), each.scores[0].accuracy) for each in rollouts]
+        groups = generate(llm, prompts, seeds, 1, args.max_response_tokens, tokenizer, 0.0)
+        grade(groups, grader, tokenizer)
+        graded += [(task_of(each.prompt.record), each.scores[0].accuracy) for each in groups]
     right, total = Counter(), Counter(task_of(record) for record in records)
     for task, accuracy in itertools.chain(*gather(graded)):
         right[task] += accuracy
@@ -543,27 +473,27 @@ def evaluate_greedily(llm, records, read, grader, tokenizer, args):
 
 def summarise(seen, updates, ema, seconds):
     """The numbers of one step over all ranks: means of all sampled responses, kept or not, and of the
-    updates. seen: this rank's graded rollouts. All ranks call this."""
-    mine = []
-    for rollout in seen:
-        task = task_of(rollout.prompt.record)
-        for score, response, done in zip(rollout.scores, rollout.responses, rollout.finished):
-            mine.append((task, score.reward, score.accuracy, len(response), done))
-    rows = list(itertools.chain(*gather(mine)))
+    updates. seen: this rank's graded groups. All ranks call this."""
+    own = []
+    for group in seen:
+        task = task_of(group.prompt.record)
+        for score, response, done in zip(group.scores, group.responses, group.finished):
+            own.append((task, score.reward, score.accuracy, len(response), done))
+    rows = list(itertools.chain(*gather(own)))
     mean = lambda rows, column: float(np.mean([row[column] for row in rows])) if rows else 0.0
     names = ("reward", "accuracy", "response_tokens", "finished_share")
     result = {name: mean(rows, column) for column, name in enumerate(names, 1)}
     result["tokens_per_second"] = sum(row[3] for row in rows) / seconds
     for task in sorted({row[0] for row in rows}):
-        own = [row for row in rows if row[0] == task]
-        result |= {f"reward/{task}": mean(own, 1), f"accuracy/{task}": mean(own, 2)}
+        of_task = [row for row in rows if row[0] == task]
+        result |= {f"reward/{task}": mean(of_task, 1), f"accuracy/{task}": mean(of_task, 2)}
     for name in updates[0] if updates else ():
         result[name] = float(np.mean([numbers[name] for numbers in updates]))
     return result | {f"std/{task}": ema.std(task) for task in sorted(ema.moments)}
 
 
 def report(args, row, seen, tokenizer, seconds_left):
-    """Rank 0: one line on the screen, and three of the step's rollouts in rollouts.jsonl."""
+    """Rank 0: one line on the screen, and a response of three groups in rollouts.jsonl."""
     slow = sorted((key for key in row if key.startswith("seconds/")), key=row.get)
     slow = slow[-3:-1]  # the two slowest phases; the last is the whole step
     phases = ", ".join(f"{key[8:]} {row[key]:.1f}" for key in reversed(slow))
@@ -577,16 +507,16 @@ def report(args, row, seen, tokenizer, seconds_left):
     if not row["groups"]:
         print(f"WARNING: no group was kept in {row['rounds']} rounds: nothing to learn from")
     if row.get("logp_gap", 0) > 0.1:
-        print(f"WARNING: trainer and vLLM differ by {row['logp_gap']:.2f} nats a token: other")
-        print("weights, other pixels, or other positions?")
+        gap = f"{row['logp_gap']:.2f} nats a token"
+        print(f"WARNING: trainer and vLLM differ by {gap}: other weights, pixels or positions?")
     with open(os.path.join(args.out, "rollouts.jsonl"), "a") as file:
-        for rollout in random.Random(row["step"]).sample(seen, min(3, len(seen))):
-            record = rollout.prompt.record
+        for group in random.Random(row["step"]).sample(seen, min(3, len(seen))):
+            record = group.prompt.record
             entry = dict(step=row["step"], file=record["file"], index=record["index"])
             entry |= dict(task=task_of(record), answer=record["answer"])
-            entry |= dict(response=text_of(rollout, 0, tokenizer)) | rollout.scores[0]._asdict()
-            entry["rewards"] = [score.reward for score in rollout.scores]  # of the whole group
-            entry["advantages"] = rollout.advantages  # empty where the group was not kept
+            entry |= dict(response=text_of(group, 0, tokenizer)) | group.scores[0]._asdict()
+            entry["rewards"] = [score.reward for score in group.scores]  # of the whole group
+            entry["advantages"] = group.advantages  # empty where the group was not kept
             file.write(json.dumps(entry) + "\n")
     if args.wandb:
         import wandb
@@ -599,10 +529,11 @@ def main():
     args = parse_args()
     stop = sft.Stop(args.minutes)
     rank, world, device = sft.init_distributed()
-    records, held_out, processor = load_inputs(args, world)
+    need = itemgetter("answer"), "an SFT record (messages), where answers are needed"
+    inputs = sft.load_inputs(args, *need, args.data, args.eval_data)
+    records, held_out, processor = inputs
     state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={})
     state |= sft.start_run(args, MAY_CHANGE)
-    torch.manual_seed(args.seed)
     tokenizer, dtype, limits = processor.tokenizer, getattr(torch, args.dtype), data.limits_of(args)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.
@@ -620,19 +551,18 @@ def main():
     length = limits.max_prompt_tokens + args.max_response_tokens
     llm = make_engine(args.model, args.dtype, length, media, args.seed + rank)
 
-    read = partial(
-        encode, processor=processor, limits=limits, prompts=data.load_prompts(args.prompts)
-    )
+    prompts = data.load_prompts(args.prompts)
+    make_prompt = partial(encode, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, state["cursor"], rank, world)
-    stream = data.prefetch(records, read, order, args.workers)
+    stream = data.prefetch(records, make_prompt, order, args.workers)
     grader = Grader(polar_url=args.polar_url)
     tally = Counter(state["counts"] if rank == 0 else {})
-    first, begin, parts = state["step"], time.time(), args.updates_per_step
+    first, begin, updates = state["step"], time.time(), args.updates_per_step
     if rank == 0:
         g, n = args.prompts_per_step, args.rollouts_per_prompt
         print(
             f"{len(records)} records; {g} prompts x {n} rollouts = {g * n} responses a step on"
-            f" {world} ranks; {parts} optimiser steps of about {g // parts} prompts; from {first}"
+            f" {world} ranks; {updates} updates of about {g // updates} prompts each; from {first}"
         )
 
     for step in range(first + 1, args.steps + 1):
@@ -640,12 +570,11 @@ def main():
 
         # 1 sync
         with phase(row, "sync"):
-            restore_kv_cache(llm)
             compare = step == first + 1 or step % 100 == 0
             sync_weights(llm, sft.full_weights(model, dtype), compare)
         if held_out and (step - 1) % args.eval_every == 0:
             with phase(row, "eval"):
-                row |= evaluate_greedily(llm, held_out, read, grader, tokenizer, args)
+                row |= evaluate_greedily(llm, held_out, make_prompt, grader, tokenizer, args)
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
         sampling = (grader, tokenizer, args, state, tally, row, stop)
@@ -658,24 +587,25 @@ def main():
 
         # 5 old log-probabilities. None for the first mini-batch: its weights are still those that
         # sampled, and update() uses its own forward. The others meet weights that have moved.
-        dealt = deal_minibatches(gather(len(kept)), rank, parts)
-        minibatches = [[kept[i] for i in part] for part in dealt]
-        groups = [[rollout.group for rollout in minibatch] for minibatch in minibatches]
-        now = lambda model, each: current_logps(model, each, args.tokens_per_microbatch, device)
+        dealt = deal_minibatches(gather(len(kept)), rank, updates)
+        minibatches = [[kept[i] for i in indices] for indices in dealt]
+        sizes = args.tokens_per_microbatch, device
         with phase(row, "old_logps"):
-            old_logps = [None if i == 0 else now(model, each) for i, each in enumerate(groups)]
-            ref_logps = [now(reference, each) if reference else None for each in groups]
+            old_logps = [None, *(current_logps(model, each, *sizes) for each in minibatches[1:])]
+            ref_logps = [None] * len(minibatches)
+            if reference:
+                ref_logps = [current_logps(reference, each, *sizes) for each in minibatches]
 
         # 6 update
         with phase(row, "update"):
             batches = zip(minibatches, old_logps, ref_logps)
-            updates = [update(model, optimizer, *batch, args, device) for batch in batches]
+            done = [update(model, optimizer, *batch, args, device) for batch in batches]
         row["gb"] = max(row["gb"], peak_gb() - pool)  # PyTorch goes on counting the freed pool
 
         # 7 log
         row["seconds/step"] = time.time() - start
-        row |= summarise(seen, updates, ema, row["seconds/step"])
-        tally["skipped/update"] += sum(math.isnan(u["grad_norm"]) for u in updates) * (rank == 0)
+        row |= summarise(seen, done, ema, row["seconds/step"])
+        tally["skipped/update"] += sum(math.isnan(u["grad_norm"]) for u in done) * (rank == 0)
         graded = Counter({f"grader/{what}": count for what, count in grader.counts.items()})
         state["counts"] = sum(gather(tally + graded), Counter())
         row |= state["counts"]

@@ -20,16 +20,14 @@ V vocabulary, E width of the model, H attention heads, D width of a head.
 import json
 import math
 import os
-import resource
 import shutil
 import signal
-import subprocess
 import time
 from argparse import BooleanOptionalAction
-from collections import Counter, deque
+from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +36,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
@@ -97,53 +94,44 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling, 
     """Causal attention in which the responses of a group see their prompt and themselves only.
 
     query (1, H, T, D); key, value (1, Hkv, T, D); sequences: see `pack`. Returns (1, T, H, D), None.
-    One varlen call on CUDA; SDPA sequence by sequence on a CPU.
     """
-    if query.is_cuda and query.dtype != torch.float32:  # the varlen kernel takes 16 bits only
-        return varlen_attention(query, key, value, scaling, sequences), None
-    # Cut once: a slice for each sequence would make a gradient of full length for each.
-    cuts = sorted({cut for spans in sequences for span in spans for cut in span})
-    sizes, place = [b - a for a, b in pairwise(cuts)], {cut: i for i, cut in enumerate(cuts)}
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
-    out = []
-    for spans in sequences:
-        q = torch.cat(queries[place[spans[-1][0]] : place[spans[-1][1]]], dim=2)
-        seen = [i for a, b in spans for i in range(place[a], place[b])]
-        k, v = (torch.cat([x[i] for i in seen], dim=2) for x in (keys, values))
-        # Causal from the bottom right corner: `before` keys stand before the first query.
-        before = k.shape[2] - q.shape[2]
-        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(before) if before else None
-        settings = dict(is_causal=not before, scale=scaling, enable_gqa=True)
-        out.append(F.scaled_dot_product_attention(q, k, v, mask, **settings))
-    return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-def varlen_attention(query, key, value, scaling, sequences):
-    """The same on CUDA, where one kernel runs all sequences: (1, H, T, D) -> (1, T, H, D)."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    key_rows, *plan = varlen_plan(sequences, query.device)
+    key_rows, *plan = attention_plan(sequences, query.device)
     key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
+    fast = query.is_cuda and query.dtype != torch.float32  # the kernel takes 16 bits only
+    attend = varlen_attn if fast else attend_one_by_one
     # Queries are in the order of the sequences already. (-1, 0): causal from the bottom right.
     settings = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-    return varlen_attn(query, key, value, *plan, **settings)[None]
+    return attend(query, key, value, *plan, **settings)[None], None
+
+
+def attend_one_by_one(query, key, value, query_ends, key_ends, *_, scale, **__):
+    """What varlen_attn does, without its kernel: SDPA sequence by sequence."""
+    queries = query.split(query_ends.diff().tolist())
+    keys, values = (x.split(key_ends.diff().tolist()) for x in (key, value))
+    out = []
+    for q, k, v in zip(queries, keys, values):
+        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        seen = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        out.append(seen[0].transpose(0, 1))
+    return torch.cat(out)
 
 
 @lru_cache(2)  # all layers of a micro-batch ask for the same plan
-def varlen_plan(sequences, device):
-    """Rows of all keys; offsets of the queries and keys of each sequence; longest of each."""
+def attention_plan(sequences, device):
+    """Rows of all keys; where the queries, and the keys, of each sequence end; the most of each."""
     key_rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
     queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
     keys = [sum(end - begin for begin, end in spans) for spans in sequences]
-    offsets = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
-    q_offsets, k_offsets = (offset.to(device, torch.int32) for offset in offsets)
-    return key_rows.to(device), q_offsets, k_offsets, max(queries), max(keys)
+    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
+    query_ends, key_ends = (each.to(device, torch.int32) for each in ends)
+    return key_rows.to(device), query_ends, key_ends, max(queries), max(keys)
 
 
 def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max_length_q, **_):
-    """The vision tower's attention on CUDA: each frame attends to itself, all frames in one call.
-
-    query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D) and None.
-    """
+    """The vision tower's on CUDA: each frame attends to itself, all frames in one call.
+    query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D), None."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     plan = cu_seq_lens_q, cu_seq_lens_q, int(max_length_q), int(max_length_q)
     return varlen_attn(query, key, value, *plan, scale=scaling)[None], None
@@ -191,30 +179,27 @@ def chunked_logps(hidden, weight, targets, chunk=1024):
 
 
 def response_logps(model, batch):
-    """log p(response token | prompt, response so far) for the R response tokens of a packed batch.
-
-    Returns (R,) float32. The vision tower runs exactly once, also without media: see DUMMY.
-    """
+    """log p(response token | prompt, response so far) of a packed batch: (R,) float32. The vision
+    tower runs exactly once, also without media: see DUMMY."""
     visual, language = model.model.visual, model.model.language_model
     ids, patches, grids = batch["ids"], batch["patches"], batch["grids"]
     embeddings = language.embed_tokens(ids)  # (T, E)
     is_vision = (ids == model.config.image_token_id) | (ids == model.config.video_token_id)  # (T,)
-
-    blind = len(patches) == 0
-    if blind:  # a grey image of one token, whose features are multiplied by zero below
+    assert 4 * is_vision.sum() == len(patches), "vision tokens and patches do not match"
+    if len(patches) == 0:  # a grey image of one token, which stands nowhere
         patches = patches.new_full((4, patches.shape[1]), 128)
         grids = grids.new_tensor([[1, 2, 2]])
     pixels = patches.float() / 127.5 - 1  # Qwen3-VL's normalisation: mean 0.5, std 0.5
     features = visual(pixels.to(embeddings.dtype), grid_thw=grids, return_dict=True)
-    tokens, levels = features.pooler_output, features.deepstack_features  # (P / 4, E), and a list
-    inputs = dict(position_ids=batch["positions"][:, None], sequences=batch["sequences"])
-    if blind:
-        embeddings = embeddings + 0 * (tokens.sum() + sum(level.sum() for level in levels))
-    else:
-        assert is_vision.sum() == len(tokens), "vision tokens and vision features differ in number"
-        embeddings = embeddings.masked_scatter(is_vision[:, None], tokens.to(embeddings.dtype))
-        inputs |= dict(visual_pos_masks=is_vision[None], deepstack_visual_embeds=levels)
-    hidden = language(inputs_embeds=embeddings[None], **inputs, use_cache=False)
+    tokens = features.pooler_output.to(embeddings.dtype)  # (P / 4, E)
+    hidden = language(
+        inputs_embeds=embeddings.masked_scatter(is_vision[:, None], tokens)[None],
+        position_ids=batch["positions"][:, None],
+        visual_pos_masks=is_vision[None],
+        deepstack_visual_embeds=features.deepstack_features,
+        sequences=batch["sequences"],
+        use_cache=False,
+    )
     rows = hidden.last_hidden_state[0, batch["rows"]]  # (R, E)
     return chunked_logps(rows, model.lm_head.weight, batch["targets"])
 
@@ -234,36 +219,29 @@ def microbatches(groups, tokens_per_microbatch):
     """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens, first fit, longest
     first; equally many on every rank (all ranks call this, see DUMMY).
 
-    Returns a list of ([Group], positions (R,)): where their response tokens stand among those of all
-    `groups`. ([], []) stands for a dummy. A group that is too long is split by responses; each part
-    computes the prompt once more.
+    Returns a list of ([Group], at): where their response tokens stand among those of all `groups`,
+    (R,); ([], []) for a dummy. A group that is too long is split; each part repeats the prompt.
     """
-    parts, position = [], 0  # (tokens, Group, positions of its response tokens)
-    for prompt, responses in groups:
-        start, shares = len(prompt.token_ids), [[]]
-        for response in responses:
-            length = start + sum(map(len, shares[-1])) + len(response)
-            if shares[-1] and length > tokens_per_microbatch:
-                shares.append([])
-            shares[-1].append(response)
-        for share in shares:
-            length = sum(map(len, share))
-            parts.append((start + length, Group(prompt, share), range(position, position + length)))
-            position += length
-    bins = []
-    for part in sorted(parts, key=lambda part: -part[0]):
-        for members in bins:
-            if sum(member[0] for member in members) + part[0] <= tokens_per_microbatch:
-                members.append(part)
-                break
-        else:
-            bins.append([part])
-    bins += [[]] * (max(1, *gather(len(bins))) - len(bins))
-    result = []
-    for members in bins:
-        at = [i for *_, positions in members for i in positions]
-        result.append(([group for _, group, _ in members], torch.tensor(at, dtype=torch.int64)))
-    return result
+    parts, position = [], 0  # [tokens, Group, positions of its response tokens]
+    for group in groups:
+        for i, response in enumerate(group.responses):
+            if i == 0 or parts[-1][0] + len(response) > tokens_per_microbatch:
+                parts.append([len(group.prompt.token_ids), Group(group.prompt, []), []])
+            parts[-1][0] += len(response)
+            parts[-1][1].responses.append(response)
+            parts[-1][2] += range(position, position + len(response))
+            position += len(response)
+    bins = []  # [tokens, [Group], positions]
+    for tokens, group, positions in sorted(parts, key=lambda part: -part[0]):
+        roomy = [each for each in bins if each[0] + tokens <= tokens_per_microbatch]
+        if not roomy:
+            bins.append([0, [], []])
+        chosen = roomy[0] if roomy else bins[-1]
+        chosen[0] += tokens
+        chosen[1].append(group)
+        chosen[2] += positions
+    bins += [[0, [], []]] * (max(1, *gather(len(bins))) - len(bins))
+    return [(members, torch.tensor(at, dtype=torch.int64)) for _, members, at in bins]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,8 +251,7 @@ def microbatches(groups, tokens_per_microbatch):
 def init_distributed():
     """Joins torchrun's process group (or makes a group of one). Returns rank, world size, device."""
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    os.environ |= alone | {**os.environ}
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
@@ -299,26 +276,19 @@ def gather(value):
     return everyone
 
 
-def global_sum(*values):
-    """Sums numbers over all ranks: one number in, one out; several in, a list out. All call this."""
-    totals = [sum(column) for column in zip(*gather(values))]
-    return totals if len(values) > 1 else totals[0]
-
-
 def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=False):
     """A Hugging Face Qwen3-VL -> FSDP2-sharded model, float32 weights, that computes in `dtype`.
 
-    Rank 0 reads the weights and broadcasts the shards, so host memory holds one copy, not one per
-    rank. trainable=False: frozen, kept in `dtype` (the KL reference). shard_size: ranks that share
-    one copy of the trainer (default: all); with the GPUs of one node, gathers stay inside it and only
-    gradients cross the network. recompute: activations of a layer are computed again in backward.
+    Rank 0 reads the weights and broadcasts the shards: host memory holds one copy. trainable=False:
+    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer
+    (default: all); with the GPUs of one node, only gradients cross the network. recompute: layers
+    are computed again in backward.
     """
     if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values anyway
         torch.set_float32_matmul_precision("high")
-    master, weights, generation = torch.float32 if trainable else dtype, {}, None
+    master, weights = torch.float32 if trainable else dtype, {}
     if dist.get_rank() == 0:
-        whole = Qwen3VL.from_pretrained(path, dtype=master, use_safetensors=True)
-        weights, generation = whole.state_dict(), whole.generation_config
+        weights = Qwen3VL.from_pretrained(path, dtype=master, use_safetensors=True).state_dict()
     with torch.device("meta"):
         model = Qwen3VL(AutoConfig.from_pretrained(path)).to(master)
     data.one_matrix_patch_embedding(model.model.visual)
@@ -346,7 +316,6 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     states.set_model_state_dict(model, weights, options=options)
     model.tie_weights()
-    model.generation_config = generation
     return model.train()
 
 
@@ -371,10 +340,10 @@ def optimizer_step(model, optimizer, grad_clip, loss):
 
 
 def start_run(args, may_change=()):
-    """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, {} if
-    there is none. All ranks call this before a model is loaded. Refuses to resume with settings that
-    the run did not begin with, but for those in `may_change`; --force takes the new ones."""
-    if args.model and os.path.realpath(args.out) == os.path.realpath(args.model):
+    """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, or {}.
+    All ranks call this before a model is loaded. Refuses to resume with other settings than before,
+    but for those in `may_change`; --force takes the new ones."""
+    if os.path.realpath(args.out) == os.path.realpath(args.model):
         data.refuse(f"--out {args.out} is the folder of --model: name another")
     folders = list_checkpoints(args.out)
     state = json.loads((folders[-1] / "state.json").read_text()) if folders else {}
@@ -384,17 +353,13 @@ def start_run(args, may_change=()):
         said = [f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}" for name in changed]
         data.refuse(f"{args.out}: other settings than before: {'; '.join(said)} (see --force)")
     if dist.get_rank() == 0:
-        git = ["git", "-C", Path(__file__).resolve().parent, "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        noted = dict(commit=commit, torch=torch.__version__, transformers=transformers.__version__)
         try:
             os.makedirs(args.out, exist_ok=True)
-            Path(args.out, "args.json").write_text(json.dumps(new | noted, indent=1))
+            Path(args.out, "args.json").write_text(json.dumps(new, indent=1))
         except OSError as error:
             data.refuse(f"--out {args.out} cannot be written: {error}")
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             truncate_log(Path(args.out, name), state.get("step", 0))
-    dist.barrier()
     return state
 
 
@@ -404,22 +369,15 @@ def list_checkpoints(out):
 
 
 def save_checkpoint(args, model, optimizer, state):
-    """Writes weights, optimiser and `state` (JSON, with "step") to checkpoints/step-*. All ranks call.
-
-    Written aside, then renamed: a checkpoint is there whole or not at all. A save that fails raises
-    OSError, and the older checkpoints stay.
-    """
+    """Writes weights, optimiser and `state` (JSON, with "step") to checkpoints/step-*: aside, then
+    renamed, so a checkpoint is there whole or not at all. Raises OSError. All ranks call this."""
     folder = Path(args.out, "checkpoints", f"step-{state['step']:06d}")
     aside = folder.with_suffix(".tmp")
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while it wrote
-    dist.barrier()
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
     try:
         dcp.save(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=aside)
     except dcp.api.CheckpointException as error:
-        cause = list(error.failures.values())[0][0]
-        raise OSError(f"{folder} could not be saved, older ones are whole: {cause}") from error
+        raise OSError(f"{folder} could not be saved (disk full?), older ones are whole") from error
     if dist.get_rank() == 0:
         with open(aside / "state.json", "w") as file:
             json.dump(state | dict(args=vars(args)), file, indent=1)
@@ -439,33 +397,28 @@ def load_checkpoint(args, model, optimizer):
         return
     model_state, optimizer_state = states.get_state_dict(model, optimizer)
     dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folders[-1])
-    states.set_model_state_dict(model, model_state)
-    states.set_optimizer_state_dict(model, optimizer, optimizer_state)
+    loaded = dict(model_state_dict=model_state, optim_state_dict=optimizer_state)
+    states.set_state_dict(model, optimizer, **loaded)
     for group in optimizer.param_groups:  # the old ones came with the checkpoint
         group.update(lr=args.lr, weight_decay=args.weight_decay)
 
 
 def full_weights(model, dtype):
-    """(Hugging Face name, whole tensor in `dtype`) of every weight, one at a time. All ranks call it.
-
-    Cast before the gather: half the traffic. A tied head comes under both its names: vLLM on a CPU
-    packs the head separately.
-    """
+    """(Hugging Face name, whole tensor in `dtype`) of each weight, one at a time. All ranks call it.
+    A tied head comes under both its names: vLLM on a CPU packs the head separately."""
     for name, shard in model.state_dict().items():
-        yield name, shard.to(dtype).full_tensor()
+        yield name, shard.to(dtype).full_tensor()  # cast first: half the traffic
 
 
-NOT_COPIED = ".safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx"
-NOT_COPIED += " metrics.jsonl rollouts.jsonl args.json"  # ours: RL starts from an SFT run
-NOT_COPIED = tuple(NOT_COPIED.split())
+# The last three are ours: RL starts from an SFT run.
+NOT_COPIED = """.safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx
+    metrics.jsonl rollouts.jsonl args.json""".split()
 
 
 def export_model(model, source, out):
-    """Writes a folder that transformers and vLLM load as it is. All ranks call this.
-
-    bfloat16 safetensors, and all other files of the input folder or hub id `source` as they are, since
-    an older transformers cannot read what a newer one writes. In the config only the dtype changes.
-    """
+    """Writes a folder that transformers and vLLM load: bfloat16 safetensors, and all other files of
+    the input folder or hub id `source` as they are, since an older transformers cannot read what a
+    newer one writes. All ranks call this."""
     weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
         tied = name == "lm_head.weight" and model.config.tie_word_embeddings
@@ -477,13 +430,8 @@ def export_model(model, source, out):
         os.makedirs(out, exist_ok=True)
         save_torch_state_dict(weights, out)
         for path in Path(source).iterdir():
-            if path.is_file() and not path.name.endswith(NOT_COPIED):
+            if path.is_file() and not path.name.endswith(tuple(NOT_COPIED)):
                 shutil.copyfile(path, Path(out, path.name))
-        config = json.loads(Path(source, "config.json").read_text())
-        for part in [config, *config.values()]:
-            for key in {"dtype", "torch_dtype"} & set(part if isinstance(part, dict) else ()):
-                part[key] = "bfloat16"
-        Path(out, "config.json").write_text(json.dumps(config, indent=2))
     dist.barrier()
 
 
@@ -513,11 +461,10 @@ def truncate_log(path, step):
 
 
 def peak_gb():
-    """Largest memory since the last call: of the GPU, or, since the start, of this CPU process."""
-    if not torch.cuda.is_available():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    """Largest GPU memory since the last call; 0 on a CPU."""
     peak = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     return peak
 
 
@@ -525,13 +472,19 @@ class Stop:
     """Notices SIGTERM, Ctrl-C and the end of --minutes, which count from here."""
 
     def __init__(self, minutes=None):
-        self.deadline, self.signals = time.time() + 60 * (minutes or math.inf), []
+        self.deadline, self.asked = time.time() + 60 * (minutes or math.inf), False
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, _: self.signals.append(number))
+            signal.signal(number, self.notice)
+
+    def notice(self, number, _):
+        self.asked = True
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once; torchrun makes it a SIGTERM
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def now(self):
         """Whether any rank was asked to stop. All ranks call this; all get the same answer."""
-        return any(gather(bool(self.signals) or time.time() > self.deadline))
+        return any(gather(self.asked or time.time() > self.deadline))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -561,21 +514,30 @@ def learning_rate(step, steps, peak, warmup_share):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def update(model, optimizer, groups, args, device):
+def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-logps, {})):
     """One optimiser step on this rank's groups. All ranks call this.
 
-    Returns the loss per token, the response tokens of the global batch, and the gradient norm.
+    loss_of(logps (R,), at (R,)) -> losses (R,) of a micro-batch's response tokens, and numbers for
+    the log, each (R,). at: where these tokens stand among those of all `groups`. Default: SFT's.
+    Returns a dict: the means over all response tokens of the global batch, tokens, grad_norm.
     """
-    tokens = global_sum(sum(len(response) for group in groups for response in group.responses))
-    total = 0.0
-    for members, _ in microbatches(groups, args.tokens_per_microbatch):
+    tokens = sum(gather(sum(len(response) for group in groups for response in group.responses)))
+    totals, means = Counter(), Counter(loss=0.0)
+    for members, at in microbatches(groups, args.tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
-        loss = -logps.sum() / max(tokens, 1) * bool(members)
+        if not members:
+            (0 * logps.sum()).backward()
+            continue
+        losses, numbers = loss_of(logps, at)
+        loss = losses.sum() / tokens
         # FSDP averages gradients over ranks; the loss is a sum over them.
         (loss * dist.get_world_size()).backward()
-        total += loss.item()
-    loss = global_sum(total)
-    return loss, tokens, optimizer_step(model, optimizer, args.grad_clip, loss)
+        for name, values in dict(numbers, loss=losses).items():
+            totals[name] += values.sum().item() / tokens
+    for each in gather(totals):
+        means.update(each)  # adds
+    norm = optimizer_step(model, optimizer, args.grad_clip, means["loss"])
+    return {**means, "tokens": tokens, "grad_norm": norm}
 
 
 # fmt: off
@@ -625,30 +587,33 @@ MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_siz
     keep force max_bad_share""".split()
 
 
-def load_inputs(args, world):
-    """All that can be wrong with the input, before a model is loaded. Returns records, processor."""
-    if args.shard_size and world % args.shard_size:
-        data.refuse(f"--shard-size {args.shard_size} does not divide {world} ranks")
+def load_inputs(args, needed, refusal, *lists):
+    """All that can be wrong with the input is found before a model is loaded. needed(record): what
+    each record must have. Returns the records of each list of files, and the processor."""
+    if args.shard_size and dist.get_world_size() % args.shard_size:
+        data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
+    read = partial(data.load_records, media_root=args.media_root, max_bad_share=args.max_bad_share)
     try:
-        files = [data.load_records(path, args.media_root, args.max_bad_share) for path in args.data]
+        lists = [sum(map(read, files), []) for files in lists]
         data.load_prompts(args.prompts)
-        return [record for file in files for record in file], data.load_processor(args.model)
+        processor = data.load_processor(args.model)
     except (OSError, ValueError) as error:
         data.refuse(error)
+    for record in chain(*lists):
+        if needed(record) is None:
+            data.refuse(f"{record['file']}: record {record['index']}: {refusal}")
+    return *lists, processor
 
 
 def main():
     args = parse_args()
     stop = Stop(args.minutes)
     rank, world, device = init_distributed()
-    records, processor = load_inputs(args, world)
+    refusal = "no messages and no process, so there is nothing to imitate"
+    records, processor = load_inputs(args, data.demonstration, refusal, args.data)
     size = args.sequences_per_step
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
-    for record in records:
-        if data.demonstration(record) is None:
-            where = f"{record['file']}: record {record['index']}"
-            data.refuse(f"{where}: no messages and no process, so there is nothing to imitate")
     steps = args.steps or math.ceil(args.epochs * len(records) / size)
     state = start_run(args, MAY_CHANGE)
     step = state.get("step", 0)
@@ -665,31 +630,28 @@ def main():
     make_pair = partial(training_pair, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, step * size, rank, world)
     stream = data.prefetch(records, make_pair, order, args.workers)
-    tally, losses = Counter(state.get("counts") if rank == 0 else {}), deque(maxlen=50)
-    bar = tqdm(initial=step, total=steps, disable=rank > 0, mininterval=2)
-    stopping = False
-    while step < steps and not stopping:
+    tally = Counter(state.get("counts") if rank == 0 else {})
+    bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
+    for step in bar:
         begin = time.time()
         groups = data.next_items(stream, size // world, tally, args.max_bad_share)
         waited = time.time() - begin
-        rate = learning_rate(step, steps, args.lr, args.warmup_share)
+        rate = learning_rate(step - 1, steps, args.lr, args.warmup_share)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss, tokens, norm = update(model, optimizer, groups, args, device)
+        numbers = update(model, optimizer, groups, args, device)
 
-        step += 1
-        tally["skipped/update"] += math.isnan(norm) and rank == 0
-        counts = sum(gather(tally), Counter())
-        seconds = time.time() - begin
-        row = dict(step=step, loss=loss, tokens=tokens, lr=rate, grad_norm=norm, gb=peak_gb())
-        row |= {"tokens_per_second": tokens / seconds, "seconds/data": waited}
-        log_metrics(args.out, row | {"seconds/step": seconds} | counts)
-        losses.append(loss)
-        bar.set_postfix_str(f"loss {loss:.3f}, mean of 50 {sum(losses) / len(losses):.3f}")
-        bar.update()
+        tally["skipped/update"] += math.isnan(numbers["grad_norm"]) and rank == 0
+        counts, seconds = sum(gather(tally), Counter()), time.time() - begin
+        row = dict(step=step, **numbers, lr=rate, gb=peak_gb()) | counts
+        row |= {"seconds/step": seconds, "seconds/data": waited}
+        log_metrics(args.out, row | dict(tokens_per_second=numbers["tokens"] / seconds))
+        bar.set_postfix_str(f"loss {numbers['loss']:.3f}")
         stopping = stop.now()
         if step % args.save_every == 0 or step == steps or stopping:
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
+        if stopping:
+            break
 
     bar.close()
     end_run(args, model, step, steps)

@@ -355,8 +355,7 @@ def engine():
 
     def gap(sampled):
         """Mean |log p trainer - log p vLLM| of what vLLM sampled."""
-        groups = [rollout.group for rollout in sampled]
-        ours = rl_ema_grpo.current_logps(model, groups, 4096, device)
+        ours = rl_ema_grpo.current_logps(model, sampled, 4096, device)
         theirs = [logp for rollout in sampled for logps in rollout.logps for logp in logps]
         return (ours - torch.tensor(theirs)).abs().mean().item()
 
@@ -366,7 +365,7 @@ def engine():
     same = lambda: [rollout.responses for rollout in rollouts()] == wanted
     yield "engine, seeds", same(), {}
     figures["gap"] = gap(sampled)
-    batch = sft.pack([rollout.group for rollout in sampled], device)
+    batch = sft.pack([(rollout.prompt, rollout.responses) for rollout in sampled], device)
     (-model.response_logps(batch).mean()).backward()
     sft.optimizer_step(model, sft.adamw(model, 1e-2, 0.0), 1.0, 0.0)
     figures["gap after an update"] = before = gap(rollouts())
@@ -383,7 +382,7 @@ def engine():
         before = free()
         rl_ema_grpo.release_kv_cache(llm)
         freed.append(free() - before)
-        rl_ema_grpo.restore_kv_cache(llm)
+        llm.wake_up(tags=["kv_cache"])
         lost.append(before - free())
     if CUDA:
         figures = {"GB released": freed, "GB lost": lost, "same tokens after": same()}

@@ -152,8 +152,9 @@ def our_update(folder, side):
     optimizer, step, rollouts = sft.adamw(model, 1e-6, 0.0), sft.optimizer_step, []
     for i, work in enumerate(json.loads((folder / "work.json").read_text())):
         record = data.normalise(work["record"], "work.json", i, str(folder))
+        prompt = data.encode(record, processor)
         logps = [[0.0] * len(response) for response in work["responses"]]
-        rollout = rl_ema_grpo.Rollout(data.encode(record, processor), work["responses"], logps, [])
+        rollout = rl_ema_grpo.RolloutGroup(prompt, work["responses"], logps, [])
         mean = statistics.mean(work["rewards"])
         rollout.advantages = [reward - mean for reward in work["rewards"]]
         rollouts.append(rollout)

@@ -59,8 +59,8 @@ def set_weights(values):
 
 start = weights()
 logps = rl_ema_grpo.current_logps(model, mine, 10**6, device)
-total, count = sft.global_sum(logps.sum().item(), len(logps))
-numbers = list(sft.update(model, optimizer, mine, settings, device))
+total, count = map(sum, zip(*sft.gather((logps.sum().item(), len(logps)))))
+numbers = list(sft.update(model, optimizer, mine, settings, device).values())
 result = {"mean": -total / count, "numbers": numbers}
 result["sft"] = {name: value - start[name] for name, value in weights().items()}
 set_weights(start)
@@ -69,7 +69,7 @@ rollouts = []
 for prompt, responses in mine:
     logps = [[-0.5] * len(response) for response in responses]
     rollouts.append(
-        rl_ema_grpo.Rollout(prompt, responses, logps, [True] * 2, advantages=[1.5, -0.5])
+        rl_ema_grpo.RolloutGroup(prompt, responses, logps, [True] * 2, advantages=[1.5, -0.5])
     )
 old = rl_ema_grpo.current_logps(model, mine, 300, device) - 0.05
 numbers = rl_ema_grpo.update(model, optimizer, rollouts, old, old - 0.1, settings, device)

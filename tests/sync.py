@@ -42,7 +42,7 @@ def rollouts():
 
 def gap(sampled):
     """Mean |log p trainer - log p vLLM| of what vLLM sampled."""
-    ours = rl.current_logps(model, [rollout.group for rollout in sampled], 4096, device)
+    ours = rl.current_logps(model, sampled, 4096, device)
     theirs = torch.tensor([logp for rollout in sampled for logp in rollout.logps[0]])
     return (ours - theirs).abs().mean().item()
 

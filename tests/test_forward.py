@@ -76,7 +76,7 @@ def test_packed_forward_equals_one_at_a_time(toy, groups, seeded):
 
 
 def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
-    """Rows, offsets or alignment of the call on a GPU: its kernel is replaced by SDPA, sequence by sequence."""
+    """Rows, offsets or alignment that the kernel on a GPU does not take: a strict one stands in for it."""
 
     def kernel(q, k, v, q_offsets, k_offsets, q_longest, k_longest, scale, window_size, enable_gqa):
         assert (
@@ -97,17 +97,16 @@ def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
             out.append(part[0].transpose(0, 1))
         return torch.cat(out)
 
-    monkeypatch.setattr(sft, "varlen_attn", kernel)
     batch = sft.pack(groups, "cpu")
     length, sequences = len(batch["ids"]), batch["sequences"]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2)
     )
-    expected, _ = sft.shared_prefix_attention(None, query, key, value, None, 0.3, sequences)
-    assert torch.allclose(
-        sft.varlen_attention(query, key, value, 0.3, sequences), expected, atol=1e-6
-    )
+    attention = lambda: sft.shared_prefix_attention(None, query, key, value, None, 0.3, sequences)
+    expected, _ = attention()
+    monkeypatch.setattr(sft, "attend_one_by_one", kernel)
+    assert torch.allclose(attention()[0], expected, atol=1e-6)
 
 
 def test_text_alone_runs_the_vision_tower_without_effect(toy, groups):
@@ -274,7 +273,9 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
         logps = model.response_logps(sft.pack([sft.Group(group.prompt, pair)], "cpu")).detach()
         sampled = [logps[:4].tolist(), logps[4:].tolist()]
         rollouts.append(
-            rl_ema_grpo.Rollout(group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0])
+            rl_ema_grpo.RolloutGroup(
+                group.prompt, pair, sampled, [True, True], advantages=[1.0, -1.0]
+            )
         )
     result = rl_ema_grpo.update(
         model, optimizer, rollouts, None, None, settings, torch.device("cpu")
@@ -283,9 +284,7 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     assert result["logp_gap"] < 1e-5
     assert result["grad_norm"] > 0.01
     # The same rollouts once more through stored log-probabilities: the same ratio, the same gradient.
-    old = rl_ema_grpo.current_logps(
-        model, [rollout.group for rollout in rollouts], 300, torch.device("cpu")
-    )
+    old = rl_ema_grpo.current_logps(model, rollouts, 300, torch.device("cpu"))
     again = rl_ema_grpo.update(model, optimizer, rollouts, old, None, settings, torch.device("cpu"))
     assert again == pytest.approx(result, abs=1e-5)
 

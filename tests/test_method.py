@@ -170,20 +170,11 @@ def test_a_task_of_tiny_spread_keeps_up():
     assert right["grpo"][1] < right["ema_grpo"][1]  # it spends more on questions that teach nothing
 
 
-def test_rounds_follow_the_keep_rate():
-    """Rounds of fixed size throw work away; one sized by a single bad round floods the machine."""
-    assert rl_ema_grpo.round_size(128, 1.0, 128, 8) == 16
-    assert rl_ema_grpo.round_size(128, 0.55, 128, 8) == 30  # of 233
-    assert rl_ema_grpo.round_size(128, 0.001, 128, 8) == 32  # at most two steps' worth
-    assert rl_ema_grpo.round_size(1, 1.0, 128, 8) == 1
-    assert rl_ema_grpo.round_size(5, 1.0, 5, 8) == 1  # any number of prompts on any number of ranks
-
-
 def test_what_the_prompt_has_opened_is_part_of_the_response():
     """A Thinking checkpoint, whose template ends the prompt with <think>, earns nothing for ever."""
     record = dict(problem_type="multiple choice", answer="B", options=[])
     prompt = Prompt(record, [], None, None, None, {}, opened="<think>\n")
-    rollout = rl_ema_grpo.Rollout(prompt, [[1, 2]], [[0.0, 0.0]], [True])
+    rollout = rl_ema_grpo.RolloutGroup(prompt, [[1, 2]], [[0.0, 0.0]], [True])
     decoder = SimpleNamespace(
         decode=lambda tokens: f"hm</think><answer>{'AB'[len(tokens)]}</answer>"
     )

@@ -200,9 +200,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(trainer, tmp_pa
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # as a disk that is full after 1 MB
     try:
-        with pytest.raises(
-            OSError, match="step-000002 could not be saved, older ones are whole: \\S"
-        ):
+        with pytest.raises(OSError, match="step-000002 could not be saved .*older ones are whole"):
             sft.save_checkpoint(args, *trainer, dict(step=2))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -265,24 +263,12 @@ def test_an_export_has_the_files_of_the_input(trainer, toy, tmp_path):
     for name in ("vocab.json", "preprocessor_config.json", "README.md", "prompt"):
         (source / name).write_text("as it was")
     (source / "original").mkdir()
-    config = json.loads((source / "config.json").read_text())
-    config |= dict(dtype="float32", rope_scaling=dict(kept=1))
-    (source / "config.json").write_text(json.dumps(config))
     sft.export_model(trainer[0], source, tmp_path / "out")
     same = {path.name for path in (toy / "model").iterdir()}
     same |= {"vocab.json", "preprocessor_config.json", "README.md", "prompt"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == same
-    for name in same - {"config.json", "model.safetensors"}:
+    for name in same - {"model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
-    written = json.loads((tmp_path / "out/config.json").read_text())
-    assert written["dtype"] == "bfloat16"
-    assert drop_dtypes(written) == drop_dtypes(config)
-
-
-def drop_dtypes(config):
-    if not isinstance(config, dict):
-        return config
-    return {key: drop_dtypes(value) for key, value in config.items() if "dtype" not in key}
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -309,13 +295,14 @@ def test_a_step_that_is_not_finite_moves_nothing(trainer, what):
 
 
 def test_signals_and_the_clock_stop_at_the_end_of_a_step(alone):
-    """Ctrl-C in the middle of an update, or ranks that stop at different steps."""
+    """Ctrl-C in the middle of an update, ranks that stop at different steps, a second Ctrl-C that waits too."""
     old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
         stop = sft.Stop(minutes=60)
         assert not stop.now()
         os.kill(os.getpid(), number)
         assert stop.now()
+        assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == (number == signal.SIGINT)
     assert sft.Stop(minutes=1e-9).now() and not sft.Stop().now()
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
         signal.signal(number, handler)
