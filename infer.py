@@ -236,7 +236,8 @@ def ask_server(url, request=None, silence=30):
             yield from reply
     except (OSError, HTTPException) as error:
         reason = error.read(1000) if isinstance(error, urllib.error.HTTPError) else b""
-        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}") from error
+        hint = " (see --max-response-tokens)" if b"max_tokens" in reason else ""
+        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}{hint}") from error
 
 
 def stream_server(request, url):
@@ -335,7 +336,9 @@ def converse(ask, kind, path, task, save):
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
-            if command in ("/image", "/video"):
+            if command == "/image" and rest.lower().endswith((".mp4", ".mkv", ".webm", ".mov")):
+                print("that is a video: use /video")
+            elif command in ("/image", "/video"):
                 kind, path = command[1:], os.path.expanduser(rest.strip())
             elif command == "/task" and rest in PROBLEM_TYPES:
                 task = rest
@@ -383,6 +386,8 @@ def main():
             raise ValueError(f"--save {args.save}: expected {' or '.join(endings)}")
     if folder:
         os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"--save: {folder} cannot be written")
     system = open(args.system, encoding="utf-8").read().strip() if args.system else None
     texts = dict(prompts=data.load_prompts(args.prompts), system=system)
 

@@ -111,9 +111,12 @@ def attend_one_by_one(query, key, value, query_ends, key_ends, *_, scale, **__):
     keys, values = (x.split(key_ends.diff().tolist()) for x in (key, value))
     out = []
     for q, k, v in zip(queries, keys, values):
-        mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(len(k) - len(q))
+        before, mask = len(k) - len(q), None  # keys that stand before the first query
+        if before:
+            mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        seen = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        settings = dict(is_causal=not before, scale=scale, enable_gqa=True)
+        seen = F.scaled_dot_product_attention(q, k, v, mask, **settings)
         out.append(seen[0].transpose(0, 1))
     return torch.cat(out)
 
