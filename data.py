@@ -116,8 +116,7 @@ def one_matrix_patch_embedding(visual):
     visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
+# ---- Prompts: one instruction per task, coordinates 0-1000 of width and height, times in seconds
 
 THINK = "Think first, between <think> and </think>. "
 THINK += "Then write only the final answer between <answer> and </answer>: "
@@ -186,16 +185,15 @@ def release_prompts(clone):
     raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
 
 
-# --------------------------------------------------------------------------------------------------
-# Records: three forms, as a JSON list or JSONL, become one.
+# ---- Records: three forms, as a JSON list or JSONL, become one.
 
 FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-TURNS = ("system", "user", "assistant")
 DATA_TYPES = ("image", "video", "video-image", "text")
-KNOWN = {kind: f"one of {', '.join(kind)}" for kind in (DATA_TYPES, PROBLEM_TYPES)}
-FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
+MEDIA_FIELDS = dict(images="image", image="image", videos="video", video="video")
+FIELDS = dict.fromkeys(("process", "path", "additional_path"), (str, "a text"))
+FIELDS |= dict(options=(list, "a list"), messages=(list, "a list"), fps=((int, float), "a number"))
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
@@ -205,41 +203,41 @@ def load_records(path, media_root=None, max_bad_share=0.0):
     medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
     (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
     only), file and index (where it stood). Paths are relative to media_root, by default the file's
-    folder, and must stay below it as written; links are followed. Raises ValueError naming file,
-    record, field and value when a record is malformed, or when more than max_bad_share of them
-    cannot be graded.
+    folder, and must stay below it as written. Raises ValueError naming file, record, field and
+    value of a malformed record, or when more than max_bad_share of them cannot be graded.
     """
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
     gc.disable()  # a million new objects and nothing to collect: saves a third of the time
     try:
         raws = enumerate(read_values(path))
-        return gradable([normalise(raw, str(path), i, root) for i, raw in raws], max_bad_share)
+        # One by one: a truth that has just been decoded here need not be decoded again there.
+        return gradable((normalise(raw, str(path), i, root) for i, raw in raws), max_bad_share)
     finally:
         gc.enable()
 
 
 def gradable(records, max_bad_share=0.0):
     """The records without those whose truth no answer could match, which are printed and counted."""
-    reasons = [record["answer"] and rewards.gradable(record) for record in records]
-    bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
+    graded = [(record, record["answer"] and rewards.gradable(record)) for record in records]
+    bad = [(record, reason) for record, reason in graded if reason]
     if bad:
-        message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded"
+        message = f"{bad[0][0]['file']}: {len(bad)} of {len(graded)} records cannot be graded"
         for record, reason in bad[:5]:
             field = "solution" if "solution" in record else "answer"
             message += f"; record {record['index']}: {field} {record['answer'][:100]!r} {reason}"
-        if len(bad) > max_bad_share * len(records):
+        if len(bad) > max_bad_share * len(graded):
             raise ValueError(message)
         if FIRST_RANK:
             print(f"left out: {message}")
-    return [record for record, reason in zip(records, reasons) if not reason]
+    return [record for record, reason in graded if not reason]
 
 
 def read_values(path):
     """The values of a JSON list, or of the lines of a JSONL file."""
     line, values = "", []
     try:
-        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
-            text = file.read()
+        with open(path, "rb") as file:  # as text it takes five times as long
+            text = file.read().decode("utf-8-sig")  # with or without a byte order mark
         if text.lstrip().startswith("["):
             values = json.loads(text)
         else:
@@ -258,79 +256,74 @@ def normalise(raw, file, index, root):
 
     def need(right, field, expected):
         if not right:
-            value = str(raw.get(field) if isinstance(raw, dict) else raw)[:100]
+            value = str(record.get(field))[:100]
             raise ValueError(f"{file}: record {index}: {field} is {value!r}, expected {expected}")
 
-    need(isinstance(raw, dict), "record", "an object")
-    raw = {field: value for field, value in raw.items() if value is not None}
-    for field, kind in FIELDS.items():
-        expected = {list: "a list", str: "a text"}.get(kind, "a number")
-        need(not raw.get(field) or isinstance(raw[field], kind), field, expected)
-    need((raw.get("fps") or 1) > 0, "fps", "a number above 0")
-    media = find_media(raw, need)
-    for medium in media:
-        medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
-        if not medium["path"].startswith(root + os.sep):
-            where = f"{medium['path'][:100]!r} is outside the media folder {root!r}"
-            raise ValueError(f"{file}: record {index}: {where}")
-    kinds = [medium["type"] for medium in media]
-    found = "-".join(sorted({*kinds}, reverse=True)) or "text"
-    record = {"data_type": found, "problem_type": None, **raw, "file": file, "index": index}
-    record["problem_id"] = str(raw.get("problem_id", index))
-    record["options"] = [str(option) for option in raw.get("options", [])]
-    kind, expected = record["data_type"], "such media in images, videos or path"
-    need(kind in DATA_TYPES, "data_type", KNOWN[DATA_TYPES])
-    need(kind == found, "data_type", f"{expected}, not {found if media else 'none'}")
+    record = raw if isinstance(raw, dict) else {"record": raw}
+    need(record is raw, "record", "an object")
+    record = {field: value for field, value in raw.items() if value is not None}
+    for field, (kind, expected) in FIELDS.items():
+        need(not record.get(field) or isinstance(record[field], kind), field, expected)
+    need((record.get("fps") or 1) > 0, "fps", "a number above 0")
+    media = find_media(record, root, need)
+    found = "-".join(kind for kind in ("video", "image") if media[kind]) or "text"
+    kind, there = record.setdefault("data_type", found), "none" if found == "text" else found
+    need(kind in DATA_TYPES, "data_type", f"one of {', '.join(DATA_TYPES)}")
+    need(kind == found, "data_type", f"such media in images, videos or path, not {there}")
 
-    if "messages" in raw:
-        turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
+    if "messages" in record:
+        field, turns, record["answer"] = "messages", record["messages"] or [], None
         for turn in turns:
-            known = isinstance(turn, dict) and turn.get("role") in TURNS
+            known = isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
             known = known and isinstance(turn.get("content"), str)
-            need(known, "messages", f"a list of turns with a role of {TURNS} and a text as content")
+            need(known, field, "a list of turns with a role (system, user, assistant) and a text")
         asked = [turn for turn in turns if turn["role"] == "user"]
         ended = asked and turns[-1]["role"] == "assistant"
-        need(ended, "messages", "a turn of the user, and a last turn of the assistant")
+        need(ended, field, "a turn of the user, and a last turn of the assistant")
         text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
-        field, record["answer"] = "messages", None
     else:
-        kind, text, field = record["problem_type"], raw.get("problem"), "problem"
-        need(isinstance(text, str), "problem", "a text" if "problem" in raw else FORMS)
-        need(kind in PROBLEM_TYPES, "problem_type", KNOWN[PROBLEM_TYPES])
-        need(media or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
-        record["answer"] = read_truth(raw, need)
-    missing = {kind: kinds.count(kind) - text.count(f"<{kind}>") for kind in ("image", "video")}
-    for kind, number in missing.items():
-        need(number >= 0, field, f"{kinds.count(kind)} <{kind}> placeholders, one per {kind}")
-    lead = "".join(f"<{kind}>" * number for kind, number in missing.items())
-    if "messages" in raw:
+        field, text, kind = "problem", record.get("problem"), record.get("problem_type")
+        need(isinstance(text, str), field, "a text" if field in record else FORMS)
+        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        seen = found != "text" or kind not in JSON_TYPES
+        need(seen, "images", "an image or a video for this problem_type")
+        record["answer"] = read_truth(record, need)
+    lead = ""
+    for kind, paths in media.items():
+        missing = len(paths) - text.count(f"<{kind}>")
+        need(missing >= 0, field, f"{len(paths)} <{kind}> placeholders, one per {kind}")
+        lead += f"<{kind}>" * missing
+    if "messages" in record:
         asked[0]["content"] = lead + asked[0]["content"]
-    record["problem"] = lead + text
     order = re.findall("<(image|video)>", lead + text)  # pixels and tokens in this order
-    record["media"] = [media.pop([m["type"] for m in media].index(kind)) for kind in order]
+    record["media"] = [{"type": kind, "path": media[kind].pop(0)} for kind in order]
+    record |= dict(problem=lead + text, file=file, index=index)
+    record["problem_type"] = record.get("problem_type")
+    record["problem_id"] = str(record.get("problem_id", index))
+    record["options"] = [str(option) for option in record.get("options", [])]
     return record
 
 
-def find_media(raw, need):
-    """The media of a raw record, [{"type", "path"}], with their paths as written."""
-    media = []
-    for field in ("images", "image", "videos", "video", "path"):
-        if field not in raw or field == "path" and media:
-            continue
-        paths, kind = raw[field], field.rstrip("s")
+def find_media(raw, root, need):
+    """The paths of a raw record's media: {"image": list, "video": list}."""
+    media, root = {"image": [], "video": []}, root.rstrip(os.sep) + os.sep
+    kinds = {field: kind for field, kind in MEDIA_FIELDS.items() if raw.get(field)}
+    if raw.get("path") and not kinds:  # the evaluation form
+        guess = "image" if raw["path"].lower().endswith(IMAGE_ENDINGS) else "video"
+        kind = "image" if raw.get("data_type", guess) == "image" else "video"
+        kinds = {"path": kind, "additional_path": "image"}
+    for field, kind in kinds.items():
+        paths = raw.get(field) or []
         paths = [paths] if isinstance(paths, str) else paths
-        texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-        need(texts, field, "a list of paths")
-        remote = any("://" in path or path.startswith("data:") for path in paths)
-        need(not remote, field, "paths of files on this machine")
-        if field == "path":
-            guess = "image" if paths[0].lower().endswith(IMAGE_ENDINGS) else "video"
-            kind = "image" if raw.get("data_type", guess) == "image" else "video"
-            paths = [path for path in paths if path]
-        media += [{"type": kind, "path": path} for path in paths]
-        if field == "path" and raw.get("additional_path"):
-            media.append({"type": "image", "path": raw["additional_path"]})
-    for field in raw if not media and "data_type" not in raw else ():
+        need(isinstance(paths, list), field, "a list of paths")
+        for path in paths:
+            need(isinstance(path, str), field, "a list of paths")
+            local = "://" not in path and not path.startswith("data:")
+            need(local, field, "paths of files on this machine")
+            path = os.path.normpath(os.path.join(root, path))
+            need(path.startswith(root), field, f"none that is outside the media folder {root}")
+            media[kind].append(path)
+    for field in raw if not kinds and "data_type" not in raw else ():
         other = re.search("image|img|video|media|frames", field)
         need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
@@ -362,8 +355,7 @@ def demonstration(record):
     return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
 
 
-# --------------------------------------------------------------------------------------------------
-# Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
+# ---- Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
 
 
 class MediaError(Exception):
@@ -665,8 +657,7 @@ def read_medium(medium, limits, folder_fps=None):
     return read_video(path, limits.fps, limits.max_frames, *bounds)
 
 
-# --------------------------------------------------------------------------------------------------
-# Model inputs.
+# ---- Model inputs.
 
 
 @dataclass
@@ -789,8 +780,7 @@ def target_ids(prompt, tokenizer):
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-# --------------------------------------------------------------------------------------------------
-# Feeding: which record next, decoded ahead of time.
+# ---- Feeding: which record next, decoded ahead of time.
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
@@ -849,8 +839,7 @@ def next_items(stream, count, tally, max_bad_share):
     return items
 
 
-# --------------------------------------------------------------------------------------------------
-# Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
+# ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
 
 
 class Marks(NamedTuple):
@@ -1008,8 +997,7 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     return stack(row, timeline(row.width, spans, edges, places))
 
 
-# --------------------------------------------------------------------------------------------------
-# --peek: what training will see.
+# ---- --peek: what training will see.
 
 
 def token_table(prompt, tokenizer, few=6):
