@@ -486,17 +486,14 @@ def read_video(
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    All packets are listed first, without decoding, for the true time of every frame. Then the
-    decoder jumps to the key frames before the wanted ones; where time stamps do not tell the order
-    of the frames, it decodes all, and the n-th one has the n-th stamp. With a variable frame rate
-    the wanted frames are spread evenly in time, and indices are milliseconds at 1000 fps. Raises
-    MediaError, also where a file ends before its header says or a wanted frame is missing.
+    All packets are listed first, without decoding, for the true time of every frame; then the wanted
+    ones are decoded. With a variable frame rate these are spread evenly in time, and indices are
+    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says.
     """
-    share = lambda count: total_pixels / count if total_pixels else math.inf
+    bounds = min_pixels, max_pixels, total_pixels or math.inf
     try:
         if os.path.isdir(path):
-            bounds = fps, max_frames, min_pixels, max_pixels
-            return read_folder(path, folder_fps or fps, *bounds, share)
+            return read_folder(path, folder_fps or fps, fps, max_frames, *bounds)
         with open_video(path) as container:
             stream = container.streams.best("video")
             pts, keys = list_frames(container, stream)
@@ -510,7 +507,7 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            pixels_of = resizer(min_pixels, max_pixels, share(len(positions)))
+            pixels_of = resizer(len(positions), *bounds)
             wanted, found = pts[positions], None
             with suppress(MediaError, av.FFmpegError):
                 found = seek_frames(container, stream, wanted, keys, pixels_of)
@@ -533,52 +530,48 @@ def open_video(path):
 
 
 def list_frames(container, stream):
-    """Time stamps of the frames that are shown, ascending (total,), and for each key frame its time
-    stamp and its place in decoding order, (keys, 2): empty where stamps do not tell which frame is
-    which. All in units of the stream's time_base."""
-    whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
-    shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
+    """Time stamps of the frames that are shown, ascending (total,), and of the key frames (keys,):
+    none where stamps do not tell which frame is which. In units of the stream's time_base."""
+    form = container.format.name
+    whole = form in ("matroska,webm", "flv")  # one length for all its streams
+    stamps, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
     for packet in container.demux([*container.streams] if whole else stream):
-        pts, dts, index = packet.pts, packet.dts, packet.stream_index
-        stamp = dts if pts is None else pts
-        if stamp is not None:
-            ends[index] = max(ends[index], stamp + (packet.duration or 0))
-        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
-            continue  # what comes before the first key frame cannot be decoded
-        if not packet.is_discard:  # an edit list may hide frames that others need
-            shown.append((pts, dts))
+        index, dts = packet.stream_index, packet.dts
+        stamp = dts if packet.pts is None else packet.pts
         if stamp is None:
             continue
-        place = stamp if dts is None or whole else dts
-        if packet.is_keyframe:
-            keys.append((stamp, place))
+        ends[index] = max(ends[index], stamp + (packet.duration or 0))
+        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
+            continue  # what comes before the first key frame cannot be decoded
+        place = stamp if dts is None else dts
         if packet.is_keyframe and stamp <= newest or place < last and not whole:
             raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
-    ticks = stream.frames if container.format.name == "avi" else stream.frames and stream.duration
+        if packet.is_keyframe:
+            keys.append(stamp)
+        if not packet.is_discard:  # an edit list may hide frames that others need
+            stamps.append(stamp)
+    ticks = stream.frames if form == "avi" else stream.frames and stream.duration
     said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
     reached = max([float(end * container.streams[i].time_base) for i, end in ends.items()] or [0])
     if reached < 0.95 * said:  # other formats have no length in their header
         raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
-    stamps = [pts for pts, _ in shown if pts is not None and pts >= keys[0][0]]
-    if 2 * len(stamps) < len(shown):  # AVI may have places in decoding order alone
-        stamps, keys = [dts for _, dts in shown if dts is not None], []
-    if 2 * len(stamps) < max(1, len(shown)):
+    stamps = [stamp for stamp in stamps if stamp >= keys[0]]
+    if not stamps:
         raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
     if stream.codec_context.has_b_frames and stamps == sorted(stamps):
         keys = []  # stamps in decoding order, of frames that are shown in another one
-    return np.array(sorted({*stamps})), np.array(keys).reshape(-1, 2)
+    return np.array(sorted({*stamps})), np.array(keys)
 
 
 def seek_frames(container, stream, wanted, keys, pixels_of):
     """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
-    found, groups = {}, np.searchsorted(keys[:, 0], wanted, side="right") - 1
+    found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
     for last in sorted({*groups.tolist()}) if len(keys) else ():
         targets = {*wanted[groups == last].tolist()}
-        # MP4 and Matroska seek by time, others by place in decoding order; should that be late too,
-        # the key frame before.
-        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
-            container.seek(place, stream=stream)
+        # Some formats seek by decoding order and come too late: then to the key frame before.
+        for place in (keys[last], keys[max(0, last - 1)]):
+            container.seek(int(place), stream=stream)
             reached = -math.inf
             for frame in container.decode(stream):
                 if frame.pts is None or frame.pts <= reached:
@@ -597,53 +590,47 @@ def seek_frames(container, stream, wanted, keys, pixels_of):
 
 def walk_frames(path, pts, wanted, pixels_of):
     """The same by decoding all frames: the n-th one has the n-th time stamp of `pts`."""
-    found, place, begun = {}, 0, False
+    found, place = {}, 0
     with open_video(path) as container:
-        for packet in container.demux(container.streams.best("video")):
-            begun = begun or packet.is_keyframe
-            for frame in packet.decode() if begun else ():
-                if frame.pts is None or frame.pts >= pts[0]:
-                    if place < len(pts) and pts[place] in wanted:
-                        found[pts[place]] = pixels_of(frame)
-                    place += 1
+        for frame in container.decode(container.streams.best("video")):
+            if frame.pts is None or frame.pts >= pts[0]:
+                if place < len(pts) and pts[place] in wanted:
+                    found[pts[place]] = pixels_of(frame)
+                place += 1
     if place != len(pts):
         raise MediaError("unreadable_video", f"{place} frames can be decoded of {len(pts)}")
     return found
 
 
-def resizer(min_pixels, max_pixels, share):
-    """A function that gives an av.VideoFrame's pixels, resized by `fit` and upright."""
+def resizer(count, min_pixels, max_pixels, total_pixels):
+    """A function that gives an av.VideoFrame's pixels, one of `count`, by `fit` and upright."""
     scaler = VideoReformatter()  # one for all frames: it keeps its tables
 
     def pixels_of(frame):
         if frame.is_corrupt:
             raise MediaError("unreadable_video", "a wanted frame is damaged")
-        height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
-        image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        return np.ascontiguousarray(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
+        size = fit(frame.height, frame.width, min_pixels, max_pixels, total_pixels / count)
+        image = scaler.reformat(frame, *size[::-1], "rgb24", interpolation="BICUBIC")
+        return np.rot90(image.to_ndarray(), round(frame.rotation / 90))
 
     return pixels_of
 
 
-def list_frame_folder(path):
-    """The paths of a folder's numbered images, frame2 before frame10. Raises MediaError without one."""
+def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, total_pixels):
+    """read_video of a folder of numbered images, frame2 before frame10."""
     names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
+    names = [name for name in names if name[0] != "."]
     names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
-    if not (paths := [os.path.join(path, name) for name in names if name[0] != "."]):
+    if not names:
         raise MediaError("unreadable_video", "no frames in this folder")
-    return paths
-
-
-def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
-    frames = []
-    images = list_frame_folder(path)
-    indices = sample_positions(len(images), len(images) / folder_fps, fps, max_frames).tolist()
-    for image in [images[i] for i in indices]:
-        frames.append(read_image(image, min_pixels, max_pixels, share(len(indices))))
+    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
+    frames, share = [], total_pixels / len(indices)
+    for name in [names[i] for i in indices]:
+        frames.append(read_image(os.path.join(path, name), min_pixels, max_pixels, share))
         if frames[-1].shape != frames[0].shape:
             sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
-            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({image})")
-    return Video(np.stack(frames), indices, float(folder_fps), len(images))
+            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({name})")
+    return Video(np.stack(frames), indices, float(folder_fps), len(names))
 
 
 def read_medium(medium, limits, folder_fps=None):
