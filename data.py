@@ -84,25 +84,22 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one.
-
-    The hub is asked for owner/name only, and not where `owner` is a folder of this machine.
-    """
+    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one."""
     from transformers import AutoConfig, AutoProcessor
 
     hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", path)
     if not os.path.isdir(path) and (not hub_id or os.path.isdir(hub_id[1])):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
-        found = AutoConfig.from_pretrained(path).model_type
-        processor = AutoProcessor.from_pretrained(path) if found == "qwen3_vl" else None
+        if (found := AutoConfig.from_pretrained(path).model_type) != "qwen3_vl":
+            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
+        processor = AutoProcessor.from_pretrained(path)
+        if not hasattr(processor, "video_processor"):
+            raise ValueError("it has no processor of images and videos")
+        return processor
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
-    if not hasattr(processor, "video_processor"):
-        needed = "expected 'qwen3_vl', with a processor of images and videos"
-        raise ValueError(f"{path}: model_type is {found!r}, {needed}")
-    return processor
 
 
 def one_matrix_patch_embedding(visual):
@@ -395,13 +392,12 @@ def limits_of(args):
 
 
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
-    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds.
+    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
+    and once more within `share`, a video frame's part of video_total_pixels.
 
-    share: of a video frame, its part of video_total_pixels, applied to the fitted size as by Qwen's
-    processor. The release's SFT and RL shrink an image twice, to int(side * sqrt(max_pixels /
-    (height * width))) and then to the nearest multiples of 32: over max_pixels 3 of 4 sizes differ
-    by up to 9%. Its evaluation does as we do, but rounds an image below 65,536 pixels to multiples
-    of 32 before it enlarges it: 3 of 5 sizes differ by up to 25%.
+    The release's SFT and RL shrink twice, to int(side * sqrt(max_pixels / (height * width))) and
+    then to multiples of 32 (up to 9% off); its evaluation rounds an image below 65,536 pixels to
+    multiples of 32 before it enlarges it (up to 25%).
 
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
@@ -421,8 +417,7 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
-# bomb, which is refused by its header.
+# What Pillow raises on damaged bytes, found by feeding it such, and on a decompression bomb.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
@@ -466,8 +461,6 @@ def sample_positions(total, duration, fps, max_frames):
 
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
-    >>> sample_positions(total=3, duration=3.0, fps=2.0, max_frames=128).tolist()
-    [0, 1, 2, 2]
     """
     count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999 s
     if count >= total:
@@ -476,13 +469,7 @@ def sample_positions(total, duration, fps, max_frames):
 
 
 def read_video(
-    path,
-    fps=2.0,
-    max_frames=128,
-    min_pixels=4096,
-    max_pixels=65536,
-    folder_fps=None,
-    total_pixels=0,
+    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
@@ -569,9 +556,9 @@ def seek_frames(container, stream, wanted, keys, pixels_of):
     found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
     for last in sorted({*groups.tolist()}) if len(keys) else ():
         targets = {*wanted[groups == last].tolist()}
-        # Some formats seek by decoding order and come too late: then to the key frame before.
-        for place in (keys[last], keys[max(0, last - 1)]):
-            container.seek(int(place), stream=stream)
+        # Some formats seek by decoding order and come too late: then from a second earlier.
+        for early in (0, round(1 / stream.time_base)):
+            container.seek(int(keys[last]) - early, stream=stream)
             reached = -math.inf
             for frame in container.decode(stream):
                 if frame.pts is None or frame.pts <= reached:
@@ -760,9 +747,8 @@ def target_ids(prompt, tokenizer):
     """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
     text, opened = demonstration(prompt.record), prompt.opened.strip()
     if opened and not text.lstrip().startswith(opened):
-        raise MediaError(
-            "opened", f"the response does not begin with {opened!r}, as the prompt does"
-        )
+        message = f"the response does not begin with {opened!r}, as the prompt does"
+        raise MediaError("opened", message)
     text = text.lstrip().removeprefix(opened).lstrip() if opened else text
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
@@ -984,69 +970,54 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     return stack(row, timeline(row.width, spans, edges, places))
 
 
-# ---- --peek: what training will see.
+# ---- --peek: what training will see
 
 
-def token_table(prompt, tokenizer, few=6):
-    """Which tokens SFT learns: those around the first one, and the last. Each row predicts the next."""
-    given, learned = prompt.token_ids, target_ids(prompt, tokenizer)
-    ids, start = given + learned, len(given)
-    rows = [f"{start} tokens given, {len(learned)} learned", "position      id   label  token"]
+def peek(prompt, tokenizer, few=6):
+    """Prints the text and the media of a prompt, and its truth, or which tokens SFT learns: those
+    around the first one, and the last. Each row predicts the next."""
+    record = prompt.record
+    for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+        frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+        tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
+        print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+    count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+    print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+    if not demonstration(record):
+        return print(f"truth: {record['answer']}")
+    start, ids = len(prompt.token_ids), prompt.token_ids + target_ids(prompt, tokenizer)
+    print(f"{demonstration(record)}\n\n{start} tokens given, {len(ids) - start} learned")
+    print("position      id   label  token")
     for i in range(start - few, len(ids)):
         if i < start + few or i >= len(ids) - few:
             label = ids[i] if i >= start else "-"
-            rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
+            print(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
         elif i == start + few:
-            rows.append("     ...")
-    return "\n".join(rows)
+            print("     ...")
 
 
-def sheet_of(prompts):
-    """An image of what the model sees of each prompt, with the record's own truth drawn in green."""
-    panels, rows = [], []
-    for record, media in [(prompt.record, prompt.vllm["multi_modal_data"]) for prompt in prompts]:
-        truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-        marks, shown = marks_of(task_of(record), truth), []
-        for image in media.get("image", []):
-            shown.append(draw(enlarged(image), marks, None, "lime"))
-        for frames, known in media.get("video", []):
-            seconds = np.array(known["frames_indices"]) / known["fps"]
-            shown.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-        question = record["problem"].partition("\n")[0]
-        text = (
-            f"record {record['index']}, {task_of(record) or 'SFT'}: {question[:200]}\n{truth[:200]}"
-        )
-        panels += [captioned(image, text, above=True) for image in shown]
+def drawn_media(prompt):
+    """Images of what the model sees of a prompt, with the record's own truth drawn in green."""
+    record, media = prompt.record, prompt.vllm["multi_modal_data"]
+    truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
+    marks, question = marks_of(task_of(record), truth), record["problem"].partition("\n")[0]
+    drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
+    for frames, known in media.get("video", []):
+        seconds = np.array(known["frames_indices"]) / known["fps"]
+        drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+    text = f"record {record['index']}: {question[:200]}\n{truth[:200]}"
+    return [captioned(image, text, above=True) for image in drawn]
+
+
+def sheet_of(panels):
+    """One image of all panels: rows of at most 1320 pixels, narrow ones first."""
+    rows = []
     for panel in sorted(panels, key=lambda panel: panel.width):
         if rows and rows[-1].width + panel.width <= 1320:
             rows[-1] = stack(rows[-1], panel, across=True, gap=8)
         else:
             rows.append(panel)
     return stack(*rows, gap=8)
-
-
-def peek(records, processor, limits, prompts):
-    """Prints what the model sees of each record and what it learns. Returns the usable Prompts."""
-    tokenizer, usable = processor.tokenizer, []
-    for record in records:
-        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
-        try:
-            prompt = encode(record, processor, limits, prompts)
-        except MediaError as error:
-            print(f"skipped, {error.reason}: {error}")
-            continue
-        usable.append(prompt)
-        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
-            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-            tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
-            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
-        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-        if demonstration(record):
-            print(f"{demonstration(record)}\n\n{token_table(prompt, tokenizer)}")
-        else:
-            print(f"truth: {record['answer']}")
-    return usable
 
 
 def main():
@@ -1057,9 +1028,7 @@ def main():
     parser.add_argument("--prompts", help="JSON file that replaces the instructions")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
-    parser.add_argument(
-        "--release-prompts", metavar="CLONE", help="print the release's instructions"
-    )
+    parser.add_argument("--release-prompts", metavar="CLONE", help="print those of the release")
     add_limits(parser)
     args = parser.parse_args()
     try:
@@ -1073,11 +1042,20 @@ def main():
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    usable = peek(records[: args.peek], processor, limits_of(args), prompts)
+    usable, panels = 0, []
+    for record in records[: args.peek]:
+        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
+        try:
+            prompt = encode(record, processor, limits_of(args), prompts)
+            peek(prompt, processor.tokenizer)
+        except MediaError as error:
+            print(f"skipped, {error.reason}: {error}")
+            continue
+        usable, panels = usable + 1, panels + drawn_media(prompt)
     if not usable:
         refuse(f"{args.file}: none of the first {args.peek} records can be used")
-    if any(prompt.record["media"] for prompt in usable):
-        sheet_of(usable).save(args.sheet)
+    if panels:
+        sheet_of(panels).save(args.sheet)
         print(f"\nwhat the model sees, with the truth drawn on it: {args.sheet}")
 
 
