@@ -91,7 +91,8 @@ def load_processor(path):
     if not os.path.isdir(path) and (not hub_id or os.path.isdir(hub_id[1])):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
-        if (found := AutoConfig.from_pretrained(path).model_type) != "qwen3_vl":
+        found = AutoConfig.from_pretrained(path).model_type
+        if found != "qwen3_vl":
             raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
         processor = AutoProcessor.from_pretrained(path)
         if not hasattr(processor, "video_processor"):
@@ -314,9 +315,8 @@ def find_media(raw, root, need):
         paths = [paths] if isinstance(paths, str) else paths
         need(isinstance(paths, list), field, "a list of paths")
         for path in paths:
-            need(isinstance(path, str), field, "a list of paths")
-            local = "://" not in path and not path.startswith("data:")
-            need(local, field, "paths of files on this machine")
+            local = isinstance(path, str) and "://" not in path and not path.startswith("data:")
+            need(local, field, "a list of paths of files on this machine")
             path = os.path.normpath(os.path.join(root, path))
             need(path.startswith(root), field, f"none that is outside the media folder {root}")
             media[kind].append(path)
@@ -477,9 +477,10 @@ def read_video(
     ones are decoded. With a variable frame rate these are spread evenly in time, and indices are
     milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says.
     """
-    bounds = min_pixels, max_pixels, total_pixels or math.inf
+    total_pixels = total_pixels or math.inf
     try:
         if os.path.isdir(path):
+            bounds = min_pixels, max_pixels, total_pixels
             return read_folder(path, folder_fps or fps, fps, max_frames, *bounds)
         with open_video(path) as container:
             stream = container.streams.best("video")
@@ -494,7 +495,9 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            pixels_of = resizer(len(positions), *bounds)
+            bounds = min_pixels, max_pixels, total_pixels / len(positions)
+            scaler = VideoReformatter()  # one for all frames: it keeps its tables
+            pixels_of = lambda frame: resize(frame, scaler, *bounds)
             wanted, found = pts[positions], None
             with suppress(MediaError, av.FFmpegError):
                 found = seek_frames(container, stream, wanted, keys, pixels_of)
@@ -521,16 +524,15 @@ def list_frames(container, stream):
     none where stamps do not tell which frame is which. In units of the stream's time_base."""
     form = container.format.name
     whole = form in ("matroska,webm", "flv")  # one length for all its streams
-    stamps, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
+    stamps, keys, reached, newest, last = [], [], 0, -math.inf, -math.inf
     for packet in container.demux([*container.streams] if whole else stream):
-        index, dts = packet.stream_index, packet.dts
-        stamp = dts if packet.pts is None else packet.pts
+        stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is None:
             continue
-        ends[index] = max(ends[index], stamp + (packet.duration or 0))
-        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
+        reached = max(reached, (stamp + (packet.duration or 0)) * float(packet.time_base))
+        if not packet.size or packet.stream != stream or not (keys or packet.is_keyframe):
             continue  # what comes before the first key frame cannot be decoded
-        place = stamp if dts is None else dts
+        place = stamp if packet.dts is None else packet.dts
         if packet.is_keyframe and stamp <= newest or place < last and not whole:
             raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
@@ -540,7 +542,6 @@ def list_frames(container, stream):
             stamps.append(stamp)
     ticks = stream.frames if form == "avi" else stream.frames and stream.duration
     said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
-    reached = max([float(end * container.streams[i].time_base) for i, end in ends.items()] or [0])
     if reached < 0.95 * said:  # other formats have no length in their header
         raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
     stamps = [stamp for stamp in stamps if stamp >= keys[0]]
@@ -554,23 +555,22 @@ def list_frames(container, stream):
 def seek_frames(container, stream, wanted, keys, pixels_of):
     """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
     found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
+    by_time = container.format.name.startswith(("mov", "matroska"))
     for last in sorted({*groups.tolist()}) if len(keys) else ():
-        targets = {*wanted[groups == last].tolist()}
-        # Some formats seek by decoding order and come too late: then from a second earlier.
-        for early in (0, round(1 / stream.time_base)):
-            container.seek(int(keys[last]) - early, stream=stream)
-            reached = -math.inf
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.pts <= reached:
-                    raise MediaError("unreadable_video", "its time stamps are not in order")
-                reached = frame.pts
-                if reached in targets:
-                    found[reached] = pixels_of(frame)
-                if reached >= max(targets):
-                    break
-            if targets <= found.keys():
+        targets, reached = {*wanted[groups == last].tolist()}, -math.inf
+        place = int(keys[last])
+        if not by_time:  # but by place in decoding order: from a second earlier
+            place = max(0, place - round(1 / stream.time_base))
+        container.seek(place, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts is None or frame.pts <= reached:
+                raise MediaError("unreadable_video", "its time stamps are not in order")
+            reached = frame.pts
+            if reached in targets:
+                found[reached] = pixels_of(frame)
+            if reached >= max(targets):
                 break
-        else:
+        if not targets <= found.keys():
             raise MediaError("unreadable_video", "a frame cannot be decoded")
     return found
 
@@ -589,18 +589,13 @@ def walk_frames(path, pts, wanted, pixels_of):
     return found
 
 
-def resizer(count, min_pixels, max_pixels, total_pixels):
-    """A function that gives an av.VideoFrame's pixels, one of `count`, by `fit` and upright."""
-    scaler = VideoReformatter()  # one for all frames: it keeps its tables
-
-    def pixels_of(frame):
-        if frame.is_corrupt:
-            raise MediaError("unreadable_video", "a wanted frame is damaged")
-        size = fit(frame.height, frame.width, min_pixels, max_pixels, total_pixels / count)
-        image = scaler.reformat(frame, *size[::-1], "rgb24", interpolation="BICUBIC")
-        return np.rot90(image.to_ndarray(), round(frame.rotation / 90))
-
-    return pixels_of
+def resize(frame, scaler, min_pixels, max_pixels, share):
+    """An av.VideoFrame's pixels, by `fit` and upright: uint8 (H, W, 3)."""
+    if frame.is_corrupt:
+        raise MediaError("unreadable_video", "a wanted frame is damaged")
+    height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
+    image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
+    return np.rot90(image.to_ndarray(), round(frame.rotation / 90))
 
 
 def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, total_pixels):
@@ -763,14 +758,10 @@ def data_order(count, seed, cursor=0, rank=0, world=1):
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
-
-    def all_ranks():
-        epoch, done = divmod(cursor, count)
-        while True:
-            yield from np.random.default_rng([seed, epoch]).permutation(count)[done:].tolist()
-            epoch, done = epoch + 1, 0
-
-    return itertools.islice(all_ranks(), rank, None, world)
+    epoch, done = divmod(cursor, count)
+    shuffled = lambda epoch: np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    all_ranks = itertools.chain.from_iterable(map(shuffled, itertools.count(epoch)))
+    return itertools.islice(all_ranks, done + rank, None, world)
 
 
 def prefetch(records, function, order, workers, seconds=600):
@@ -826,14 +817,11 @@ class Marks(NamedTuple):
 
 
 def marks_of(task, answer):
-    """The marks in an answer's text (or None). task: of data.task_of. What is malformed is left out.
-
-    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
+    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Tracking's
+    key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
 
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
-    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
-    (2, 6.5)
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
     time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
@@ -896,8 +884,7 @@ def draw(image, marks, second=None, colour="orange", mask=None):
 
 def enlarged(image, least=256):
     """An image whose longer side has at least so many pixels, by a whole factor."""
-    factor = math.ceil(least / max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.scale(image, math.ceil(least / max(image.size)), Image.Resampling.NEAREST)
 
 
 def stack(*images, across=False, gap=0):
@@ -949,8 +936,7 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
 
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
     bool (T, H, W)}. cell: pixels of a frame's longer side. The frames are those at whole seconds,
-    where answers have their boxes, and at a segmentation's time. On the bar each lasts until the
-    next."""
+    where answers have their boxes, and at a segmentation's time."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     shown = sorted({*spread.tolist(), *times})
