@@ -306,8 +306,8 @@ def find_media(raw, root, need):
     """The paths of a raw record's media: {"image": list, "video": list}."""
     media, root = {"image": [], "video": []}, root.rstrip(os.sep) + os.sep
     kinds = {field: kind for field, kind in MEDIA_FIELDS.items() if raw.get(field)}
-    if raw.get("path") and not kinds:  # the evaluation form
-        guess = "image" if raw["path"].lower().endswith(IMAGE_ENDINGS) else "video"
+    if not kinds:  # the evaluation form
+        guess = "image" if str(raw.get("path")).lower().endswith(IMAGE_ENDINGS) else "video"
         kind = "image" if raw.get("data_type", guess) == "image" else "video"
         kinds = {"path": kind, "additional_path": "image"}
     for field, kind in kinds.items():
@@ -320,7 +320,7 @@ def find_media(raw, root, need):
             path = os.path.normpath(os.path.join(root, path))
             need(path.startswith(root), field, f"none that is outside the media folder {root}")
             media[kind].append(path)
-    for field in raw if not kinds and "data_type" not in raw else ():
+    for field in raw if not any(media.values()) and "data_type" not in raw else ():
         other = re.search("image|img|video|media|frames", field)
         need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
