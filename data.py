@@ -23,7 +23,6 @@ import math
 import os
 import re
 import signal
-import struct
 import sys
 import textwrap
 import types
@@ -84,10 +83,7 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one.
-
-    The hub is asked for owner/name only, and not where `owner` is a folder of this machine.
-    """
+    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one."""
     from transformers import AutoConfig, AutoProcessor
 
     hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", path)
@@ -95,14 +91,15 @@ def load_processor(path):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
         found = AutoConfig.from_pretrained(path).model_type
-        processor = AutoProcessor.from_pretrained(path) if found == "qwen3_vl" else None
+        if found != "qwen3_vl":
+            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
+        processor = AutoProcessor.from_pretrained(path)
+        if not hasattr(processor, "video_processor"):
+            raise ValueError("it has no processor of images and videos")
+        return processor
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
-    if not hasattr(processor, "video_processor"):
-        needed = "expected 'qwen3_vl', with a processor of images and videos"
-        raise ValueError(f"{path}: model_type is {found!r}, {needed}")
-    return processor
 
 
 def one_matrix_patch_embedding(visual):
@@ -116,8 +113,7 @@ def one_matrix_patch_embedding(visual):
     visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
 
 
-# --------------------------------------------------------------------------------------------------
-# Prompts: one instruction per task. Coordinates are 0-1000 of width and height, times are seconds.
+# ---- Prompts: one instruction per task, coordinates 0-1000 of width and height, times in seconds
 
 THINK = "Think first, between <think> and </think>. "
 THINK += "Then write only the final answer between <answer> and </answer>: "
@@ -186,16 +182,16 @@ def release_prompts(clone):
     raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
 
 
-# --------------------------------------------------------------------------------------------------
-# Records: three forms, as a JSON list or JSONL, become one.
+# ---- Records: three forms, as a JSON list or JSONL, become one.
 
 FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-TURNS = ("system", "user", "assistant")
 DATA_TYPES = ("image", "video", "video-image", "text")
-KNOWN = {kind: f"one of {', '.join(kind)}" for kind in (DATA_TYPES, PROBLEM_TYPES)}
-FIELDS = dict(options=list, process=str, path=str, additional_path=str, fps=(int, float))
+KNOWN = {kinds: f"one of {', '.join(kinds)}" for kinds in (DATA_TYPES, PROBLEM_TYPES)}
+MEDIA_FIELDS = dict(images="image", image="image", videos="video", video="video")
+FIELDS = dict.fromkeys(("process", "path", "additional_path"), (str, "a text"))
+FIELDS |= dict(options=(list, "a list"), messages=(list, "a list"), fps=((int, float), "a number"))
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
@@ -205,33 +201,33 @@ def load_records(path, media_root=None, max_bad_share=0.0):
     medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
     (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
     only), file and index (where it stood). Paths are relative to media_root, by default the file's
-    folder, and must stay below it as written; links are followed. Raises ValueError naming file,
-    record, field and value when a record is malformed, or when more than max_bad_share of them
-    cannot be graded.
+    folder, and must stay below it as written. Raises ValueError naming file, record, field and
+    value of a malformed record, or when more than max_bad_share of them cannot be graded.
     """
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path))).rstrip(os.sep)
+    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
     gc.disable()  # a million new objects and nothing to collect: saves a third of the time
     try:
         raws = enumerate(read_values(path))
-        return gradable([normalise(raw, str(path), i, root) for i, raw in raws], max_bad_share)
+        # One by one: a truth that has just been decoded here need not be decoded again there.
+        return gradable((normalise(raw, str(path), i, root) for i, raw in raws), max_bad_share)
     finally:
         gc.enable()
 
 
 def gradable(records, max_bad_share=0.0):
     """The records without those whose truth no answer could match, which are printed and counted."""
-    reasons = [record["answer"] and rewards.gradable(record) for record in records]
-    bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
+    graded = [(record, record["answer"] and rewards.gradable(record)) for record in records]
+    bad = [(record, reason) for record, reason in graded if reason]
     if bad:
-        message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded"
+        message = f"{bad[0][0]['file']}: {len(bad)} of {len(graded)} records cannot be graded"
         for record, reason in bad[:5]:
             field = "solution" if "solution" in record else "answer"
             message += f"; record {record['index']}: {field} {record['answer'][:100]!r} {reason}"
-        if len(bad) > max_bad_share * len(records):
+        if len(bad) > max_bad_share * len(graded):
             raise ValueError(message)
         if FIRST_RANK:
             print(f"left out: {message}")
-    return [record for record, reason in zip(records, reasons) if not reason]
+    return [record for record, reason in graded if not reason]
 
 
 def read_values(path):
@@ -258,79 +254,73 @@ def normalise(raw, file, index, root):
 
     def need(right, field, expected):
         if not right:
-            value = str(raw.get(field) if isinstance(raw, dict) else raw)[:100]
+            value = str(record.get(field))[:100]
             raise ValueError(f"{file}: record {index}: {field} is {value!r}, expected {expected}")
 
-    need(isinstance(raw, dict), "record", "an object")
-    raw = {field: value for field, value in raw.items() if value is not None}
-    for field, kind in FIELDS.items():
-        expected = {list: "a list", str: "a text"}.get(kind, "a number")
-        need(not raw.get(field) or isinstance(raw[field], kind), field, expected)
-    need((raw.get("fps") or 1) > 0, "fps", "a number above 0")
-    media = find_media(raw, need)
-    for medium in media:
-        medium["path"] = os.path.normpath(os.path.join(root + os.sep, medium["path"]))
-        if not medium["path"].startswith(root + os.sep):
-            where = f"{medium['path'][:100]!r} is outside the media folder {root!r}"
-            raise ValueError(f"{file}: record {index}: {where}")
-    kinds = [medium["type"] for medium in media]
-    found = "-".join(sorted({*kinds}, reverse=True)) or "text"
-    record = {"data_type": found, "problem_type": None, **raw, "file": file, "index": index}
-    record["problem_id"] = str(raw.get("problem_id", index))
-    record["options"] = [str(option) for option in raw.get("options", [])]
-    kind, expected = record["data_type"], "such media in images, videos or path"
+    record = raw if isinstance(raw, dict) else {"record": raw}
+    need(record is raw, "record", "an object")
+    record = {field: value for field, value in raw.items() if value is not None}
+    for field, (kind, expected) in FIELDS.items():
+        need(not record.get(field) or isinstance(record[field], kind), field, expected)
+    need((record.get("fps") or 1) > 0, "fps", "a number above 0")
+    media = find_media(record, root, need)
+    found = "-".join([kind for kind in ("video", "image") if media[kind]]) or "text"
+    kind, there = record.setdefault("data_type", found), "none" if found == "text" else found
     need(kind in DATA_TYPES, "data_type", KNOWN[DATA_TYPES])
-    need(kind == found, "data_type", f"{expected}, not {found if media else 'none'}")
+    need(kind == found, "data_type", f"such media in images, videos or path, not {there}")
 
-    if "messages" in raw:
-        turns = raw["messages"] if isinstance(raw["messages"], list) else [None]
+    if "messages" in record:
+        field, turns, record["answer"] = "messages", record["messages"] or [], None
         for turn in turns:
-            known = isinstance(turn, dict) and turn.get("role") in TURNS
+            known = isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
             known = known and isinstance(turn.get("content"), str)
-            need(known, "messages", f"a list of turns with a role of {TURNS} and a text as content")
+            need(known, field, "a list of turns with a role (system, user, assistant) and a text")
         asked = [turn for turn in turns if turn["role"] == "user"]
         ended = asked and turns[-1]["role"] == "assistant"
-        need(ended, "messages", "a turn of the user, and a last turn of the assistant")
+        need(ended, field, "a turn of the user, and a last turn of the assistant")
         text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
-        field, record["answer"] = "messages", None
     else:
-        kind, text, field = record["problem_type"], raw.get("problem"), "problem"
-        need(isinstance(text, str), "problem", "a text" if "problem" in raw else FORMS)
+        field, text, kind = "problem", record.get("problem"), record.get("problem_type")
+        need(isinstance(text, str), field, "a text" if field in record else FORMS)
         need(kind in PROBLEM_TYPES, "problem_type", KNOWN[PROBLEM_TYPES])
-        need(media or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
-        record["answer"] = read_truth(raw, need)
-    missing = {kind: kinds.count(kind) - text.count(f"<{kind}>") for kind in ("image", "video")}
-    for kind, number in missing.items():
-        need(number >= 0, field, f"{kinds.count(kind)} <{kind}> placeholders, one per {kind}")
-    lead = "".join(f"<{kind}>" * number for kind, number in missing.items())
-    if "messages" in raw:
+        seen = found != "text" or kind not in JSON_TYPES
+        need(seen, "images", "an image or a video for this problem_type")
+        record["answer"] = read_truth(record, need)
+    lead = ""
+    for kind, paths in media.items():
+        missing = len(paths) - text.count(f"<{kind}>")
+        need(missing >= 0, field, f"{len(paths)} <{kind}> placeholders, one per {kind}")
+        lead += f"<{kind}>" * missing
+    if "messages" in record:
         asked[0]["content"] = lead + asked[0]["content"]
-    record["problem"] = lead + text
     order = re.findall("<(image|video)>", lead + text)  # pixels and tokens in this order
-    record["media"] = [media.pop([m["type"] for m in media].index(kind)) for kind in order]
+    record["media"] = [{"type": kind, "path": media[kind].pop(0)} for kind in order]
+    record |= dict(problem=lead + text, file=file, index=index)
+    record["problem_type"] = record.get("problem_type")
+    record["problem_id"] = str(record.get("problem_id", index))
+    record["options"] = [str(option) for option in record.get("options", [])]
     return record
 
 
-def find_media(raw, need):
-    """The media of a raw record, [{"type", "path"}], with their paths as written."""
-    media = []
-    for field in ("images", "image", "videos", "video", "path"):
-        if field not in raw or field == "path" and media:
-            continue
-        paths, kind = raw[field], field.rstrip("s")
+def find_media(raw, root, need):
+    """The paths of a raw record's media: {"image": list, "video": list}."""
+    media, root = {"image": [], "video": []}, root.rstrip(os.sep) + os.sep
+    kinds = {field: kind for field, kind in MEDIA_FIELDS.items() if raw.get(field)}
+    if not kinds:  # the evaluation form
+        guess = "image" if str(raw.get("path")).lower().endswith(IMAGE_ENDINGS) else "video"
+        kind = "image" if raw.get("data_type", guess) == "image" else "video"
+        kinds = {"path": kind, "additional_path": "image"}
+    for field, kind in kinds.items():
+        paths = raw.get(field) or []
         paths = [paths] if isinstance(paths, str) else paths
-        texts = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
-        need(texts, field, "a list of paths")
-        remote = any("://" in path or path.startswith("data:") for path in paths)
-        need(not remote, field, "paths of files on this machine")
-        if field == "path":
-            guess = "image" if paths[0].lower().endswith(IMAGE_ENDINGS) else "video"
-            kind = "image" if raw.get("data_type", guess) == "image" else "video"
-            paths = [path for path in paths if path]
-        media += [{"type": kind, "path": path} for path in paths]
-        if field == "path" and raw.get("additional_path"):
-            media.append({"type": "image", "path": raw["additional_path"]})
-    for field in raw if not media and "data_type" not in raw else ():
+        need(isinstance(paths, list), field, "a list of paths")
+        for path in paths:
+            local = isinstance(path, str) and "://" not in path and not path.startswith("data:")
+            need(local, field, "a list of paths of files on this machine")
+            path = os.path.normpath(os.path.join(root, path))
+            need(path.startswith(root), field, f"none that is outside the media folder {root}")
+            media[kind].append(path)
+    for field in raw if not any(media.values()) and "data_type" not in raw else ():
         other = re.search("image|img|video|media|frames", field)
         need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
@@ -362,8 +352,7 @@ def demonstration(record):
     return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
 
 
-# --------------------------------------------------------------------------------------------------
-# Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
+# ---- Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
 
 
 class MediaError(Exception):
@@ -403,13 +392,12 @@ def limits_of(args):
 
 
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
-    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds.
+    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
+    and once more within `share`, a video frame's part of video_total_pixels.
 
-    share: of a video frame, its part of video_total_pixels, applied to the fitted size as by Qwen's
-    processor. The release's SFT and RL shrink an image twice, to int(side * sqrt(max_pixels /
-    (height * width))) and then to the nearest multiples of 32: over max_pixels 3 of 4 sizes differ
-    by up to 9%. Its evaluation does as we do, but rounds an image below 65,536 pixels to multiples
-    of 32 before it enlarges it: 3 of 5 sizes differ by up to 25%.
+    The release's SFT and RL shrink twice, to int(side * sqrt(max_pixels / (height * width))) and
+    then to multiples of 32 (up to 9% off); its evaluation rounds an image below 65,536 pixels to
+    multiples of 32 before it enlarges it (up to 25%).
 
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
@@ -427,12 +415,6 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
         grow = math.sqrt(min_pixels / (height * width))
         fitted = [math.ceil(side * grow / 32) * 32 for side in sides]
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
-
-
-# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
-# bomb, which is refused by its header.
-IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
-IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
@@ -454,7 +436,7 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
-    except IMAGE_ERRORS as error:
+    except Exception as error:  # on damaged bytes Pillow raises whatever it likes
         raise MediaError("unreadable_image", f"{path}: {error}") from error
     return np.asarray(image)
 
@@ -474,8 +456,6 @@ def sample_positions(total, duration, fps, max_frames):
 
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
-    >>> sample_positions(total=3, duration=3.0, fps=2.0, max_frames=128).tolist()
-    [0, 1, 2, 2]
     """
     count = min(max(int(duration * fps + 1e-6), 4), max_frames) // 2 * 2  # 8 s may be 7.999999 s
     if count >= total:
@@ -484,27 +464,19 @@ def sample_positions(total, duration, fps, max_frames):
 
 
 def read_video(
-    path,
-    fps=2.0,
-    max_frames=128,
-    min_pixels=4096,
-    max_pixels=65536,
-    folder_fps=None,
-    total_pixels=0,
+    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
 
-    All packets are listed first, without decoding, for the true time of every frame. Then the
-    decoder jumps to the key frames before the wanted ones; where time stamps do not tell the order
-    of the frames, it decodes all, and the n-th one has the n-th stamp. With a variable frame rate
-    the wanted frames are spread evenly in time, and indices are milliseconds at 1000 fps. Raises
-    MediaError, also where a file ends before its header says or a wanted frame is missing.
+    All packets are listed first, without decoding, for the true time of every frame; then the wanted
+    ones are decoded. With a variable frame rate these are spread evenly in time, and indices are
+    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says.
     """
-    share = lambda count: total_pixels / count if total_pixels else math.inf
+    total_pixels = total_pixels or math.inf
     try:
         if os.path.isdir(path):
-            bounds = fps, max_frames, min_pixels, max_pixels
-            return read_folder(path, folder_fps or fps, *bounds, share)
+            bounds = min_pixels, max_pixels, total_pixels
+            return read_folder(path, folder_fps or fps, fps, max_frames, *bounds)
         with open_video(path) as container:
             stream = container.streams.best("video")
             pts, keys = list_frames(container, stream)
@@ -518,7 +490,9 @@ def read_video(
                     positions = np.array([np.abs(seconds - time).argmin() for time in times])
                 indices = (seconds[positions] * 1000).round().astype(int)
                 rate, total = 1000, round(duration * 1000)
-            pixels_of = resizer(min_pixels, max_pixels, share(len(positions)))
+            bounds = min_pixels, max_pixels, total_pixels / len(positions)
+            scaler = VideoReformatter()  # one for all frames: it keeps its tables
+            pixels_of = lambda frame: resize(frame, scaler, *bounds)
             wanted, found = pts[positions], None
             with suppress(MediaError, av.FFmpegError):
                 found = seek_frames(container, stream, wanted, keys, pixels_of)
@@ -541,117 +515,99 @@ def open_video(path):
 
 
 def list_frames(container, stream):
-    """Time stamps of the frames that are shown, ascending (total,), and for each key frame its time
-    stamp and its place in decoding order, (keys, 2): empty where stamps do not tell which frame is
-    which. All in units of the stream's time_base."""
-    whole = container.format.name in ("matroska,webm", "flv")  # one length for all its streams
-    shown, keys, ends, newest, last = [], [], Counter(), -math.inf, -math.inf
+    """Time stamps of the frames that are shown, ascending (total,), and of the key frames (keys,):
+    none where stamps do not tell which frame is which. In units of the stream's time_base."""
+    form = container.format.name
+    whole = form in ("matroska,webm", "flv")  # one length for all its streams
+    stamps, keys, reached, newest, last = [], [], 0, -math.inf, -math.inf
     for packet in container.demux([*container.streams] if whole else stream):
-        pts, dts, index = packet.pts, packet.dts, packet.stream_index
-        stamp = dts if pts is None else pts
-        if stamp is not None:
-            ends[index] = max(ends[index], stamp + (packet.duration or 0))
-        if not packet.size or index != stream.index or not (keys or packet.is_keyframe):
-            continue  # what comes before the first key frame cannot be decoded
-        if not packet.is_discard:  # an edit list may hide frames that others need
-            shown.append((pts, dts))
+        stamp = packet.dts if packet.pts is None else packet.pts
         if stamp is None:
             continue
-        place = stamp if dts is None or whole else dts
-        if packet.is_keyframe:
-            keys.append((stamp, place))
+        reached = max(reached, (stamp + (packet.duration or 0)) * float(packet.time_base))
+        if not packet.size or packet.stream != stream or not (keys or packet.is_keyframe):
+            continue  # what comes before the first key frame cannot be decoded
+        place = stamp if packet.dts is None else packet.dts
         if packet.is_keyframe and stamp <= newest or place < last and not whole:
             raise MediaError("unreadable_video", "its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
-    ticks = stream.frames if container.format.name == "avi" else stream.frames and stream.duration
+        if packet.is_keyframe:
+            keys.append(stamp)
+        if not packet.is_discard:  # an edit list may hide frames that others need
+            stamps.append(stamp)
+    ticks = stream.frames if form == "avi" else stream.frames and stream.duration
     said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
-    reached = max([float(end * container.streams[i].time_base) for i, end in ends.items()] or [0])
     if reached < 0.95 * said:  # other formats have no length in their header
         raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
-    stamps = [pts for pts, _ in shown if pts is not None and pts >= keys[0][0]]
-    if 2 * len(stamps) < len(shown):  # AVI may have places in decoding order alone
-        stamps, keys = [dts for _, dts in shown if dts is not None], []
-    if 2 * len(stamps) < max(1, len(shown)):
+    stamps = [stamp for stamp in stamps if stamp >= keys[0]]
+    if not stamps:
         raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
     if stream.codec_context.has_b_frames and stamps == sorted(stamps):
         keys = []  # stamps in decoding order, of frames that are shown in another one
-    return np.array(sorted({*stamps})), np.array(keys).reshape(-1, 2)
+    return np.array(sorted({*stamps})), np.array(keys)
 
 
 def seek_frames(container, stream, wanted, keys, pixels_of):
     """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
-    found, groups = {}, np.searchsorted(keys[:, 0], wanted, side="right") - 1
+    found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
+    by_time = container.format.name.startswith(("mov", "matroska"))
     for last in sorted({*groups.tolist()}) if len(keys) else ():
-        targets = {*wanted[groups == last].tolist()}
-        # MP4 and Matroska seek by time, others by place in decoding order; should that be late too,
-        # the key frame before.
-        for place in (*keys[last].tolist(), int(keys[max(0, last - 1), 1])):
-            container.seek(place, stream=stream)
-            reached = -math.inf
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.pts <= reached:
-                    raise MediaError("unreadable_video", "its time stamps are not in order")
-                reached = frame.pts
-                if reached in targets:
-                    found[reached] = pixels_of(frame)
-                if reached >= max(targets):
-                    break
-            if targets <= found.keys():
+        targets, reached = {*wanted[groups == last].tolist()}, -math.inf
+        place = int(keys[last])
+        if not by_time:  # but by place in decoding order: from a second earlier
+            place = max(0, place - round(1 / stream.time_base))
+        container.seek(place, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts is None or frame.pts <= reached:
+                raise MediaError("unreadable_video", "its time stamps are not in order")
+            reached = frame.pts
+            if reached in targets:
+                found[reached] = pixels_of(frame)
+            if reached >= max(targets):
                 break
-        else:
+        if not targets <= found.keys():
             raise MediaError("unreadable_video", "a frame cannot be decoded")
     return found
 
 
 def walk_frames(path, pts, wanted, pixels_of):
     """The same by decoding all frames: the n-th one has the n-th time stamp of `pts`."""
-    found, place, begun = {}, 0, False
+    found, place = {}, 0
     with open_video(path) as container:
-        for packet in container.demux(container.streams.best("video")):
-            begun = begun or packet.is_keyframe
-            for frame in packet.decode() if begun else ():
-                if frame.pts is None or frame.pts >= pts[0]:
-                    if place < len(pts) and pts[place] in wanted:
-                        found[pts[place]] = pixels_of(frame)
-                    place += 1
+        for frame in container.decode(container.streams.best("video")):
+            if frame.pts is None or frame.pts >= pts[0]:
+                if place < len(pts) and pts[place] in wanted:
+                    found[pts[place]] = pixels_of(frame)
+                place += 1
     if place != len(pts):
         raise MediaError("unreadable_video", f"{place} frames can be decoded of {len(pts)}")
     return found
 
 
-def resizer(min_pixels, max_pixels, share):
-    """A function that gives an av.VideoFrame's pixels, resized by `fit` and upright."""
-    scaler = VideoReformatter()  # one for all frames: it keeps its tables
-
-    def pixels_of(frame):
-        if frame.is_corrupt:
-            raise MediaError("unreadable_video", "a wanted frame is damaged")
-        height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
-        image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-        return np.ascontiguousarray(np.rot90(image.to_ndarray(), round(frame.rotation / 90)))
-
-    return pixels_of
+def resize(frame, scaler, min_pixels, max_pixels, share):
+    """An av.VideoFrame's pixels, by `fit` and upright: uint8 (H, W, 3)."""
+    if frame.is_corrupt:
+        raise MediaError("unreadable_video", "a wanted frame is damaged")
+    height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
+    image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
+    return np.rot90(image.to_ndarray(), round(frame.rotation / 90))
 
 
-def list_frame_folder(path):
-    """The paths of a folder's numbered images, frame2 before frame10. Raises MediaError without one."""
+def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, total_pixels):
+    """read_video of a folder of numbered images, frame2 before frame10."""
     names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
+    names = [name for name in names if name[0] != "."]
     names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
-    if not (paths := [os.path.join(path, name) for name in names if name[0] != "."]):
+    if not names:
         raise MediaError("unreadable_video", "no frames in this folder")
-    return paths
-
-
-def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, share):
-    frames = []
-    images = list_frame_folder(path)
-    indices = sample_positions(len(images), len(images) / folder_fps, fps, max_frames).tolist()
-    for image in [images[i] for i in indices]:
-        frames.append(read_image(image, min_pixels, max_pixels, share(len(indices))))
+    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
+    frames, share = [], total_pixels / len(indices)
+    for name in [names[i] for i in indices]:
+        frames.append(read_image(os.path.join(path, name), min_pixels, max_pixels, share))
         if frames[-1].shape != frames[0].shape:
             sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
-            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({image})")
-    return Video(np.stack(frames), indices, float(folder_fps), len(images))
+            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({name})")
+    return Video(np.stack(frames), indices, float(folder_fps), len(names))
 
 
 def read_medium(medium, limits, folder_fps=None):
@@ -665,8 +621,7 @@ def read_medium(medium, limits, folder_fps=None):
     return read_video(path, limits.fps, limits.max_frames, *bounds)
 
 
-# --------------------------------------------------------------------------------------------------
-# Model inputs.
+# ---- Model inputs.
 
 
 @dataclass
@@ -733,7 +688,6 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     else:
         turns.append({"role": "user", "content": render_problem(record, prompts)})
     check_text("\n".join([*(t["content"] for t in turns), demonstration(record) or ""]), tokenizer)
-
     patches, grids, expanded, vllm_media = [], [], [], {"image": [], "video": []}
     for medium in record["media"]:
         kind, pixels = medium["type"], read_medium(medium, limits, record.get("fps"))
@@ -782,15 +736,13 @@ def target_ids(prompt, tokenizer):
     """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
     text, opened = demonstration(prompt.record), prompt.opened.strip()
     if opened and not text.lstrip().startswith(opened):
-        raise MediaError(
-            "opened", f"the response does not begin with {opened!r}, as the prompt does"
-        )
+        message = f"the response does not begin with {opened!r}, as the prompt does"
+        raise MediaError("opened", message)
     text = text.lstrip().removeprefix(opened).lstrip() if opened else text
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
-# --------------------------------------------------------------------------------------------------
-# Feeding: which record next, decoded ahead of time.
+# ---- Feeding: which record next, decoded ahead of time.
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
@@ -800,14 +752,10 @@ def data_order(count, seed, cursor=0, rank=0, world=1):
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
-
-    def all_ranks():
-        epoch, done = divmod(cursor, count)
-        while True:
-            yield from np.random.default_rng([seed, epoch]).permutation(count)[done:].tolist()
-            epoch, done = epoch + 1, 0
-
-    return itertools.islice(all_ranks(), rank, None, world)
+    epoch, done = divmod(cursor, count)
+    shuffled = lambda epoch: np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    all_ranks = itertools.chain.from_iterable(map(shuffled, itertools.count(epoch)))
+    return itertools.islice(all_ranks, done + rank, None, world)
 
 
 def prefetch(records, function, order, workers, seconds=600):
@@ -849,8 +797,7 @@ def next_items(stream, count, tally, max_bad_share):
     return items
 
 
-# --------------------------------------------------------------------------------------------------
-# Drawing: what an answer says, on what it is about. For --peek, infer.py and evaluate.py's report.
+# ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
 
 
 class Marks(NamedTuple):
@@ -864,14 +811,11 @@ class Marks(NamedTuple):
 
 
 def marks_of(task, answer):
-    """The marks in an answer's text (or None). task: of data.task_of. What is malformed is left out.
-
-    Tracking's key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
+    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Tracking's
+    key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
 
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
-    >>> marks_of("temporal grounding", '{"time": [2, 6.5]}').span
-    (2, 6.5)
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
     time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
@@ -934,8 +878,7 @@ def draw(image, marks, second=None, colour="orange", mask=None):
 
 def enlarged(image, least=256):
     """An image whose longer side has at least so many pixels, by a whole factor."""
-    factor = math.ceil(least / max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    return ImageOps.scale(image, math.ceil(least / max(image.size)), Image.Resampling.NEAREST)
 
 
 def stack(*images, across=False, gap=0):
@@ -987,8 +930,7 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
 
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
     bool (T, H, W)}. cell: pixels of a frame's longer side. The frames are those at whole seconds,
-    where answers have their boxes, and at a segmentation's time. On the bar each lasts until the
-    next."""
+    where answers have their boxes, and at a segmentation's time."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     shown = sorted({*spread.tolist(), *times})
@@ -1008,70 +950,54 @@ def draw_strip(frames, seconds, marks, masks=None, cell=160):
     return stack(row, timeline(row.width, spans, edges, places))
 
 
-# --------------------------------------------------------------------------------------------------
-# --peek: what training will see.
+# ---- --peek: what training will see
 
 
-def token_table(prompt, tokenizer, few=6):
-    """Which tokens SFT learns: those around the first one, and the last. Each row predicts the next."""
-    given, learned = prompt.token_ids, target_ids(prompt, tokenizer)
-    ids, start = given + learned, len(given)
-    rows = [f"{start} tokens given, {len(learned)} learned", "position      id   label  token"]
+def peek(prompt, tokenizer, few=6):
+    """Prints the text and the media of a prompt, and its truth, or which tokens SFT learns: those
+    around the first one, and the last. Each row predicts the next."""
+    record = prompt.record
+    for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+        frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+        tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
+        print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+    count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+    print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+    if not demonstration(record):
+        return print(f"truth: {record['answer']}")
+    start, ids = len(prompt.token_ids), prompt.token_ids + target_ids(prompt, tokenizer)
+    print(f"{demonstration(record)}\n\n{start} tokens given, {len(ids) - start} learned")
+    print("position      id   label  token")
     for i in range(start - few, len(ids)):
         if i < start + few or i >= len(ids) - few:
             label = ids[i] if i >= start else "-"
-            rows.append(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
+            print(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
         elif i == start + few:
-            rows.append("     ...")
-    return "\n".join(rows)
+            print("     ...")
 
 
-def sheet_of(prompts):
-    """An image of what the model sees of each prompt, with the record's own truth drawn in green."""
-    panels, rows = [], []
-    for record, media in [(prompt.record, prompt.vllm["multi_modal_data"]) for prompt in prompts]:
-        truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-        marks, shown = marks_of(task_of(record), truth), []
-        for image in media.get("image", []):
-            shown.append(draw(enlarged(image), marks, None, "lime"))
-        for frames, known in media.get("video", []):
-            seconds = np.array(known["frames_indices"]) / known["fps"]
-            shown.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-        question = record["problem"].partition("\n")[0]
-        text = (
-            f"record {record['index']}, {task_of(record) or 'SFT'}: {question[:200]}\n{truth[:200]}"
-        )
-        panels += [captioned(image, text, above=True) for image in shown]
+def drawn_media(prompt):
+    """Images of what the model sees of a prompt, with the record's own truth drawn in green."""
+    record, media = prompt.record, prompt.vllm["multi_modal_data"]
+    truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
+    marks, question = marks_of(task_of(record), truth), record["problem"].partition("\n")[0]
+    drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
+    for frames, known in media.get("video", []):
+        seconds = np.array(known["frames_indices"]) / known["fps"]
+        drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+    text = f"record {record['index']}: {question[:200]}\n{truth[:200]}"
+    return [captioned(image, text, above=True) for image in drawn]
+
+
+def sheet_of(panels):
+    """One image of all panels: rows of at most 1320 pixels, narrow ones first."""
+    rows = []
     for panel in sorted(panels, key=lambda panel: panel.width):
         if rows and rows[-1].width + panel.width <= 1320:
             rows[-1] = stack(rows[-1], panel, across=True, gap=8)
         else:
             rows.append(panel)
     return stack(*rows, gap=8)
-
-
-def peek(records, processor, limits, prompts):
-    """Prints what the model sees of each record and what it learns. Returns the usable Prompts."""
-    tokenizer, usable = processor.tokenizer, []
-    for record in records:
-        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
-        try:
-            prompt = encode(record, processor, limits, prompts)
-        except MediaError as error:
-            print(f"skipped, {error.reason}: {error}")
-            continue
-        usable.append(prompt)
-        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
-            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-            tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
-            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
-        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-        if demonstration(record):
-            print(f"{demonstration(record)}\n\n{token_table(prompt, tokenizer)}")
-        else:
-            print(f"truth: {record['answer']}")
-    return usable
 
 
 def main():
@@ -1082,9 +1008,7 @@ def main():
     parser.add_argument("--prompts", help="JSON file that replaces the instructions")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
-    parser.add_argument(
-        "--release-prompts", metavar="CLONE", help="print the release's instructions"
-    )
+    parser.add_argument("--release-prompts", metavar="CLONE", help="print those of the release")
     add_limits(parser)
     args = parser.parse_args()
     try:
@@ -1098,11 +1022,20 @@ def main():
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    usable = peek(records[: args.peek], processor, limits_of(args), prompts)
+    usable, panels = 0, []
+    for record in records[: args.peek]:
+        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
+        try:
+            prompt = encode(record, processor, limits_of(args), prompts)
+            peek(prompt, processor.tokenizer)
+        except MediaError as error:
+            print(f"skipped, {error.reason}: {error}")
+            continue
+        usable, panels = usable + 1, panels + drawn_media(prompt)
     if not usable:
         refuse(f"{args.file}: none of the first {args.peek} records can be used")
-    if any(prompt.record["media"] for prompt in usable):
-        sheet_of(usable).save(args.sheet)
+    if panels:
+        sheet_of(panels).save(args.sheet)
         print(f"\nwhat the model sees, with the truth drawn on it: {args.sheet}")
 
 
