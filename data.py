@@ -23,6 +23,7 @@ import math
 import os
 import re
 import signal
+import struct
 import sys
 import textwrap
 import types
@@ -417,6 +418,12 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
+# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
+# bomb, which is refused by its header.
+IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
+IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
+
+
 def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     """An image file as RGB, upright by its EXIF rotation, resized by `fit`: uint8 (H, W, 3).
 
@@ -436,7 +443,7 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
-    except Exception as error:  # on damaged bytes Pillow raises whatever it likes
+    except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
     return np.asarray(image)
 
@@ -593,17 +600,23 @@ def resize(frame, scaler, min_pixels, max_pixels, share):
     return np.rot90(image.to_ndarray(), round(frame.rotation / 90))
 
 
-def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, total_pixels):
-    """read_video of a folder of numbered images, frame2 before frame10."""
+def list_frame_folder(path):
+    """The paths of a folder's numbered images, frame2 before frame10."""
     names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
     names = [name for name in names if name[0] != "."]
     names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
+    return [os.path.join(path, name) for name in names]
+
+
+def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, total_pixels):
+    """read_video of a folder of numbered images."""
+    names = list_frame_folder(path)
     if not names:
         raise MediaError("unreadable_video", "no frames in this folder")
     indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
     frames, share = [], total_pixels / len(indices)
     for name in [names[i] for i in indices]:
-        frames.append(read_image(os.path.join(path, name), min_pixels, max_pixels, share))
+        frames.append(read_image(name, min_pixels, max_pixels, share))
         if frames[-1].shape != frames[0].shape:
             sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
             raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({name})")

@@ -177,7 +177,8 @@ _LEAD = re.compile(  # words before an answer that do not change it
     r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
     r"probably|clearly|definitely|clear|sure|answer|option|choice|letter|one|result|value|score|rating|"
     r"total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|approximately|about|roughly|"
-    r"around|nearly|i(?: would|'d)? (?:think|believe|guess|say|choose|pick|select|give|go with)|"
+    r"around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|pick|select|go with)|appropriate|"
+    r"suitable|accurate|(?:i|we)(?: would|'d)? (?:think|believe|guess|say|give)|"
     r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
     r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
     re.IGNORECASE,
@@ -193,21 +194,25 @@ def without_leads(text):
 
 
 _UNITS = (  # rows: the name, its other spellings
-    "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, s sec second 秒, "
-    "km kilometer kilometre 千米 公里, g gram 克, kg kilogram kilo 千克 公斤, L liter litre 升, "
-    "N newton, Ω ohm, min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, "
-    "ft foot feet, yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
+    "m meter metre 米, cm 厘米, mm 毫米, km 千米 公里, g gram 克, kg kilo 千克 公斤, L liter litre 升, "
+    "N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
+    "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
+    "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
     "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, "
     "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
 )
 _UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
 for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
     _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
+for _prefix, _letter in dict(kilo="k", centi="c", milli="m", mega="M", giga="G").items():
+    for _unit in "meter metre gram liter litre newton joule watt volt ampere pascal hertz".split():
+        _UNITS[_prefix + _unit] = _letter + _UNITS[_unit]
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
     r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|"
-    + "cot csc log exp sqrt root max gcd lcm mod modulo lim alpha beta gamma delta theta lambda sigma phi "
-    "omega infinite zero one two three four five six seven eight nine ten eleven twelve hundred thousand "
+    + "cot csc log exp sqrt root abs det floor ceil sum product max gcd lcm mod modulo lim alpha beta "
+    "gamma delta epsilon zeta eta theta kappa lambda rho sigma tau phi chi psi omega infinite zero one "
+    "two three four five six seven eight nine ten eleven twelve hundred thousand "
     "lakh crore dozen score gross half halve third quarter and but not plus minus time over divided "
     "multiplied squared square cubed cube cubic power factorial choose fold double triple twice more les "
     "fewer greater smaller than least most below above under negative positive through until versus from "
