@@ -41,9 +41,9 @@ def run(*command, ranks=0, restarts=0, timeout=300, check=True):
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """A small toy world: model, records of all tasks in all three forms, media."""
+    """A small toy world: an untrained model, records of all tasks in all three forms, media."""
     folder = tmp_path_factory.mktemp("toy")
-    run("tests/toy.py", folder, "--sft", 96, "--rl", 96, "--eval", 2)
+    run("tests/toy.py", folder, "--sft", 96, "--rl", 96, "--eval", 2, "--random")
     return folder
 
 

@@ -683,6 +683,7 @@ def main():
         metavar=("IN", "OUT"),
         help="exchange the media of a JSON file; OUT beside IN",
     )
+    parser.add_argument("--random", action="store_true", help="weights that were never trained")
     args = parser.parse_args()
     if args.shuffle_media:
         shuffle_media(*args.shuffle_media, args.seed)
@@ -690,7 +691,8 @@ def main():
     if args.folder is None:
         parser.error("the folder to write to is missing")
     write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.plus)
-    parameters = write_model(args.folder / "model", args.seed)
+    base = None if args.random else BASE
+    parameters = write_model(args.folder / "model", args.seed, base=base)
     print(f"{args.folder}: {args.sft} SFT and {args.rl} RL records, {args.eval} evaluation records for each of "
           f"{len(TASKS)} tasks, a model of {parameters:,} parameters")  # fmt: skip
 
