@@ -19,7 +19,7 @@ say "1 toy world: a tiny Qwen3-VL that can see, images, videos, records of all t
 
 say "2 supervised cold start, $sft_steps steps on 2 ranks"
 torchrun --standalone --nproc-per-node 2 sft.py --model $out/toy/model --data $out/toy/sft_*.json --out $out/sft \
-    --steps $sft_steps --lr 2e-3 --train-vision --dtype float32 --no-recompute --workers 1 $limits
+    --steps $sft_steps --lr 1e-3 --train-vision --dtype float32 --no-recompute --workers 1 $limits
 
 say "3 EMA-GRPO, $rl_steps steps on 2 ranks"
 torchrun --standalone --nproc-per-node 2 rl_ema_grpo.py --model $out/sft --data $out/toy/rl_train.json --out $out/rl \
