@@ -226,6 +226,8 @@ def main():
     }
     save_file(state, toy.BASE, {"format": "pt"})
     told = dict(sha256=hashlib.sha256(toy.BASE.read_bytes()).hexdigest(), steps=step - 1)
+    words = json.loads((args.folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    told["vocabulary"] = hashlib.sha256(json.dumps(words).encode()).hexdigest()
     told |= dict(command=" ".join(["python", *sys.argv]), loss=round(float(np.mean(losses)), 4))
     toy.BASE.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
 

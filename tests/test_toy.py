@@ -270,3 +270,26 @@ def test_shuffled_media_are_all_others(world, records):
             assert (old["problem"], old["answer"]) == (new["problem"], new["answer"])
             assert Path(new["media"][0]["path"]).is_file()
         assert Counter(r["path"] for r in shuffled) == Counter(r["path"] for r in records[name])
+
+
+def test_the_base_is_what_its_file_says(world, records):
+    """Weights of another tokenizer, of unknown origin, or that have seen what they are asked later."""
+    import random
+
+    import cpu_compat  # noqa: F401 (before transformers)
+    import pretrain
+    from transformers import AutoTokenizer
+
+    told = json.loads(toy.BASE.with_suffix(".json").read_text())
+    assert hashlib.sha256(toy.BASE.read_bytes()).hexdigest() == told["sha256"]
+    assert toy.BASE.stat().st_size < 2_500_000
+    tokenizer = AutoTokenizer.from_pretrained(world / "model")
+    words = json.loads((world / "model" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert hashlib.sha256(json.dumps(words).encode()).hexdigest() == told["vocabulary"]
+    rng = random.Random(1)
+    for _ in range(300):
+        kind, scene, pairs = pretrain.scene_of(rng)
+        assert not toy.held_out(scene)
+        assert not any("<answer>" in answer for _, answer in pairs)
+    group, weights = pretrain.group_of(tokenizer, kind, scene, pairs)
+    assert len(weights) == sum(map(len, group.responses)) and len(group.prompt.patches) > 0
