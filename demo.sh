@@ -41,7 +41,7 @@ python - $out <<'EOF'
 import json, sys
 print("\nOne held-out question, answered after SFT and after RL:")
 for name in ("sft", "rl"):
-    with open(f"{sys.argv[1]}/eval/{name}/numerical.jsonl") as file:
+    with open(f"{sys.argv[1]}/eval/{name}/ocr.jsonl") as file:
         answer = json.loads(next(file))
     print(f"{name.upper():>4}: {answer['response']}   (accuracy {answer['accuracy']:.0f})")
 EOF
