@@ -290,6 +290,8 @@ def check(args):
     benchmarks, settings, encode, sam2 = {}, {}, {}, args.sam2 or ""
     if not (args.data and args.out and (args.model or args.regrade)):
         data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
+    if os.path.isdir(f"{args.out}/checkpoints"):
+        data.refuse(f"--out {args.out} is the folder of a training run: name another")
     if bool(args.judge_url) != bool(args.judge_model):
         data.refuse("--judge-url and --judge-model go together")
     local = os.path.isdir(os.path.dirname(sam2) or ".") or sam2.count("/") != 1

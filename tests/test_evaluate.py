@@ -845,6 +845,8 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     assert "SFT records" in said(data=[file("sft.json", [dict(messages=turns)])])
     assert "1 of 1 media are missing, such as" in said(media_root=str(tmp_path / "elsewhere"))
     assert "go together" in said(judge_url="http://x/v1")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # whose args.json would be overwritten
+    assert "the folder of a training run" in said(out=str(tmp_path / "run"))
     for sam2 in ("nowhere", str(tmp_path), f"{tmp_path}/sam2"):
         assert f"--sam2 {sam2}: no folder of a SAM2" in said(sam2=sam2)
     assert "expected a list of objects" in said(data=[file("Video_Holmes.json", '{"a": 1}')])
