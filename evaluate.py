@@ -825,7 +825,7 @@ def write_report(out, table, said, benchmarks, lines, count=9):
             score, i = ranked[place]
             sections.append(card(benchmarks[name][each[i]["position"]], each[i], score))
         sections.append("</div>")
-    shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model", "commit")
+    shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model")
     settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
     settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
     title = f"Evaluation of {os.path.basename(os.path.abspath(out))}"

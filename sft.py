@@ -633,7 +633,7 @@ def main():
     make_pair = partial(training_pair, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, step * size, rank, world)
     stream = data.prefetch(records, make_pair, order, args.workers)
-    tally = Counter(state.get("counts") if rank == 0 else {})
+    tally, losses = Counter(state.get("counts") if rank == 0 else {}), []
     bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
     for step in bar:
         begin = time.time()
@@ -649,7 +649,8 @@ def main():
         row = dict(step=step, **numbers, lr=rate, gb=peak_gb()) | counts
         row |= {"seconds/step": seconds, "seconds/data": waited}
         log_metrics(args.out, row | dict(tokens_per_second=numbers["tokens"] / seconds))
-        bar.set_postfix_str(f"loss {numbers['loss']:.3f}")
+        losses = [*losses[-49:], numbers["loss"]]
+        bar.set_postfix_str(f"loss {losses[-1]:.3f}, mean of 50 {sum(losses) / len(losses):.3f}")
         stopping = stop.now()
         if step % args.save_every == 0 or step == steps or stopping:
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))

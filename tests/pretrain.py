@@ -125,7 +125,7 @@ def scene_of(rng):
     long, short = task_questions(rng, task, item, kind)
     if kind == "video":
         asked = list(questions_of_video(rng, scene))
-    elif scene[0][0].w == 24:
+    elif scene[0][0].w == 24:  # the shapes of toy.cells
         asked = list(questions_of_cells(rng, scene[0]))
     else:
         asked = list(questions_of_image(rng, scene[0]))
@@ -181,6 +181,7 @@ def main():
     parser.add_argument("--scenes", type=int, default=24, help="per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--base", type=Path, default=toy.BASE, help="where its weights go")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -198,15 +199,17 @@ def main():
     optimizers.append(torch.optim.Muon([named[name] for name in inside], **settings))
 
     batches = Batches(tokenizer, args.scenes, args.seed)
-    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1)
+    as_it_is = lambda batch: batch  # the default would make lists of the tuples in `sequences`
+    loader = torch.utils.data.DataLoader(
+        batches, None, num_workers=1, collate_fn=as_it_is, multiprocessing_context="fork"
+    )
     begin, losses = time.time(), deque(maxlen=200)
     for step, (batch, weights) in enumerate(loader, 1):
-        share = (
-            (time.time() - begin) / 60 / args.minutes
-        )  # of the time: warm-up, constant, then down
+        share = (time.time() - begin) / 60 / args.minutes
         if share >= 1:
             break
         for group in [group for optimizer in optimizers for group in optimizer.param_groups]:
+            # Warm-up, constant for half of the time, then down to 2%.
             group["lr"] = args.lr * min(1, step / 100, 2 * (1 - share) + 0.02)
         logps = sft.response_logps(model, batch)
         loss = -(logps * weights).sum() / weights.sum()
@@ -224,12 +227,12 @@ def main():
         for name, w in model.state_dict().items()
         if name != "lm_head.weight"
     }
-    save_file(state, toy.BASE, {"format": "pt"})
-    told = dict(sha256=hashlib.sha256(toy.BASE.read_bytes()).hexdigest(), steps=step - 1)
+    save_file(state, args.base, {"format": "pt"})
+    told = dict(sha256=hashlib.sha256(args.base.read_bytes()).hexdigest(), steps=step - 1)
     words = json.loads((args.folder / "model" / "tokenizer.json").read_text())["model"]["vocab"]
     told["vocabulary"] = hashlib.sha256(json.dumps(words).encode()).hexdigest()
     told |= dict(command=" ".join(["python", *sys.argv]), loss=round(float(np.mean(losses)), 4))
-    toy.BASE.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+    args.base.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

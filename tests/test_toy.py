@@ -272,6 +272,17 @@ def test_shuffled_media_are_all_others(world, records):
         assert Counter(r["path"] for r in shuffled) == Counter(r["path"] for r in records[name])
 
 
+def test_pretraining_runs_and_leaves_a_base(tmp_path):
+    """A script of which only the result is ever used: it no longer runs when somebody wants another."""
+    base = tmp_path / "base.safetensors"
+    flags = "--minutes", "0.05", "--scenes", "2", "--base", str(base)
+    script = Path(toy.__file__).with_name("pretrain.py")
+    subprocess.run([sys.executable, script, tmp_path, *flags], check=True, capture_output=True)
+    told = json.loads(base.with_suffix(".json").read_text())
+    assert told["steps"] > 0 and 0 < told["loss"] < 20
+    assert toy.write_model(tmp_path / "again", 0, base=base) == 813_504
+
+
 def test_the_base_is_what_its_file_says(world, records):
     """Weights of another tokenizer, of unknown origin, or that have seen what they are asked later."""
     import random
