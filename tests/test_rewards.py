@@ -753,3 +753,21 @@ def test_workers_are_launched_by_the_calling_thread(monkeypatch):
     monkeypatch.setattr(rewards, "Popen", record)
     with Grader(workers=2):
         assert threads == [threading.main_thread()] * 2
+
+
+@pytest.mark.parametrize(
+    "kind, truth, answer, right",
+    [
+        ("math", "15 kJ", "15 kilojoules", 1),
+        ("math", "15 mL", "15 milliliters", 1),
+        ("math", "15 kJ", "15 joules", 0),
+        ("math", "5", "5 tau", 0),
+        ("math", "5", "5 floor", 0),
+        ("multiple choice", "B", "We can see that the answer is B", 1),
+        ("multiple choice", "B", "The most appropriate choice is B", 1),
+        ("multiple choice", "B", "We cannot see that the answer is B", 0),
+    ],
+)
+def test_long_names_and_long_leads(kind, truth, answer, right):
+    """kJ unlike kilojoules, a Greek letter taken for a unit, a choice lost behind its introduction."""
+    assert rewards.accuracy(dict(problem_type=kind, answer=truth), answer) == right
