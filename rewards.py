@@ -793,11 +793,8 @@ class Grader:
         record, answer = pair
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for errors in range(2):
-            worker = self.idle.get()
-            if worker.stdout.readline() != "ready\n":  # no wrong answer, but a broken grader
-                self.idle.put(worker)
-                raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
-            late = False
+            worker, late = self.idle.get(), False
+            ready = worker.stdout.readline() == "ready\n"
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
                 late = not wait([worker.stdout], self.seconds)
@@ -810,6 +807,8 @@ class Grader:
                 self.idle.put(self._launch())
                 if late:
                     return 0.0, 1, errors
+        if not ready:  # no wrong answer, but a broken grader
+            raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
         return 0.0, 0, 2
 
     def close(self, *_):
