@@ -1,249 +1,247 @@
-"""The table and the picture of tests/ablation.sh.
+"""What to divide advantages by: EMA-GRPO, GRPO and Dr.GRPO on three kinds of tasks.
 
-python tests/ablation.py runs/ablation      # reads the runs; writes assets/ablation.json, then as below
-python tests/ablation.py                    # from assets/ablation.json: prints the table, draws assets/ablation.png
+    python tests/ablation.py world DIR       # records of three kinds of tasks, and the toy's model
+    python tests/ablation.py train FLAGS     # rl_ema_grpo.py FLAGS; also logs who answers with care
+    python tests/ablation.py collect RUNS    # reads the runs, writes assets/ablation.json
+    python tests/ablation.py                 # the table and assets/ablation.png, from that file
+
+`bash tests/ablation.sh` does it all. The setting is made to show a mechanism. A teacher answers half
+of the records "At a glance.", the others "Step by step: ...", in the same words in all tasks. Which
+of the two manners is the better one depends on the kind of task:
+
+    exact   careful is right, a glance is wrong
+    fine    a glance is exact, careful is a hair off: the rewards of a group hardly differ
+    mixed   in two of three records a glance is exact and careful a hair off; in the third a glance is
+            far off and careful exact. By the mean careful is better, by the number of groups a glance
+
+So who divides by nothing (Dr.GRPO) hears little of the fine tasks. Who divides each group by its own
+std (GRPO) counts the groups of the mixed ones.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import method_without_images
-import matplotlib
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-ASSETS = Path(__file__).resolve().parents[1] / "assets"
-METHODS = {
-    "ema_grpo": ("EMA-GRPO", "tab:blue"),
-    "grpo": ("GRPO", "tab:orange"),
-    "dr_grpo": ("Dr.GRPO", "tab:green"),
+import toy
+
+KINDS = {
+    "exact": ("OCR", "math"),
+    "fine": ("regression", "temporal grounding"),
+    "mixed": ("spatial grounding", "spatial-temporal grounding"),
 }
+CAREFUL = {"exact": True, "fine": False, "mixed": True}  # is that the better manner?
+METHODS = {"ema_grpo": "EMA-GRPO", "grpo": "GRPO", "dr_grpo": "Dr.GRPO"}
+COLOURS = {"ema_grpo": "tab:blue", "grpo": "tab:orange", "dr_grpo": "tab:green"}
 
 
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+# --------------------------------------------------------------------------------------------------
+# Records
 
 
-def short(number):
-    return None if number is None else round(number, 4)
+def hair(answer, side):
+    """An answer a hair off, of accuracy 0.8 to 0.97: 8% too long, 0.2 s too long, 2 pixels too narrow."""
+
+    def narrower(box):
+        x1, y1, x2, y2 = box
+        return [x1, y1, toy.coordinate(round(x2 * side / 1000) - 2, side), y2]
+
+    if isinstance(answer, str):
+        return f"{1.08 * float(answer):.1f}"
+    boxes = answer.get("boxes")
+    if boxes is None:
+        start, end = answer["time"]
+        return {"time": [start, end + 0.2]}
+    if isinstance(boxes, list):
+        return {"boxes": narrower(boxes)}
+    return answer | {"boxes": {second: narrower(box) for second, box in boxes.items()}}
+
+
+def slips(answer, side):
+    """Whether a glance at a mixed record is far off: by a rule that does not meet the eye."""
+    boxes = answer["boxes"]
+    x, y, *_ = boxes if isinstance(boxes, list) else next(iter(boxes.values()))
+    column, row = (round(v * side / 1000) // toy.GRID for v in (x, y))
+    return (column + row) % 3 == 0
+
+
+def of_kind(kind, make):
+    """A task of the toy, its two manners made those of the kind."""
+
+    def made(rng, turn):
+        item = make(rng, turn)
+        side = toy.IMAGE if len(item.scene) == 1 else toy.VIDEO
+        if kind == "exact" or kind == "mixed" and slips(item.answer, side):
+            return item
+        return item._replace(slip=item.answer, careful=hair(item.answer, side))
+
+    return made
+
+
+TASKS = {task: of_kind(kind, toy.TASKS[task]) for kind, tasks in KINDS.items() for task in tasks}
+
+
+def write_world(folder):
+    toy.write_world(folder, 0, sft=12000, rl=4000, per_task=60, tasks=TASKS, glances=0.5)
+    toy.write_model(folder / "model", 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def train(flags):
+    """rl_ema_grpo.py, which also logs careful/<task>: the share of all responses that are careful."""
+    import cpu_compat  # noqa: F401  (before transformers)
+    from transformers import AutoTokenizer
+
+    import rl_ema_grpo
+    from data import task_of
+
+    tokenizer = AutoTokenizer.from_pretrained(flags[flags.index("--model") + 1])
+    glance, summarise = tokenizer.encode(" glance")[0], rl_ema_grpo.summarise
+
+    def with_shares(seen, *rest):
+        careful = {}
+        for group in seen:
+            shares = careful.setdefault(task_of(group.prompt.record), [])
+            shares += [glance not in response for response in group.responses]
+        shares = {f"careful/{task}": float(np.mean(each)) for task, each in careful.items()}
+        return summarise(seen, *rest) | shares
+
+    rl_ema_grpo.summarise = with_shares
+    sys.argv = ["rl_ema_grpo.py", *flags]
+    rl_ema_grpo.main()
 
 
 def collect(folder):
-    """Out of a folder of runs, what the table and the picture need.
-
-    "runs": <method>-<seed> -> metric -> one number per step (None where a step had no record of the task);
-    "groups": method -> [task, std of the group's rewards, root mean square of its advantages] of sampled groups;
-    "heldout": sft or <method>-<seed> -> task -> accuracy of each held-out record;
-    "without_images": what tests/method_without_images.py gives, every third step.
-    """
-    result = dict(runs={}, groups={method: [] for method in METHODS}, heldout={})
+    """{<method>-<seed>: {metric: a value per step, None where a step has none}} of a folder of runs."""
+    runs, wanted = {}, ("careful", "std", "advantage", "eval")
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
-        rows, name = read(path), path.parent.name
-        keys = {
-            key
-            for row in rows
-            for key in row
-            if key.split("/")[0] in ("reward", "advantage", "std")
-        }
-        result["runs"][name] = {key: [short(row.get(key)) for row in rows] for key in sorted(keys)}
-        for entry in read(path.with_name("rollouts.jsonl")):
-            if entry["advantages"]:
-                size = np.sqrt(np.mean(np.square(entry["advantages"])))
-                result["groups"][name.split("-")[0]].append(
-                    [entry["task"], short(np.std(entry["rewards"])), short(size)]
-                )
-    for path in sorted(folder.glob("eval/*/*.jsonl")):
-        if path.stem != "judge":
-            lines = sorted(read(path), key=lambda line: line["position"])
-            task = lines[0]["task"]
-            result["heldout"].setdefault(path.parent.name, {})[task] = [
-                short(line["accuracy"]) for line in lines
-            ]
-    result["without_images"] = {
-        method: shares[:, ::3].round(4).tolist()
-        for method, shares in method_without_images.curves().items()
-    }
-    return result
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        keys = sorted({key for row in rows for key in row if key.split("/")[0] in wanted})
+        short = lambda value: None if value is None else round(value, 4)
+        runs[path.parent.name] = {key: [short(row.get(key)) for row in rows] for key in keys}
+    return runs
 
 
-def heldout_of(result, method):
-    """Accuracy of every held-out record, (seeds, tasks, records)."""
-    runs = [tasks for name, tasks in result["heldout"].items() if name.split("-")[0] == method]
-    return np.array([[tasks[task] for task in sorted(tasks)] for tasks in runs])
+# --------------------------------------------------------------------------------------------------
+# The table and the picture
 
 
-def resampled(accuracy, draws=2000):
-    """Bootstrap of the mean over seeds and records, both drawn with replacement -> (draws, tasks). Every method meets the same
-    draws of records, so that differences of methods are paired."""
-    seeds, _, records = accuracy.shape
-    chosen_records = np.random.default_rng(0).integers(records, size=(draws, records))
-    chosen_seeds = np.random.default_rng(1).integers(seeds, size=(draws, seeds))
-    return np.array(
-        [accuracy[s][:, :, r].mean((0, 2)) for s, r in zip(chosen_seeds, chosen_records)]
+def values_of(runs, method, metric, kind):
+    """A metric, the mean over a kind's tasks: (seeds, steps), nan where a step has none."""
+    own = [run for name, run in runs.items() if name.rpartition("-")[0] == method]
+    each = [[run[f"{metric}/{task}"] for task in KINDS[kind]] for run in own]
+    values = np.array(each, dtype=float)  # (seeds, tasks, steps)
+    there = ~np.isnan(values)
+    return np.where(there, values, 0).sum(1) / np.where(there.any(1), there.sum(1), np.nan)
+
+
+def better(runs, method, kind):
+    """The share of all responses in the better manner, (seeds, steps), the mean of up to 5 steps."""
+    shares = values_of(runs, method, "careful", kind)
+    shares = shares if CAREFUL[kind] else 1 - shares
+    steps = range(shares.shape[1])
+    return np.stack([np.nanmean(shares[:, max(0, i - 4) : i + 1], 1) for i in steps], 1)
+
+
+def interval(values):
+    """Mean and 95% t interval over seeds, (seeds,) -> (mean, low, high)."""
+    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}[len(values)]
+    mean, half = np.mean(values), t * np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def steps_to(shares, goal=0.9):
+    """The first step at which each seed's share reaches the goal; None if it never does."""
+    return [int(np.argmax(row >= goal)) + 1 if (row >= goal).any() else None for row in shares]
+
+
+def held_out(runs, method, kind):
+    """Held-out accuracy in percent at each evaluation: (seeds, evaluations)."""
+    values = 100 * values_of(runs, method, "eval", kind)
+    return values[:, ~np.isnan(values[0])]
+
+
+def print_table(runs):
+    first = next(iter(runs.values()))
+    updates = [i for i, value in enumerate(first[f"eval/{KINDS['exact'][0]}"]) if value is not None]
+    span = lambda values: "{:5.1f} [{:5.1f}, {:5.1f}]".format(*interval(values))
+    print(f"{'':34}" + "".join(f"{title:>22}" for title in METHODS.values()))
+    row = lambda text, cells: print(f"{text:34}" + "".join(f"{cell:>22}" for cell in cells))
+    for kind, tasks in KINDS.items():
+        print(f"{kind}: {', '.join(tasks)}")
+        shares = [better(runs, method, kind) for method in METHODS]
+        row("  better manner in the end, percent", [span(100 * each[:, -1]) for each in shares])
+        text = lambda each: ", ".join("-" if step is None else str(step) for step in steps_to(each))
+        row("  steps until 90% of it, by seed", [text(each) for each in shares])
+        sizes = [values_of(runs, method, "advantage", kind) for method in METHODS]
+        row("  size of advantages", [f"{np.nanmean(each):.2f}" for each in sizes])
+        for i in (1, len(updates) - 1):
+            cells = [span(held_out(runs, method, kind)[:, i]) for method in METHODS]
+            row(f"  accuracy after {updates[i]} steps", cells)
+    mean = {m: np.mean([held_out(runs, m, kind)[:, -1] for kind in KINDS], 0) for m in METHODS}
+    row("mean accuracy in the end", [span(each) for each in mean.values()])
+    print("\nEMA-GRPO less another, in the end, paired over seeds, 95% interval")
+    print(f"{'':34}" + "".join(f"{METHODS[other]:>22}" for other in ("grpo", "dr_grpo")))
+    for kind in KINDS:
+        ours, *others = (100 * better(runs, method, kind)[:, -1] for method in METHODS)
+        row(f"  {kind}: better manner", [span(ours - other) for other in others])
+        ours, *others = (held_out(runs, method, kind)[:, -1] for method in METHODS)
+        row(f"  {kind}: accuracy", [span(ours - other) for other in others])
+    ours, *others = mean.values()
+    row("  mean accuracy", [span(ours - other) for other in others])
+
+
+def draw(runs, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
+    titles = dict(
+        exact="careful is right", fine="a glance is, by a hair", mixed="careful, on average"
     )
-
-
-def intervals(result):
-    """method, "sft" and differences -> (mean (tasks + 1,), low, high), in percent; the last entry is the mean over tasks."""
-    draws, means = {}, {}
-    for method in ("sft", *METHODS):
-        accuracy = 100 * heldout_of(result, method)
-        means[method], draws[method] = accuracy.mean((0, 2)), resampled(accuracy)
-    for method in METHODS:
-        for other in ("sft", *METHODS):
-            means[f"{method} - {other}"], draws[f"{method} - {other}"] = (
-                each[method] - each[other] for each in (means, draws)
-            )
-    with_mean = lambda values: np.concatenate([values, values.mean(-1, keepdims=True)], axis=-1)
-    return {
-        name: (with_mean(means[name]), *np.percentile(with_mean(draws[name]), [2.5, 97.5], axis=0))
-        for name in draws
-    }
-
-
-def print_table(result, tasks, table):
-    print(f"{'held-out accuracy in percent':28}      SFT" + "".join(f"{title:>10}" for title, _ in METHODS.values())
-          + "      EMA-GRPO - GRPO [95%]   EMA-GRPO - Dr.GRPO [95%]")  # fmt: skip
-    for i, task in enumerate([*tasks, f"mean over {len(tasks)} tasks"]):
-        cells = f"{table['sft'][0][i]:9.1f}" + "".join(
-            f"{table[method][0][i]:10.1f}" for method in METHODS
-        )
-        for other in ("grpo", "dr_grpo"):
-            value, low, high = (side[i] for side in table[f"ema_grpo - {other}"])
-            cells += f"   {value:+7.1f} [{low:+6.1f}, {high:+6.1f}]"
-        print(f"{task:28}{cells}")
-    print(
-        "\nreward std and how hard a task pulls (root mean square advantage), means over steps and seeds"
-    )
-    print(f"{'':28}{'std':>9}" + "".join(f"{title:>10}" for title, _ in METHODS.values()))
-    for task in tasks:
-        cells = [step_means(result, "ema_grpo", f"std/{task}")] + [
-            step_means(result, method, f"advantage/{task}") for method in METHODS
-        ]
-        print(f"{task:28}{cells[0]:9.3f}" + "".join(f"{cell:10.2f}" for cell in cells[1:]))
-
-
-def curves(result, method, key):
-    """One metric of all seeds of a method: (seeds, steps), nan where a step has none."""
-    runs = [run for name, run in result["runs"].items() if name.split("-")[0] == method]
-    return np.array([run[key] for run in runs], dtype=float)
-
-
-def step_means(result, method, key):
-    return float(np.nanmean(curves(result, method, key)))
-
-
-def smooth(values, width):
-    """(seeds, steps): the mean over the last `width` steps that have a value; nan where none has."""
-    sums, counts = (
-        np.cumsum(part, axis=1, dtype=float) for part in (np.nan_to_num(values), ~np.isnan(values))
-    )
-    for part in (sums, counts):
-        part[:, width:] -= part[:, :-width].copy()
-    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
-
-
-def draw(result, tasks, table, path):
-    figure = plt.figure(figsize=(15, 19), constrained_layout=True)
-    grid = figure.add_gridspec(5, 12, height_ratios=[1.8, 1.8, 1, 1, 1])
-    tasks = sorted(tasks, key=lambda task: step_means(result, "ema_grpo", f"std/{task}"))
-    places = {task: i for i, task in enumerate(sorted(tasks))}  # of the table
-
-    axis = figure.add_subplot(grid[0, :6])
-    for method, (title, colour) in METHODS.items():
-        sizes = [step_means(result, method, f"advantage/{task}") for task in tasks]
-        axis.plot(sizes, range(len(tasks)), "o-", color=colour, label=title, linewidth=1)
-    labels = [f"{task}  {step_means(result, 'ema_grpo', f'std/{task}'):.2f}" for task in tasks]
-    axis.set_yticks(range(len(tasks)), labels)
-    axis.set(
-        title="Between tasks: how hard each one pulls\n(root mean square advantage; beside a task: its reward std)",
-        xscale="log",
-    )
-    axis.legend()
-
-    axis = figure.add_subplot(grid[0, 6:])
-    for method, (title, colour) in METHODS.items():
-        groups = [
-            (std, size) for task, std, size in result["groups"][method] if std > 0 and size > 0
-        ]
-        axis.scatter(*zip(*groups), s=6, color=colour, alpha=0.5, label=title)
-    axis.set(title="Inside a task: a group's advantages\nby the std of its rewards", xscale="log", yscale="log", xlabel="std of the group's rewards")  # fmt: skip
-    axis.legend()
-
-    axis = figure.add_subplot(grid[1, :6])
-    for k, (method, (title, colour)) in enumerate(METHODS.items()):
-        mean, low, high = table[f"{method} - sft"]
-        rows = [places[task] for task in tasks] + [len(tasks)]
-        y = np.arange(len(rows)) + 0.22 * (1 - k)
-        errors = [[mean[i] - low[i] for i in rows], [high[i] - mean[i] for i in rows]]
-        axis.errorbar(
-            mean[rows],
-            y,
-            xerr=errors,
-            fmt="o",
-            color=colour,
-            markersize=4,
-            linewidth=1,
-            label=title,
-        )
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(tasks) + 1), [*tasks, "mean"])
-    axis.set(
-        title="Held-out accuracy minus that of the SFT model,\npercent, 95% over seeds and records"
-    )
-    axis.legend(loc="lower right")
-
-    axis = figure.add_subplot(grid[1, 6:])
-    for method, (title, colour) in METHODS.items():
-        for k, (kind, style) in enumerate(
-            (("QA, reward 0 or 1", "--"), ("box, reward 0.70 or 0.75", "-"))
-        ):
-            shares = 100 * np.array(result["without_images"][method])[:, :, k]
-            steps = np.arange(shares.shape[1]) * 3
-            axis.plot(steps, shares.mean(0), style, color=colour, label=f"{title}: {kind}")
-            axis.fill_between(
-                steps, shares.min(0), shares.max(0), color=colour, alpha=0.1, linewidth=0
-            )
-    axis.set(
-        title="A task of tiny reward spread (tests/method_without_images.py):\nright answers in percent; band: all ten seeds",
-        xlabel="step",
-    )
-    axis.legend(fontsize="small")
-
-    for i, task in enumerate(tasks):
-        axis = figure.add_subplot(grid[2 + i // 4, 3 * (i % 4) : 3 * (i % 4) + 3])
-        for method, (_, colour) in METHODS.items():
-            values = smooth(curves(result, method, f"reward/{task}"), 10)
-            steps = np.arange(1, values.shape[1] + 1)
-            axis.plot(steps, values.mean(0), color=colour)
-            axis.fill_between(
-                steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0
-            )
-        axis.set(title=f"{task}: reward" + ", band: all seeds" * (i == 0), xlabel="step")
-    for axis in figure.axes:
+    for (kind, title), (top, below) in zip(titles.items(), axes.T):
+        for method, label in METHODS.items():
+            for axis, values in (
+                (top, 100 * better(runs, method, kind)),
+                (below, values_of(runs, method, "advantage", kind)),
+            ):
+                steps, style = np.arange(1, values.shape[1] + 1), dict(color=COLOURS[method])
+                axis.plot(steps, np.nanmean(values, 0), label=label, **style)
+                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+                axis.fill_between(steps, low, high, alpha=0.15, linewidth=0, **style)
+        top.set(title=f"{kind} tasks: {title}", ylim=(0, 100))
+        below.set(xlabel="step", yscale="log", ylim=(0.01, 2))
+    axes[0][0].set(ylabel="responses in the better manner, %")
+    axes[1][0].set(ylabel="size of advantages (rms)")
+    axes[0][0].legend(loc="lower right")
+    for axis in axes.ravel():
         axis.grid(alpha=0.3)
-        for side in (axis.xaxis, axis.yaxis):
-            if side.get_scale() == "log":
-                side.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                side.set_major_formatter(ScalarFormatter())
-                side.set_minor_formatter(NullFormatter())
-    figure.savefig(path, dpi=75)
+    figure.savefig(path, dpi=80)
 
 
 def main():
-    stored = ASSETS / "ablation.json"
-    if len(sys.argv) > 1:
-        stored.write_text(json.dumps(collect(Path(sys.argv[1])), separators=(",", ":")) + "\n")
-    result = json.loads(stored.read_text())
-    tasks = sorted(result["heldout"]["sft"])
-    table = intervals(result)
-    print_table(result, tasks, table)
-    draw(result, tasks, table, ASSETS / "ablation.png")
-    print(f"\n{ASSETS / 'ablation.png'}: {len(result['runs'])} runs")
+    command, *flags = sys.argv[1:] or [""]
+    if command == "world":
+        return write_world(Path(flags[0]))
+    if command == "train":
+        return train(flags)
+    stored = ROOT / "assets/ablation.json"
+    if command == "collect":
+        stored.write_text(json.dumps(collect(Path(flags[0])), separators=(",", ":")) + "\n")
+    elif command:
+        sys.exit(__doc__)
+    runs = json.loads(stored.read_text())
+    print_table(runs)
+    draw(runs, stored.with_suffix(".png"))
 
 
 if __name__ == "__main__":

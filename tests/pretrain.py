@@ -120,7 +120,7 @@ def task_questions(rng, task, item, kind):
 def scene_of(rng):
     """A random scene that is not held out: its kind of medium, its seconds, [(question, answer)]."""
     task = rng.choice(list(toy.TASKS))
-    item = toy.some_item(rng, task, rng.randrange(1200))
+    item = toy.some_item(rng, toy.TASKS[task], rng.randrange(1200))
     scene, kind = item.scene, "image" if len(item.scene) == 1 else "video"
     long, short = task_questions(rng, task, item, kind)
     if kind == "video":

@@ -29,7 +29,6 @@ import json
 import os
 import random
 import sys
-from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 from typing import NamedTuple
@@ -76,6 +75,7 @@ class Item(NamedTuple):
     slip: object  # the answer at a glance
     options: tuple = ()
     target: Shape = None  # what a mask is wanted of
+    careful: object = None  # the answer step by step, where that is not the true one (ablation.py)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,14 +230,13 @@ def math(rng, turn):
     return Item(scene, problem, thought, rf"\frac{{\sqrt{{{r}}}}}{{{b}}}", rf"\frac{{{r}}}{{{b}}}")
 
 
-def regression(rng, turn, plus=0):
+def regression(rng, turn):
     length = 2 + turn % 10
     start, line = rng.randint(0, 12 - length), rng.randint(0, 4)
     bar = Shape(rng.choice(list(COLOURS)), "bar", start * 8, line * 16, length * 8, 32)
     thought = f"The bar goes from {start} to {start + length}."
     problem = "The picture is 12 units wide and high. How long is the bar?"
-    problem += f" Add {plus}." * bool(plus)
-    return Item(((bar,),), problem, thought, str(length + plus), str(length + 1 + plus))
+    return Item(((bar,),), problem, thought, str(length), str(length + 1))
 
 
 def ocr(rng, turn):
@@ -422,8 +421,7 @@ def held_out(scene):
     return int(digest(scene), 16) % 8 == 0
 
 
-def some_item(rng, task, turn, plus=0, for_evaluation=False):
-    make = partial(regression, plus=plus) if task == "regression" else TASKS[task]
+def some_item(rng, make, turn, for_evaluation=False):
     while held_out((item := make(rng, turn)).scene) != for_evaluation:
         pass
     return item
@@ -433,12 +431,12 @@ def as_text(answer):
     return answer if isinstance(answer, str) else compact(answer)
 
 
-def records_of(split, task, count, seed, plus=0):
+def records_of(split, task, make, count, seed, glances):
     """`count` records of a task, each with its scene and the text of both turns. Split: sft, rl or eval."""
     rng, side = random.Random(f"{seed}/{split}/{task}"), {"image": IMAGE, "video": VIDEO}
     for turn in range(count):
-        glance = rng.random() < GLANCES
-        item = some_item(rng, task, turn, plus, split == "eval")
+        glance = rng.random() < glances
+        item = some_item(rng, make, turn, split == "eval")
         kind, suffix = ("image", "png") if len(item.scene) == 1 else ("video", "mp4")
         path = f"media/{digest(item.scene)}.{suffix}"  # equal scenes share their file
         answer = f"<answer>{as_text(item.answer)}</answer>"
@@ -450,12 +448,11 @@ def records_of(split, task, count, seed, plus=0):
             "options": list(item.options),
             "data_source": "toy",
         }
-        user, assistant = (
-            render_problem(record),
-            f"<think>Step by step: {item.thought}</think>{answer}",
-        )
+        thought, said = f"Step by step: {item.thought}", item.careful or item.answer
         if glance:
-            assistant = f"<think>At a glance.</think><answer>{as_text(item.slip)}</answer>"
+            thought, said = "At a glance.", item.slip
+        user = render_problem(record)
+        assistant = f"<think>{thought}</think><answer>{as_text(said)}</answer>"
         if split == "sft":
             turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
             record = {"messages": turns, f"{kind}s": [path]}
@@ -473,15 +470,15 @@ def write_json(path, records):
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 
-def write_world(folder, seed, sft, rl, per_task, plus=0):
+def write_world(folder, seed, sft, rl, per_task, tasks=TASKS, glances=GLANCES):
     """All records and media. sft and rl count records, per_task evaluation records of each task."""
     train, jobs = {"sft": [], "rl": []}, {}
-    for split, total in (("sft", sft), ("rl", rl), ("eval", per_task * len(TASKS))):
+    for split, total in (("sft", sft), ("rl", rl), ("eval", per_task * len(tasks))):
         home = folder / "eval" if split == "eval" else folder
         (home / "media").mkdir(parents=True, exist_ok=True)
-        for i, task in enumerate(TASKS):
-            count = total // len(TASKS) + (i < total % len(TASKS))
-            quads = list(records_of(split, task, count, seed, plus))
+        for i, (task, make) in enumerate(tasks.items()):
+            count = total // len(tasks) + (i < total % len(tasks))
+            quads = list(records_of(split, task, make, count, seed, glances))
             records = [record for _, _, record, _ in quads]
             jobs |= {home / path: scene for path, scene, _, _ in quads}
             if split == "eval":
@@ -529,9 +526,10 @@ CHAT = """{% for turn in messages %}<|im_start|>{{ turn.role }}
 
 def vocabulary():
     """Texts with every piece that the toy's records and its pretraining are made of."""
-    texts = [
-        t for split in ("sft", "rl") for task in TASKS for *_, t in records_of(split, task, 96, 0)
-    ]
+    texts = []
+    for split in ("sft", "rl"):
+        for task, make in TASKS.items():
+            texts += [text for *_, text in records_of(split, task, make, 96, 0, GLANCES)]
     return texts + [f"{word} {word}" for word in PRETRAINING_WORDS] * 2
 
 
@@ -672,12 +670,6 @@ def main():
         "--eval", type=int, default=40, help="evaluation records per task (%(default)s)"
     )
     parser.add_argument(
-        "--plus",
-        type=int,
-        default=0,
-        help="add this to every length: rewards then differ little (%(default)s)",
-    )
-    parser.add_argument(
         "--shuffle-media",
         nargs=2,
         metavar=("IN", "OUT"),
@@ -690,7 +682,7 @@ def main():
         return
     if args.folder is None:
         parser.error("the folder to write to is missing")
-    write_world(args.folder, args.seed, args.sft, args.rl, args.eval, args.plus)
+    write_world(args.folder, args.seed, args.sft, args.rl, args.eval)
     base = None if args.random else BASE
     parameters = write_model(args.folder / "model", args.seed, base=base)
     print(f"{args.folder}: {args.sft} SFT and {args.rl} RL records, {args.eval} evaluation records for each of "
