@@ -6,7 +6,7 @@
     python tests/ablation.py                 # the table and assets/ablation.png, from that file
 
 `bash tests/ablation.sh` does it all. The setting is made to show a mechanism. A teacher answers half
-of the records "At a glance.", the others "Step by step: ...", in the same words in all tasks. Which
+of the records "At a glance: ...", the others "Step by step: ...", in the same words in all tasks. Which
 of the two manners is the better one depends on the kind of task:
 
     exact   careful is right, a glance is wrong
@@ -74,6 +74,7 @@ def of_kind(kind, make):
 
     def made(rng, turn):
         item = make(rng, turn)
+        item = item._replace(glance=f"At a glance: {item.thought}")
         side = toy.IMAGE if len(item.scene) == 1 else toy.VIDEO
         if kind == "exact" or kind == "mixed" and slips(item.answer, side):
             return item

@@ -76,6 +76,7 @@ class Item(NamedTuple):
     options: tuple = ()
     target: Shape = None  # what a mask is wanted of
     careful: object = None  # the answer step by step, where that is not the true one (ablation.py)
+    glance: str = "At a glance."  # all that is thought before the slip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -450,7 +451,7 @@ def records_of(split, task, make, count, seed, glances):
         }
         thought, said = f"Step by step: {item.thought}", item.careful or item.answer
         if glance:
-            thought, said = "At a glance.", item.slip
+            thought, said = item.glance, item.slip
         user = render_problem(record)
         assistant = f"<think>{thought}</think><answer>{as_text(said)}</answer>"
         if split == "sft":
