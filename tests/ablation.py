@@ -43,29 +43,44 @@ COLOURS = {"ema_grpo": "tab:blue", "grpo": "tab:orange", "dr_grpo": "tab:green"}
 # Records
 
 
+def change(answer, side, resized):
+    """Each box of an answer with its width and height (pixels) replaced by resized(width, height)."""
+
+    def changed(box):
+        x1, y1, x2, y2 = (round(v * side / 1000) for v in box)
+        w, h = resized(x2 - x1, y2 - y1)
+        return [toy.coordinate(v, side) for v in (x1, y1, x1 + w, y1 + h)]
+
+    boxes = answer["boxes"]
+    if isinstance(boxes, list):
+        return answer | {"boxes": changed(boxes)}
+    return answer | {"boxes": {second: changed(box) for second, box in boxes.items()}}
+
+
 def hair(answer, side):
     """An answer a hair off, of accuracy 0.8 to 0.97: 8% too long, 0.2 s too long, 2 pixels too narrow."""
-
-    def narrower(box):
-        x1, y1, x2, y2 = box
-        return [x1, y1, toy.coordinate(round(x2 * side / 1000) - 2, side), y2]
-
     if isinstance(answer, str):
         return f"{1.08 * float(answer):.1f}"
-    boxes = answer.get("boxes")
-    if boxes is None:
-        start, end = answer["time"]
-        return {"time": [start, end + 0.2]}
-    if isinstance(boxes, list):
-        return {"boxes": narrower(boxes)}
-    return answer | {"boxes": {second: narrower(box) for second, box in boxes.items()}}
+    if "boxes" in answer:
+        return change(answer, side, lambda w, h: (w - 2, h))
+    start, end = answer["time"]
+    return {"time": [start, end + 0.2]}
+
+
+def far(answer, side):
+    """An answer far off: boxes of half the width and height, the second after the span."""
+    answer = change(answer, side, lambda w, h: (w // 2, h // 2))
+    if "time" in answer:
+        end = answer["time"][1]
+        answer["time"] = [end, end + 1]
+    return answer
 
 
 def slips(answer, side):
     """Whether a glance at a mixed record is far off: by a rule that does not meet the eye."""
-    boxes = answer["boxes"]
-    x, y, *_ = boxes if isinstance(boxes, list) else next(iter(boxes.values()))
-    column, row = (round(v * side / 1000) // toy.GRID for v in (x, y))
+    if "time" in answer:
+        return answer["time"][0] % 3 == 1
+    column, row = (round(v * side / 1000) // toy.GRID for v in answer["boxes"][:2])
     return (column + row) % 3 == 0
 
 
@@ -76,8 +91,10 @@ def of_kind(kind, make):
         item = make(rng, turn)
         item = item._replace(glance=f"At a glance: {item.thought}")
         side = toy.IMAGE if len(item.scene) == 1 else toy.VIDEO
-        if kind == "exact" or kind == "mixed" and slips(item.answer, side):
+        if kind == "exact":
             return item
+        if kind == "mixed" and slips(item.answer, side):
+            return item._replace(slip=far(item.answer, side))
         return item._replace(slip=item.answer, careful=hair(item.answer, side))
 
     return made
@@ -87,7 +104,7 @@ TASKS = {task: of_kind(kind, toy.TASKS[task]) for kind, tasks in KINDS.items() f
 
 
 def write_world(folder):
-    toy.write_world(folder, 0, sft=12000, rl=4000, per_task=60, tasks=TASKS, glances=0.5)
+    toy.write_world(folder, 0, sft=16000, rl=4000, per_task=60, tasks=TASKS, glances=0.5)
     toy.write_model(folder / "model", 0)
 
 

@@ -95,16 +95,9 @@ def test_memory_arithmetic():
 
 def test_ablation_table(capsys):
     """Numbers in the README that are not those of the committed runs."""
-    result = json.loads((ROOT / "assets" / "ablation.json").read_text())
-    ablation.print_table(result, sorted(result["heldout"]["sft"]), ablation.intervals(result))
+    ablation.print_table(json.loads((ROOT / "assets" / "ablation.json").read_text()))
     text = section("Does it matter what one divides by?", MEASURED)
     assert capsys.readouterr().out.strip() in text
-    rows = re.findall(r"^\| (?:QA|box) \| (.+) \|$", text, re.MULTILINE)
-    assert len(rows) == 2
-    for k, row in enumerate(rows):  # after 105 steps, of which every third is there
-        seeds = [result["without_images"][method] for method in ablation.METHODS]
-        shares = [100 * sum(seed[35][k] for seed in each) / 10 for each in seeds]
-        assert list(map(float, row.split(" | "))) == pytest.approx(shares, abs=0.06)
 
 
 @pytest.mark.parametrize("path", [README, MEASURED], ids=["top", "tests"])
