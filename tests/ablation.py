@@ -6,13 +6,14 @@
     python tests/ablation.py                 # the table and assets/ablation.png, from that file
 
 `bash tests/ablation.sh` does it all. The setting is made to show a mechanism. A teacher answers half
-of the records "At a glance: ...", the others "Step by step: ...", in the same words in all tasks. Which
-of the two manners is the better one depends on the kind of task:
+of the records "At a glance: ...", the others "Step by step: ...", with the same thoughts. In each
+task one of the two manners is the better one; the kind of the task says by how much:
 
-    exact   careful is right, a glance is wrong
-    fine    a glance is exact, careful is a hair off: the rewards of a group hardly differ
-    mixed   in two of three records a glance is exact and careful a hair off; in the third a glance is
-            far off and careful exact. By the mean careful is better, by the number of groups a glance
+    exact   the better manner is right, the other one wrong
+    fine    the better manner is exact, the other one a hair off: rewards hardly differ
+    mixed   in two of three records the better manner is a hair off and the other one exact; in the
+            third the better one is exact and the other one far off. The better manner is so by the
+            mean reward; by the number of groups it is the worse one
 
 So who divides by nothing (Dr.GRPO) hears little of the fine tasks. Who divides each group by its own
 std (GRPO) counts the groups of the mixed ones.
@@ -34,7 +35,7 @@ KINDS = {
     "fine": ("regression", "temporal grounding"),
     "mixed": ("spatial grounding", "spatial-temporal grounding"),
 }
-CAREFUL = {"exact": True, "fine": False, "mixed": True}  # is that the better manner?
+CAREFUL = ("OCR", "temporal grounding", "spatial grounding")  # here that is the better manner
 METHODS = {"ema_grpo": "EMA-GRPO", "grpo": "GRPO", "dr_grpo": "Dr.GRPO"}
 COLOURS = {"ema_grpo": "tab:blue", "grpo": "tab:orange", "dr_grpo": "tab:green"}
 
@@ -84,23 +85,26 @@ def slips(answer, side):
     return (column + row) % 3 == 0
 
 
-def of_kind(kind, make):
-    """A task of the toy, its two manners made those of the kind."""
+def two_manners(task, kind, make):
+    """A task of the toy, whose two manners are the better and the worse one by its kind."""
 
     def made(rng, turn):
         item = make(rng, turn)
-        item = item._replace(glance=f"At a glance: {item.thought}")
         side = toy.IMAGE if len(item.scene) == 1 else toy.VIDEO
-        if kind == "exact":
-            return item
-        if kind == "mixed" and slips(item.answer, side):
-            return item._replace(slip=far(item.answer, side))
-        return item._replace(slip=item.answer, careful=hair(item.answer, side))
+        good, bad = item.answer, item.slip
+        if kind == "fine":
+            bad = hair(item.answer, side)
+        elif kind == "mixed" and slips(item.answer, side):
+            bad = far(item.answer, side)
+        elif kind == "mixed":
+            good, bad = hair(item.answer, side), item.answer
+        careful, glance = (good, bad) if task in CAREFUL else (bad, good)
+        return item._replace(glance=f"At a glance: {item.thought}", careful=careful, slip=glance)
 
     return made
 
 
-TASKS = {task: of_kind(kind, toy.TASKS[task]) for kind, tasks in KINDS.items() for task in tasks}
+TASKS = {t: two_manners(t, kind, toy.TASKS[t]) for kind, tasks in KINDS.items() for t in tasks}
 
 
 def write_world(folder):
@@ -113,7 +117,7 @@ def write_world(folder):
 
 
 def train(flags):
-    """rl_ema_grpo.py, which also logs careful/<task>: the share of all responses that are careful."""
+    """rl_ema_grpo.py, which also logs better/<task>: the share of all responses in the better manner."""
     import cpu_compat  # noqa: F401  (before transformers)
     from transformers import AutoTokenizer
 
@@ -124,11 +128,12 @@ def train(flags):
     glance, summarise = tokenizer.encode(" glance")[0], rl_ema_grpo.summarise
 
     def with_shares(seen, *rest):
-        careful = {}
+        better = {}
         for group in seen:
-            shares = careful.setdefault(task_of(group.prompt.record), [])
-            shares += [glance not in response for response in group.responses]
-        shares = {f"careful/{task}": float(np.mean(each)) for task, each in careful.items()}
+            task = task_of(group.prompt.record)
+            careful = [glance not in response for response in group.responses]
+            better.setdefault(task, []).extend(each == (task in CAREFUL) for each in careful)
+        shares = {f"better/{task}": float(np.mean(each)) for task, each in better.items()}
         return summarise(seen, *rest) | shares
 
     rl_ema_grpo.summarise = with_shares
@@ -138,7 +143,7 @@ def train(flags):
 
 def collect(folder):
     """{<method>-<seed>: {metric: a value per step, None where a step has none}} of a folder of runs."""
-    runs, wanted = {}, ("careful", "std", "advantage", "eval")
+    runs, wanted = {}, ("better", "std", "advantage", "eval")
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         keys = sorted({key for row in rows for key in row if key.split("/")[0] in wanted})
@@ -162,8 +167,7 @@ def values_of(runs, method, metric, kind):
 
 def better(runs, method, kind):
     """The share of all responses in the better manner, (seeds, steps), the mean of up to 5 steps."""
-    shares = values_of(runs, method, "careful", kind)
-    shares = shares if CAREFUL[kind] else 1 - shares
+    shares = values_of(runs, method, "better", kind)
     steps = range(shares.shape[1])
     return np.stack([np.nanmean(shares[:, max(0, i - 4) : i + 1], 1) for i in steps], 1)
 

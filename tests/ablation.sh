@@ -11,12 +11,12 @@ out=runs/ablation
 limits="--max-prompt-tokens 400 --image-min-pixels 4096 --dtype float32 --workers 1 --no-recompute"
 
 [ -e $out/world/model/config.json ] || python tests/ablation.py world $out/world
-python sft.py --model $out/world/model --data $out/world/sft_*.json --out $out/sft --steps 900 --lr 1e-3 --train-vision $limits
+python sft.py --model $out/world/model --data $out/world/sft_*.json --out $out/sft --steps 1200 --lr 1e-3 --train-vision $limits
 for seed in ${SEEDS:-10 11 12 13 14}; do
     for method in ema_grpo grpo dr_grpo; do
         echo --method $method --seed $seed --out $out/$method-$seed
     done
 done | xargs -P 2 -L 1 python tests/ablation.py train --model $out/sft --data $out/world/rl_train.json \
-    --steps 61 --prompts-per-step 24 --updates-per-step 2 --lr ${LR:-1e-4} --max-response-tokens 64 \
+    --steps 61 --prompts-per-step 24 --updates-per-step 2 --ema-decay 0.9 --lr ${LR:-2e-4} --max-response-tokens 96 \
     --eval-data $out/world/eval/*.json --eval-every 20 --save-every 61 $limits
 python tests/ablation.py collect $out
