@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source tests/venv.sh
 
-out=runs/demo toy="--sft 8000 --rl 5000 --eval 100" sft_steps=250 rl_steps=100 prompts=32
+out=runs/demo toy="--sft 8000 --rl 5000 --eval 100" sft_steps=500 rl_steps=80 prompts=32
 if [ "${1:-}" = --quick ]; then
     out=${2:-runs/demo-quick} toy="--sft 128 --rl 96 --eval 2" sft_steps=3 rl_steps=2 prompts=4
 fi
@@ -26,16 +26,14 @@ torchrun --standalone --nproc-per-node 2 rl_ema_grpo.py --model $out/sft --data 
     --steps $rl_steps --prompts-per-step $prompts --updates-per-step 2 --lr 1.5e-4 --max-response-tokens 128 \
     --dtype float32 --no-recompute --workers 1 $limits
 
-say "4 held-out records: before, after SFT, after RL"
-for model in base sft rl; do
-    path=$out/$model
-    [ $model = base ] && path=$out/toy/model
-    python evaluate.py --model $path --data $out/toy/eval/*.json --out $out/eval/$model --max-response-tokens 128 \
+say "4 held-out records: after SFT, after RL"
+for model in sft rl; do
+    python evaluate.py --model $out/$model --data $out/toy/eval/*.json --out $out/eval/$model --max-response-tokens 128 \
         --dtype float32 --workers 1 $limits
 done
 
 say "5 what was learned"
-python evaluate.py --compare $out/eval/base $out/eval/sft $out/eval/rl --names base SFT RL --out $out/table.json
+python evaluate.py --compare $out/eval/sft $out/eval/rl --names SFT RL --out $out/table.json
 python tests/curves.py $out
 python - $out <<'EOF'
 import json, sys

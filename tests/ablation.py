@@ -30,12 +30,8 @@ import numpy as np
 
 import toy
 
-KINDS = {
-    "exact": ("OCR", "math"),
-    "fine": ("regression", "temporal grounding"),
-    "mixed": ("spatial grounding", "spatial-temporal grounding"),
-}
-CAREFUL = ("OCR", "temporal grounding", "spatial grounding")  # here that is the better manner
+KINDS = {"exact": "OCR", "fine": "temporal grounding", "mixed": "spatial grounding"}
+CAREFUL = ("exact", "mixed")  # kinds in which that is the better manner
 METHODS = {"ema_grpo": "EMA-GRPO", "grpo": "GRPO", "dr_grpo": "Dr.GRPO"}
 COLOURS = {"ema_grpo": "tab:blue", "grpo": "tab:orange", "dr_grpo": "tab:green"}
 
@@ -44,71 +40,40 @@ COLOURS = {"ema_grpo": "tab:blue", "grpo": "tab:orange", "dr_grpo": "tab:green"}
 # Records
 
 
-def change(answer, side, resized):
-    """Each box of an answer with its width and height (pixels) replaced by resized(width, height)."""
-
-    def changed(box):
-        x1, y1, x2, y2 = (round(v * side / 1000) for v in box)
-        w, h = resized(x2 - x1, y2 - y1)
-        return [toy.coordinate(v, side) for v in (x1, y1, x1 + w, y1 + h)]
-
-    boxes = answer["boxes"]
-    if isinstance(boxes, list):
-        return answer | {"boxes": changed(boxes)}
-    return answer | {"boxes": {second: changed(box) for second, box in boxes.items()}}
+def resized(box, resize):
+    """A box of a 96 x 96 image with its width and height, in pixels, replaced by resize(w, h)."""
+    x1, y1, x2, y2 = (round(v * toy.IMAGE / 1000) for v in box)
+    w, h = resize(x2 - x1, y2 - y1)
+    return [toy.coordinate(v, toy.IMAGE) for v in (x1, y1, x1 + w, y1 + h)]
 
 
-def hair(answer, side):
-    """An answer a hair off, of accuracy 0.8 to 0.97: 8% too long, 0.2 s too long, 2 pixels too narrow."""
-    if isinstance(answer, str):
-        return f"{1.08 * float(answer):.1f}"
-    if "boxes" in answer:
-        return change(answer, side, lambda w, h: (w - 2, h))
-    start, end = answer["time"]
-    return {"time": [start, end + 0.2]}
-
-
-def far(answer, side):
-    """An answer far off: boxes of half the width and height, the second after the span."""
-    answer = change(answer, side, lambda w, h: (w // 2, h // 2))
-    if "time" in answer:
-        end = answer["time"][1]
-        answer["time"] = [end, end + 1]
-    return answer
-
-
-def slips(answer, side):
-    """Whether a glance at a mixed record is far off: by a rule that does not meet the eye."""
-    if "time" in answer:
-        return answer["time"][0] % 3 == 1
-    column, row = (round(v * side / 1000) // toy.GRID for v in answer["boxes"][:2])
-    return (column + row) % 3 == 0
-
-
-def two_manners(task, kind, make):
-    """A task of the toy, whose two manners are the better and the worse one by its kind."""
+def two_manners(kind):
+    """The task of a kind: an item of the toy, of which one manner gives the better answer."""
 
     def made(rng, turn):
-        item = make(rng, turn)
-        side = toy.IMAGE if len(item.scene) == 1 else toy.VIDEO
+        item = toy.TASKS[KINDS[kind]](rng, turn)
         good, bad = item.answer, item.slip
-        if kind == "fine":
-            bad = hair(item.answer, side)
-        elif kind == "mixed" and slips(item.answer, side):
-            bad = far(item.answer, side)
+        if kind == "fine":  # a hair too long
+            start, end = good["time"]
+            bad = {"time": [start, end + 0.2]}
         elif kind == "mixed":
-            good, bad = hair(item.answer, side), item.answer
-        careful, glance = (good, bad) if task in CAREFUL else (bad, good)
+            x, y, *_ = box = good["boxes"]
+            cell = round(x * toy.IMAGE / 1000) // toy.GRID + round(y * toy.IMAGE / 1000) // toy.GRID
+            if cell % 3 == 0:  # a rule that does not meet the eye
+                bad = {"boxes": resized(box, lambda w, h: (w // 2, h // 2))}
+            else:
+                good, bad = {"boxes": resized(box, lambda w, h: (w - 2, h))}, good
+        careful, glance = (good, bad) if kind in CAREFUL else (bad, good)
         return item._replace(glance=f"At a glance: {item.thought}", careful=careful, slip=glance)
 
     return made
 
 
-TASKS = {t: two_manners(t, kind, toy.TASKS[t]) for kind, tasks in KINDS.items() for t in tasks}
+TASKS = {task: two_manners(kind) for kind, task in KINDS.items()}
 
 
 def write_world(folder):
-    toy.write_world(folder, 0, sft=16000, rl=4000, per_task=60, tasks=TASKS, glances=0.5)
+    toy.write_world(folder, 0, sft=8000, rl=4000, per_task=100, tasks=TASKS, glances=0.5)
     toy.write_model(folder / "model", 0)
 
 
@@ -128,11 +93,11 @@ def train(flags):
     glance, summarise = tokenizer.encode(" glance")[0], rl_ema_grpo.summarise
 
     def with_shares(seen, *rest):
-        better = {}
+        better, careful_tasks = {}, [KINDS[kind] for kind in CAREFUL]
         for group in seen:
             task = task_of(group.prompt.record)
             careful = [glance not in response for response in group.responses]
-            better.setdefault(task, []).extend(each == (task in CAREFUL) for each in careful)
+            better.setdefault(task, []).extend(each == (task in careful_tasks) for each in careful)
         shares = {f"better/{task}": float(np.mean(each)) for task, each in better.items()}
         return summarise(seen, *rest) | shares
 
@@ -157,12 +122,9 @@ def collect(folder):
 
 
 def values_of(runs, method, metric, kind):
-    """A metric, the mean over a kind's tasks: (seeds, steps), nan where a step has none."""
+    """A metric of a kind's task: (seeds, steps), nan where a step has none."""
     own = [run for name, run in runs.items() if name.rpartition("-")[0] == method]
-    each = [[run[f"{metric}/{task}"] for task in KINDS[kind]] for run in own]
-    values = np.array(each, dtype=float)  # (seeds, tasks, steps)
-    there = ~np.isnan(values)
-    return np.where(there, values, 0).sum(1) / np.where(there.any(1), there.sum(1), np.nan)
+    return np.array([run[f"{metric}/{KINDS[kind]}"] for run in own], dtype=float)
 
 
 def better(runs, method, kind):
@@ -192,12 +154,12 @@ def held_out(runs, method, kind):
 
 def print_table(runs):
     first = next(iter(runs.values()))
-    updates = [i for i, value in enumerate(first[f"eval/{KINDS['exact'][0]}"]) if value is not None]
+    updates = [i for i, value in enumerate(first[f"eval/{KINDS['exact']}"]) if value is not None]
     span = lambda values: "{:5.1f} [{:5.1f}, {:5.1f}]".format(*interval(values))
     print(f"{'':34}" + "".join(f"{title:>22}" for title in METHODS.values()))
     row = lambda text, cells: print(f"{text:34}" + "".join(f"{cell:>22}" for cell in cells))
-    for kind, tasks in KINDS.items():
-        print(f"{kind}: {', '.join(tasks)}")
+    for kind, task in KINDS.items():
+        print(f"{kind}: {task}")
         shares = [better(runs, method, kind) for method in METHODS]
         row("  better manner in the end, percent", [span(100 * each[:, -1]) for each in shares])
         text = lambda each: ", ".join("-" if step is None else str(step) for step in steps_to(each))

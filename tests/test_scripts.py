@@ -101,11 +101,11 @@ def test_demo_runs_to_the_end(demo):
         assert [a for _, a in sorted(zip(entry["rewards"], entry["advantages"]))] == sorted(
             entry["advantages"]
         )
-    for model in ("base", "sft", "rl"):
+    for model in ("sft", "rl"):
         results = json.loads((out / "eval" / model / "results.json").read_text())
         assert len(results) >= 12
     table = json.loads((out / "table.json").read_text())
-    assert table and re.search(r"base .*SFT .*RL", said)
+    assert table and re.search(r"SFT .*RL", said)
 
 
 def test_same_command_resumes(demo, toy):
