@@ -108,7 +108,7 @@ def train(flags):
 
 def collect(folder):
     """{<method>-<seed>: {metric: a value per step, None where a step has none}} of a folder of runs."""
-    runs, wanted = {}, ("better", "std", "advantage", "eval")
+    runs, wanted = {}, ("better", "accuracy", "std", "advantage")
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         keys = sorted({key for row in rows for key in row if key.split("/")[0] in wanted})
@@ -127,59 +127,39 @@ def values_of(runs, method, metric, kind):
     return np.array([run[f"{metric}/{KINDS[kind]}"] for run in own], dtype=float)
 
 
-def better(runs, method, kind):
-    """The share of all responses in the better manner, (seeds, steps), the mean of up to 5 steps."""
-    shares = values_of(runs, method, "better", kind)
-    steps = range(shares.shape[1])
-    return np.stack([np.nanmean(shares[:, max(0, i - 4) : i + 1], 1) for i in steps], 1)
+def window(runs, method, metric, kind, steps):
+    """The mean of a metric over a slice of the steps, for each seed: (seeds,)."""
+    return np.nanmean(values_of(runs, method, metric, kind)[:, steps], 1)
 
 
 def interval(values):
-    """Mean and 95% t interval over seeds, (seeds,) -> (mean, low, high)."""
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36, 10: 2.26}[len(values)]
-    mean, half = np.mean(values), t * np.std(values, ddof=1) / np.sqrt(len(values))
-    return mean, mean - half, mean + half
+    """Mean and 95% t interval over 5 seeds, (5,) -> text in percent."""
+    mean, half = np.mean(values), 2.776 * np.std(values, ddof=1) / 5**0.5
+    return f"{100 * mean:.1f} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
 
 
-def steps_to(shares, goal=0.9):
-    """The first step at which each seed's share reaches the goal; None if it never does."""
-    return [int(np.argmax(row >= goal)) + 1 if (row >= goal).any() else None for row in shares]
-
-
-def held_out(runs, method, kind):
-    """Held-out accuracy in percent at each evaluation: (seeds, evaluations)."""
-    values = 100 * values_of(runs, method, "eval", kind)
-    return values[:, ~np.isnan(values[0])]
+WINDOWS = {"steps 21-40": slice(20, 40), "steps 51-60": slice(50, 60)}
 
 
 def print_table(runs):
-    first = next(iter(runs.values()))
-    updates = [i for i, value in enumerate(first[f"eval/{KINDS['exact']}"]) if value is not None]
-    span = lambda values: "{:5.1f} [{:5.1f}, {:5.1f}]".format(*interval(values))
-    print(f"{'':34}" + "".join(f"{title:>22}" for title in METHODS.values()))
-    row = lambda text, cells: print(f"{text:34}" + "".join(f"{cell:>22}" for cell in cells))
+    def row(text, cells):
+        print(f"{text:40}" + "".join(f"{cell:>24}" for cell in cells))
+
+    row("mean over 5 seeds [95%]", METHODS.values())
     for kind, task in KINDS.items():
-        print(f"{kind}: {task}")
-        shares = [better(runs, method, kind) for method in METHODS]
-        row("  better manner in the end, percent", [span(100 * each[:, -1]) for each in shares])
-        text = lambda each: ", ".join("-" if step is None else str(step) for step in steps_to(each))
-        row("  steps until 90% of it, by seed", [text(each) for each in shares])
+        for metric, name in (("better", "better manner, %"), ("accuracy", "accuracy, %")):
+            for when, steps in WINDOWS.items():
+                cells = [window(runs, method, metric, kind, steps) for method in METHODS]
+                row(f"{kind} ({task.split()[0]}): {name}, {when}"[:40], map(interval, cells))
         sizes = [values_of(runs, method, "advantage", kind) for method in METHODS]
-        row("  size of advantages", [f"{np.nanmean(each):.2f}" for each in sizes])
-        for i in (1, len(updates) - 1):
-            cells = [span(held_out(runs, method, kind)[:, i]) for method in METHODS]
-            row(f"  accuracy after {updates[i]} steps", cells)
-    mean = {m: np.mean([held_out(runs, m, kind)[:, -1] for kind in KINDS], 0) for m in METHODS}
-    row("mean accuracy in the end", [span(each) for each in mean.values()])
-    print("\nEMA-GRPO less another, in the end, paired over seeds, 95% interval")
-    print(f"{'':34}" + "".join(f"{METHODS[other]:>22}" for other in ("grpo", "dr_grpo")))
+        row(f"{kind}: size of advantages (rms)", [f"{np.nanmean(each):.2f}" for each in sizes])
+    print()
+    row("EMA-GRPO less, paired over the seeds", [METHODS["grpo"], METHODS["dr_grpo"]])
     for kind in KINDS:
-        ours, *others = (100 * better(runs, method, kind)[:, -1] for method in METHODS)
-        row(f"  {kind}: better manner", [span(ours - other) for other in others])
-        ours, *others = (held_out(runs, method, kind)[:, -1] for method in METHODS)
-        row(f"  {kind}: accuracy", [span(ours - other) for other in others])
-    ours, *others = mean.values()
-    row("  mean accuracy", [span(ours - other) for other in others])
+        for metric, name in (("better", "better manner"), ("accuracy", "accuracy")):
+            for when, steps in WINDOWS.items():
+                ours, *others = (window(runs, method, metric, kind, steps) for method in METHODS)
+                row(f"{kind}: {name}, {when}", [interval(ours - other) for other in others])
 
 
 def draw(runs, path):
@@ -189,23 +169,21 @@ def draw(runs, path):
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained", sharex=True)
-    titles = dict(
-        exact="careful is right", fine="a glance is, by a hair", mixed="careful, on average"
-    )
+    titles = dict(exact="right or wrong", fine="a hair apart", mixed="better by the mean reward")
     for (kind, title), (top, below) in zip(titles.items(), axes.T):
         for method, label in METHODS.items():
-            for axis, values in (
-                (top, 100 * better(runs, method, kind)),
-                (below, values_of(runs, method, "advantage", kind)),
-            ):
-                steps, style = np.arange(1, values.shape[1] + 1), dict(color=COLOURS[method])
-                axis.plot(steps, np.nanmean(values, 0), label=label, **style)
-                low, high = np.nanmin(values, 0), np.nanmax(values, 0)
+            for axis, metric in ((top, "better"), (below, "accuracy")):
+                values = values_of(runs, method, metric, kind)
+                steps = np.arange(3, values.shape[1] - 1)  # means of five steps
+                smooth = [np.nanmean(values[:, i - 3 : i + 2], 1) for i in steps]
+                style = dict(color=COLOURS[method])
+                axis.plot(steps, np.mean(smooth, 1), label=label, **style)
+                low, high = np.min(smooth, 1), np.max(smooth, 1)
                 axis.fill_between(steps, low, high, alpha=0.15, linewidth=0, **style)
-        top.set(title=f"{kind} tasks: {title}", ylim=(0, 100))
-        below.set(xlabel="step", yscale="log", ylim=(0.01, 2))
-    axes[0][0].set(ylabel="responses in the better manner, %")
-    axes[1][0].set(ylabel="size of advantages (rms)")
+        top.set(title=f"{kind}: {title}", ylim=(0, 1))
+        below.set(xlabel="step", ylim=(0.5, 1.01))
+    axes[0][0].set(ylabel="share of the better manner")
+    axes[1][0].set(ylabel="accuracy")
     axes[0][0].legend(loc="lower right")
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
