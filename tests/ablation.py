@@ -110,7 +110,7 @@ def collect(folder):
     """{<method>-<seed>: {metric: a value per step, None where a step has none}} of a folder of runs."""
     runs, wanted = {}, ("better", "accuracy", "std", "advantage")
     for path in sorted(folder.glob("*grpo-*/metrics.jsonl")):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.loads(line) for line in path.read_text().splitlines()][:40]
         keys = sorted({key for row in rows for key in row if key.split("/")[0] in wanted})
         short = lambda value: None if value is None else round(value, 4)
         runs[path.parent.name] = {key: [short(row.get(key)) for row in rows] for key in keys}
@@ -138,7 +138,7 @@ def interval(values):
     return f"{100 * mean:.1f} [{100 * (mean - half):.1f}, {100 * (mean + half):.1f}]"
 
 
-WINDOWS = {"steps 21-40": slice(20, 40), "steps 51-60": slice(50, 60)}
+WINDOWS = {"steps 11-20": slice(10, 20), "steps 31-40": slice(30, 40)}
 
 
 def print_table(runs):

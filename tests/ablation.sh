@@ -11,11 +11,11 @@ out=runs/ablation
 limits="--max-prompt-tokens 400 --image-min-pixels 4096 --dtype float32 --workers 1 --no-recompute"
 
 [ -e $out/world/model/config.json ] || python tests/ablation.py world $out/world
-python sft.py --model $out/world/model --data $out/world/sft_*.json --out $out/sft --steps 600 --lr 1e-3 --train-vision $limits
+python sft.py --model $out/world/model --data $out/world/sft_*.json --out $out/sft --steps 400 --lr 1e-3 --train-vision $limits
 for seed in ${SEEDS:-10 11 12 13 14}; do
     for method in ema_grpo grpo dr_grpo; do
         echo --method $method --seed $seed --out $out/$method-$seed
     done
 done | xargs -P 2 -L 1 python tests/ablation.py train --model $out/sft --data $out/world/rl_train.json \
-    --steps 60 --prompts-per-step 12 --updates-per-step 2 --ema-decay 0.9 --lr ${LR:-2e-4} --max-response-tokens 96 --save-every 60 $limits
+    --steps 40 --prompts-per-step 12 --updates-per-step 2 --ema-decay 0.9 --lr ${LR:-2e-4} --max-response-tokens 96 --save-every 40 $limits
 python tests/ablation.py collect $out
