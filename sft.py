@@ -27,7 +27,6 @@ from argparse import BooleanOptionalAction
 from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -590,22 +589,23 @@ MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_siz
     keep force max_bad_share""".split()
 
 
-def load_inputs(args, needed, refusal, *lists):
-    """All that can be wrong with the input is found before a model is loaded. needed(record): what
-    each record must have. Returns the records of each list of files, and the processor."""
+def load_inputs(args, needed, refusal):
+    """The records of all files, and the processor. What is wrong with them ends the script here, before
+    a model is loaded. needed(record): None where it lacks what the script trains on. refusal says so."""
     if args.shard_size and dist.get_world_size() % args.shard_size:
         data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
-    read = partial(data.load_records, media_root=args.media_root, max_bad_share=args.max_bad_share)
     try:
-        lists = [sum(map(read, files), []) for files in lists]
+        records = []
+        for path in args.data:
+            records += data.load_records(path, args.media_root, args.max_bad_share)
         data.load_prompts(args.prompts)
         processor = data.load_processor(args.model)
     except (OSError, ValueError) as error:
         data.refuse(error)
-    for record in chain(*lists):
+    for record in records:
         if needed(record) is None:
             data.refuse(f"{record['file']}: record {record['index']}: {refusal}")
-    return *lists, processor
+    return records, processor
 
 
 def main():
@@ -613,7 +613,7 @@ def main():
     stop = Stop(args.minutes)
     rank, world, device = init_distributed()
     refusal = "no messages and no process, so there is nothing to imitate"
-    records, processor = load_inputs(args, data.demonstration, refusal, args.data)
+    records, processor = load_inputs(args, data.demonstration, refusal)
     size = args.sequences_per_step
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
