@@ -217,9 +217,9 @@ ORIGIN = torch.zeros(3, 1, dtype=torch.int64).numpy()
 DUMMY = Group(data.Prompt({}, [0], ORIGIN, *NO_MEDIA, vllm={}), [[0]])
 
 
-def microbatches(groups, tokens_per_microbatch):
-    """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens, first fit, longest
-    first; equally many on every rank (all ranks call this, see DUMMY).
+def microbatches(groups, limit):
+    """Packs groups into micro-batches of at most `limit` tokens, first fit, longest first; equally
+    many on every rank (all ranks call this, see DUMMY).
 
     Returns a list of ([Group], at): where their response tokens stand among those of all `groups`,
     (R,); ([], []) for a dummy. A group that is too long is split; each part repeats the prompt.
@@ -227,21 +227,19 @@ def microbatches(groups, tokens_per_microbatch):
     parts, position = [], 0  # [tokens, Group, positions of its response tokens]
     for group in groups:
         for i, response in enumerate(group.responses):
-            if i == 0 or parts[-1][0] + len(response) > tokens_per_microbatch:
+            if i == 0 or parts[-1][0] + len(response) > limit:
                 parts.append([len(group.prompt.token_ids), Group(group.prompt, []), []])
             parts[-1][0] += len(response)
             parts[-1][1].responses.append(response)
             parts[-1][2] += range(position, position + len(response))
             position += len(response)
-    bins = []  # [tokens, [Group], positions]
+    bins = [[0, [], []] for _ in parts]  # [tokens, [Group], positions]
     for tokens, group, positions in sorted(parts, key=lambda part: -part[0]):
-        roomy = [each for each in bins if each[0] + tokens <= tokens_per_microbatch]
-        if not roomy:
-            bins.append([0, [], []])
-        chosen = roomy[0] if roomy else bins[-1]
+        chosen = next(each for each in bins if not each[0] or each[0] + tokens <= limit)
         chosen[0] += tokens
         chosen[1].append(group)
         chosen[2] += positions
+    bins = [each for each in bins if each[0]]
     bins += [[0, [], []]] * (max(1, *gather(len(bins))) - len(bins))
     return [(members, torch.tensor(at, dtype=torch.int64)) for _, members, at in bins]
 
@@ -474,19 +472,19 @@ class Stop:
     """Notices SIGTERM, Ctrl-C and the end of --minutes, which count from here."""
 
     def __init__(self, minutes=None):
-        self.deadline, self.asked = time.time() + 60 * (minutes or math.inf), False
+        self.deadline = time.time() + 60 * (minutes or math.inf)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.notice)
 
     def notice(self, number, _):
-        self.asked = True
+        self.deadline = 0
         if number == signal.SIGINT:  # a second Ctrl-C ends at once; torchrun makes it a SIGTERM
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def now(self):
         """Whether any rank was asked to stop. All ranks call this; all get the same answer."""
-        return any(gather(self.asked or time.time() > self.deadline))
+        return any(gather(time.time() > self.deadline))
 
 
 # --------------------------------------------------------------------------------------------------
