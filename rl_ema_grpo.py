@@ -441,9 +441,6 @@ def parse_args():
 # fmt: on
 
 
-MAY_CHANGE = [*sft.MAY_CHANGE, "steps", "wandb"]  # by a resumed run
-
-
 @contextmanager
 def phase(row, name):
     """Adds the seconds of a phase to the step's row."""
@@ -513,7 +510,7 @@ def main():
     refusal = "an SFT record (messages), where answers are needed"
     records, processor = sft.load_inputs(args, itemgetter("answer"), refusal)
     state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={})
-    state |= sft.start_run(args, MAY_CHANGE)
+    state |= sft.start_run(args)
     tokenizer, dtype, limits = processor.tokenizer, getattr(torch, args.dtype), data.limits_of(args)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.

@@ -339,19 +339,18 @@ def optimizer_step(model, optimizer, grad_clip, loss):
 # Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
-def start_run(args, may_change=()):
+def start_run(args):
     """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, or {}.
-    All ranks call this before a model is loaded. Refuses to resume with other settings than before,
-    but for those in `may_change`; --force takes the new ones."""
+    All ranks call this before a model is loaded. Other settings than before need --force."""
     if os.path.realpath(args.out) == os.path.realpath(args.model):
         data.refuse(f"--out {args.out} is the folder of --model: name another")
     folders = list_checkpoints(args.out)
     state = json.loads((folders[-1] / "state.json").read_text()) if folders else {}
     old, new = state.get("args", {}), vars(args)
-    changed = {name for name in new if old.get(name, new[name]) != new[name]} - {*may_change}
+    changed = [name for name in new if old.get(name, new[name]) != new[name] and name != "force"]
     if changed and not args.force:
         said = [f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}" for name in changed]
-        data.refuse(f"{args.out}: other settings than before: {'; '.join(said)} (see --force)")
+        data.refuse(f"{args.out}: {'; '.join(said)}; --force goes on with the new settings")
     if dist.get_rank() == 0:
         try:
             os.makedirs(args.out, exist_ok=True)
@@ -553,7 +552,7 @@ def new_parser(doc, lr, weight_decay, save_every):
     group.add_argument("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
     group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints (%(default)s)")
     group.add_argument("--keep", type=positive, default=2, help="checkpoints that stay (%(default)s)")
-    group.add_argument("--force", action="store_true", help="resume although a setting has changed")
+    group.add_argument("--force", action="store_true", help="resume with other settings than before")
     group = parser.add_argument_group("optimiser")
     group.add_argument("--lr", type=number, default=lr, help="learning rate (%(default)s)")
     group.add_argument("--weight-decay", type=number, default=weight_decay, help="(%(default)s)")
@@ -580,11 +579,6 @@ def parse_args():
     data.add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
     return parser.parse_args()
 # fmt: on
-
-
-# A resumed run may change these: they do not change what is learned, but for the order of sums.
-MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every
-    keep force max_bad_share""".split()
 
 
 def load_inputs(args, needed, refusal):
@@ -616,7 +610,7 @@ def main():
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
     steps = args.steps or math.ceil(args.epochs * len(records) / size)
-    state = start_run(args, MAY_CHANGE)
+    state = start_run(args)
     step = state.get("step", 0)
     if rank == 0:
         print(f"{len(records)} records; {steps} steps of {size} on {world} ranks, from {step}")
