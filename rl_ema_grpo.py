@@ -471,14 +471,11 @@ def summarise(seen, updates, ema, seconds):
 
 
 def report(args, row, seen, tokenizer, seconds_left):
-    """Rank 0: one line on the screen, and a response of three groups in rollouts.jsonl."""
-    slow = sorted((key for key in row if key.startswith("seconds/")), key=row.get)
-    slow = slow[-3:-1]  # the two slowest phases; the last is the whole step
-    phases = ", ".join(f"{key[8:]} {row[key]:.1f}" for key in reversed(slow))
+    """Rank 0: a line on the screen, and a response of three groups in rollouts.jsonl."""
     print(
         f"step {row['step']}/{args.steps}  reward {row['reward']:.3f}"
         f"  accuracy {row['accuracy']:.3f}  kept {row['kept_share']:.2f}"
-        f"  tokens {row['response_tokens']:.0f}  {row['seconds/step']:.1f} s ({phases})"
+        f"  tokens {row['response_tokens']:.0f}  {row['seconds/step']:.1f} s"
         f"  {timedelta(seconds=round(seconds_left))} left",
         flush=True,
     )
