@@ -249,7 +249,7 @@ def microbatches(groups, limit):
 
 
 def init_distributed():
-    """Joins torchrun's process group (or makes a group of one). Returns rank, world size, device."""
+    """Joins torchrun's process group, or makes a group of one. Returns rank, world size, device."""
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ |= alone | {**os.environ}
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -280,9 +280,8 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
     """A Hugging Face Qwen3-VL -> FSDP2-sharded model, float32 weights, that computes in `dtype`.
 
     Rank 0 reads the weights and broadcasts the shards: host memory holds one copy. trainable=False:
-    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer
-    (default: all); with the GPUs of one node, only gradients cross the network. recompute: layers
-    are computed again in backward.
+    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer.
+    recompute: layers are computed again in backward.
     """
     if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values anyway
         torch.set_float32_matmul_precision("high")
@@ -321,7 +320,7 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
 
 def adamw(model, lr, weight_decay):
     params = [param for param in model.parameters() if param.requires_grad]
-    return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(model, optimizer, grad_clip, loss):
@@ -382,7 +381,6 @@ def save_checkpoint(args, model, optimizer, state):
             json.dump(state | dict(args=vars(args)), file, indent=1)
             file.flush()
             os.fsync(file.fileno())  # dcp.save has done so with its own files
-        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         for old in list_checkpoints(args.out)[: -args.keep]:
             shutil.rmtree(old)
@@ -398,8 +396,8 @@ def load_checkpoint(args, model, optimizer):
     dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folders[-1])
     loaded = dict(model_state_dict=model_state, optim_state_dict=optimizer_state)
     states.set_state_dict(model, optimizer, **loaded)
-    for group in optimizer.param_groups:  # the old ones came with the checkpoint
-        group.update(lr=args.lr, weight_decay=args.weight_decay)
+    # The old ones came with the checkpoint.
+    optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
 
 
 def full_weights(model, dtype):
@@ -415,15 +413,15 @@ NOT_COPIED = """.safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx
 
 
 def export_model(model, source, out):
-    """Writes a folder that transformers and vLLM load: bfloat16 safetensors, and all other files of
-    the input folder or hub id `source` as they are, since an older transformers cannot read what a
-    newer one writes. All ranks call this."""
+    """Writes bfloat16 safetensors, and all other files of the folder or hub id `source` as they are:
+    an older transformers cannot read what a newer one writes. All ranks call this."""
     weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
-        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if dist.get_rank() == 0 and not tied:
+        if dist.get_rank() == 0:
             weights[name] = tensor.cpu().clone()  # it may be a view of a padded tensor
     if dist.get_rank() == 0:
+        if model.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
         if not os.path.isdir(source):
             source = snapshot_download(source, ignore_patterns=["*" + end for end in NOT_COPIED])
         os.makedirs(out, exist_ok=True)
@@ -632,8 +630,7 @@ def main():
         groups = data.next_items(stream, size // world, tally, args.max_bad_share)
         waited = time.time() - begin
         rate = learning_rate(step - 1, steps, args.lr, args.warmup_share)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         numbers = update(model, optimizer, groups, args, device)
 
         tally["skipped/update"] += math.isnan(numbers["grad_norm"]) and rank == 0
