@@ -505,10 +505,10 @@ def main():
     stop = sft.Stop(args.minutes)
     rank, world, device = sft.init_distributed()
     refusal = "an SFT record (messages), where answers are needed"
-    records, processor = sft.load_inputs(args, itemgetter("answer"), refusal)
+    records, settings = sft.load_inputs(args, itemgetter("answer"), refusal)
     state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={})
     state |= sft.start_run(args)
-    tokenizer, dtype, limits = processor.tokenizer, getattr(torch, args.dtype), data.limits_of(args)
+    tokenizer, dtype = settings["processor"].tokenizer, getattr(torch, args.dtype)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.
     shards = dict(shard_size=args.shard_size, recompute=args.recompute)
@@ -522,13 +522,11 @@ def main():
     ema.load_state_dict(state["moments"])
     kinds = [Counter(medium["type"] for medium in r["media"]) for r in records]
     media = {kind: max(counts[kind] for counts in kinds) for kind in ("image", "video")}
-    length = limits.max_prompt_tokens + args.max_response_tokens
+    length = args.max_prompt_tokens + args.max_response_tokens
     llm = make_engine(args.model, args.dtype, length, media, args.seed + rank)
 
-    prompts = data.load_prompts(args.prompts)
-    make_prompt = partial(encode, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, state["cursor"], rank, world)
-    stream = data.prefetch(records, make_prompt, order, args.workers)
+    stream = data.prefetch(records, partial(encode, **settings), order, args.workers)
     grader = Grader(polar_url=args.polar_url)
     tally = Counter(state["counts"] if rank == 0 else {})
     first, begin, updates = state["step"], time.time(), args.updates_per_step

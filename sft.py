@@ -580,22 +580,23 @@ def parse_args():
 
 
 def load_inputs(args, needed, refusal):
-    """The records of all files, and the processor. What is wrong with them ends the script here, before
-    a model is loaded. needed(record): None where it lacks what the script trains on. refusal says so."""
+    """The records of all files, and the settings of data.encode. What is wrong with them ends the script
+    here, before a model is loaded. needed(record): None where it lacks what the script trains on; the
+    script then ends with the sentence `refusal`."""
     if args.shard_size and dist.get_world_size() % args.shard_size:
         data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
     try:
         records = []
         for path in args.data:
             records += data.load_records(path, args.media_root, args.max_bad_share)
-        data.load_prompts(args.prompts)
+        prompts = data.load_prompts(args.prompts)
         processor = data.load_processor(args.model)
     except (OSError, ValueError) as error:
         data.refuse(error)
     for record in records:
         if needed(record) is None:
             data.refuse(f"{record['file']}: record {record['index']}: {refusal}")
-    return records, processor
+    return records, dict(processor=processor, limits=data.limits_of(args), prompts=prompts)
 
 
 def main():
@@ -603,7 +604,7 @@ def main():
     stop = Stop(args.minutes)
     rank, world, device = init_distributed()
     refusal = "no messages and no process, so there is nothing to imitate"
-    records, processor = load_inputs(args, data.demonstration, refusal)
+    records, settings = load_inputs(args, data.demonstration, refusal)
     size = args.sequences_per_step
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
@@ -613,16 +614,14 @@ def main():
     if rank == 0:
         print(f"{len(records)} records; {steps} steps of {size} on {world} ranks, from {step}")
 
-    settings = dict(shard_size=args.shard_size, recompute=args.recompute)
-    model = load_model(args.model, device, getattr(torch, args.dtype), **settings)
+    shards = dict(shard_size=args.shard_size, recompute=args.recompute)
+    model = load_model(args.model, device, getattr(torch, args.dtype), **shards)
     model.model.visual.requires_grad_(args.train_vision)
     optimizer = adamw(model, args.lr, args.weight_decay)
     load_checkpoint(args, model, optimizer)
 
-    limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
-    make_pair = partial(training_pair, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, step * size, rank, world)
-    stream = data.prefetch(records, make_pair, order, args.workers)
+    stream = data.prefetch(records, partial(training_pair, **settings), order, args.workers)
     tally, losses = Counter(state.get("counts") if rank == 0 else {}), []
     bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
     for step in bar:
