@@ -60,13 +60,11 @@ class Group(NamedTuple):
 
 
 def pack(groups, device):
-    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] one group after the other.
-
-    Returns a dict: ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the
-    row that predicts each response token; targets (R,): that token; sequences: what attention treats
-    as one causal sequence, a tuple of (begin, end) spans of keys, the last of which has the queries.
-    [prompt | R1] is one such span. Every other response has two, its prompt and itself.
-    """
+    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] one group after the other, a dict:
+    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the row that
+    predicts each response token; targets (R,): that token; sequences: what attention treats as one
+    causal sequence, a tuple of (begin, end) spans of keys, the last of which has the queries.
+    [prompt | R1] is one such span. Every other response has two, its prompt and itself."""
     ids, positions, rows, targets, sequences = [], [], [], [], []
     for prompt, responses in groups:
         start, end = len(ids), len(ids) + len(prompt.token_ids)
@@ -296,7 +294,6 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
     model.requires_grad_(trainable)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
     world = dist.get_world_size()
     shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
@@ -306,7 +303,6 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
         fully_shard(block, mesh=mesh, mp_policy=precision)
     model.response_logps = partial(response_logps, model)
     register_fsdp_forward_method(model, "response_logps")  # the root gathers embeddings and head
-
     model.to_empty(device=device)
     for module in model.modules():  # rotary tables are in no checkpoint, to_empty left garbage
         if hasattr(module, "original_inv_freq"):
@@ -433,7 +429,7 @@ def export_model(model, source, out):
 
 
 def end_run(args, model, step, steps):
-    """Writes the model and says where it is. All ranks call this."""
+    """Writes the model and prints where it is. All ranks call this."""
     export_model(model, args.model, args.out)
     if dist.get_rank() == 0:
         more = "; the same command goes on from here" if step < steps else ""
@@ -631,7 +627,6 @@ def main():
         rate = learning_rate(step - 1, steps, args.lr, args.warmup_share)
         optimizer.param_groups[0]["lr"] = rate
         numbers = update(model, optimizer, groups, args, device)
-
         tally["skipped/update"] += math.isnan(numbers["grad_norm"]) and rank == 0
         counts, seconds = sum(gather(tally), Counter()), time.time() - begin
         row = dict(step=step, **numbers, lr=rate, gb=peak_gb()) | counts
@@ -644,7 +639,6 @@ def main():
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
         if stopping:
             break
-
     bar.close()
     end_run(args, model, step, steps)
     dist.destroy_process_group()
