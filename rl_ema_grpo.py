@@ -546,8 +546,7 @@ def main():
             sync_weights(llm, sft.full_weights(model, dtype), compare)
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
-        sampling = (grader, tokenizer, args, state, tally, row, stop)
-        kept, seen = sample_groups(llm, stream, *sampling)
+        kept, seen = sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
         row["gb"] = peak_gb()
         pool = release_kv_cache(llm)
 
