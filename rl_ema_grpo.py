@@ -435,15 +435,10 @@ def parse_args():
     group.add_argument("--max-rounds", type=positive, default=20, help="rounds of dynamic sampling per step (%(default)s)")
     group.add_argument("--max-response-tokens", type=positive, default=4096, help="(%(default)s)")
     group.add_argument("--polar-url", help="vLLM server of POLAR, which grades open-ended answers (default: ROUGE)")
-    group.add_argument("--eval-data", nargs="+", default=[], help="held-out record files to answer greedily during the run")
-    group.add_argument("--eval-every", type=positive, default=50, help="steps between such evaluations (%(default)s)")
     group.add_argument("--wandb", help="also log to this Weights & Biases project")
     data.add_limits(parser)
     return parser.parse_args()
 # fmt: on
-
-
-MAY_CHANGE = [*sft.MAY_CHANGE, "eval_data", "eval_every", "steps", "wandb"]  # by a resumed run
 
 
 @contextmanager
@@ -452,23 +447,6 @@ def phase(row, name):
     start = time.time()
     yield
     row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + time.time() - start
-
-
-def evaluate_greedily(llm, records, make_prompt, grader, tokenizer, args):
-    """Mean held-out accuracy per task, {"eval/<task>": accuracy}. All ranks call this. Records that
-    cannot be used count 0."""
-    own, graded = records[dist.get_rank() :: dist.get_world_size()], []
-    stream = data.prefetch(own, make_prompt, range(len(own)), args.workers)
-    for start in range(0, len(own), 64):  # few images are in memory at a time
-        prompts = next_items(stream, min(64, len(own) - start), Counter(), 1.0)
-        seeds = [0] * len(prompts)
-        groups = generate(llm, prompts, seeds, 1, args.max_response_tokens, tokenizer, 0.0)
-        grade(groups, grader, tokenizer)
-        graded += [(task_of(each.prompt.record), each.scores[0].accuracy) for each in groups]
-    right, total = Counter(), Counter(task_of(record) for record in records)
-    for task, accuracy in itertools.chain(*gather(graded)):
-        right[task] += accuracy
-    return {f"eval/{task}": right[task] / total[task] for task in sorted(total)}
 
 
 def summarise(seen, updates, ema, seconds):
@@ -493,14 +471,11 @@ def summarise(seen, updates, ema, seconds):
 
 
 def report(args, row, seen, tokenizer, seconds_left):
-    """Rank 0: one line on the screen, and a response of three groups in rollouts.jsonl."""
-    slow = sorted((key for key in row if key.startswith("seconds/")), key=row.get)
-    slow = slow[-3:-1]  # the two slowest phases; the last is the whole step
-    phases = ", ".join(f"{key[8:]} {row[key]:.1f}" for key in reversed(slow))
+    """Rank 0: a line on the screen, and a response of three groups in rollouts.jsonl."""
     print(
         f"step {row['step']}/{args.steps}  reward {row['reward']:.3f}"
         f"  accuracy {row['accuracy']:.3f}  kept {row['kept_share']:.2f}"
-        f"  tokens {row['response_tokens']:.0f}  {row['seconds/step']:.1f} s ({phases})"
+        f"  tokens {row['response_tokens']:.0f}  {row['seconds/step']:.1f} s"
         f"  {timedelta(seconds=round(seconds_left))} left",
         flush=True,
     )
@@ -529,32 +504,28 @@ def main():
     args = parse_args()
     stop = sft.Stop(args.minutes)
     rank, world, device = sft.init_distributed()
-    need = itemgetter("answer"), "an SFT record (messages), where answers are needed"
-    inputs = sft.load_inputs(args, *need, args.data, args.eval_data)
-    records, held_out, processor = inputs
+    refusal = "an SFT record (messages), where answers are needed"
+    records, settings = sft.load_inputs(args, itemgetter("answer"), refusal)
     state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={})
-    state |= sft.start_run(args, MAY_CHANGE)
-    tokenizer, dtype, limits = processor.tokenizer, getattr(torch, args.dtype), data.limits_of(args)
+    state |= sft.start_run(args)
+    tokenizer, dtype = settings["processor"].tokenizer, getattr(torch, args.dtype)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.
-    shards = dict(shard_size=args.shard_size, recompute=args.recompute)
-    model = sft.load_model(args.model, device, dtype, **shards)
+    model = sft.load_model(args.model, device, dtype, recompute=args.recompute)
     optimizer = sft.adamw(model, args.lr, args.weight_decay)
     reference = None
     if args.kl_coef > 0:
-        reference = sft.load_model(args.model, device, dtype, trainable=False, **shards)
+        reference = sft.load_model(args.model, device, dtype, trainable=False)
     sft.load_checkpoint(args, model, optimizer)
     ema = EMAStd(args.ema_decay)
     ema.load_state_dict(state["moments"])
-    kinds = [Counter(medium["type"] for medium in r["media"]) for r in records + held_out]
+    kinds = [Counter(medium["type"] for medium in r["media"]) for r in records]
     media = {kind: max(counts[kind] for counts in kinds) for kind in ("image", "video")}
-    length = limits.max_prompt_tokens + args.max_response_tokens
+    length = args.max_prompt_tokens + args.max_response_tokens
     llm = make_engine(args.model, args.dtype, length, media, args.seed + rank)
 
-    prompts = data.load_prompts(args.prompts)
-    make_prompt = partial(encode, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, state["cursor"], rank, world)
-    stream = data.prefetch(records, make_prompt, order, args.workers)
+    stream = data.prefetch(records, partial(encode, **settings), order, args.workers)
     grader = Grader(polar_url=args.polar_url)
     tally = Counter(state["counts"] if rank == 0 else {})
     first, begin, updates = state["step"], time.time(), args.updates_per_step
@@ -572,13 +543,9 @@ def main():
         with phase(row, "sync"):
             compare = step == first + 1 or step % 100 == 0
             sync_weights(llm, sft.full_weights(model, dtype), compare)
-        if held_out and (step - 1) % args.eval_every == 0:
-            with phase(row, "eval"):
-                row |= evaluate_greedily(llm, held_out, make_prompt, grader, tokenizer, args)
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
-        sampling = (grader, tokenizer, args, state, tally, row, stop)
-        kept, seen = sample_groups(llm, stream, *sampling)
+        kept, seen = sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
         row["gb"] = peak_gb()
         pool = release_kv_cache(llm)
 

@@ -27,7 +27,6 @@ from argparse import BooleanOptionalAction
 from collections import Counter
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,13 +60,11 @@ class Group(NamedTuple):
 
 
 def pack(groups, device):
-    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] one group after the other.
-
-    Returns a dict: ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the
-    row that predicts each response token; targets (R,): that token; sequences: what attention treats
-    as one causal sequence, a tuple of (begin, end) spans of keys, the last of which has the queries.
-    [prompt | R1] is one such span. Every other response has two, its prompt and itself.
-    """
+    """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] one group after the other, a dict:
+    ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the row that
+    predicts each response token; targets (R,): that token; sequences: what attention treats as one
+    causal sequence, a tuple of (begin, end) spans of keys, the last of which has the queries.
+    [prompt | R1] is one such span. Every other response has two, its prompt and itself."""
     ids, positions, rows, targets, sequences = [], [], [], [], []
     for prompt, responses in groups:
         start, end = len(ids), len(ids) + len(prompt.token_ids)
@@ -218,9 +215,9 @@ ORIGIN = torch.zeros(3, 1, dtype=torch.int64).numpy()
 DUMMY = Group(data.Prompt({}, [0], ORIGIN, *NO_MEDIA, vllm={}), [[0]])
 
 
-def microbatches(groups, tokens_per_microbatch):
-    """Packs groups into micro-batches of at most `tokens_per_microbatch` tokens, first fit, longest
-    first; equally many on every rank (all ranks call this, see DUMMY).
+def microbatches(groups, limit):
+    """Packs groups into micro-batches of at most `limit` tokens, first fit, longest first; equally
+    many on every rank (all ranks call this, see DUMMY).
 
     Returns a list of ([Group], at): where their response tokens stand among those of all `groups`,
     (R,); ([], []) for a dummy. A group that is too long is split; each part repeats the prompt.
@@ -228,21 +225,19 @@ def microbatches(groups, tokens_per_microbatch):
     parts, position = [], 0  # [tokens, Group, positions of its response tokens]
     for group in groups:
         for i, response in enumerate(group.responses):
-            if i == 0 or parts[-1][0] + len(response) > tokens_per_microbatch:
+            if i == 0 or parts[-1][0] + len(response) > limit:
                 parts.append([len(group.prompt.token_ids), Group(group.prompt, []), []])
             parts[-1][0] += len(response)
             parts[-1][1].responses.append(response)
             parts[-1][2] += range(position, position + len(response))
             position += len(response)
-    bins = []  # [tokens, [Group], positions]
+    bins = [[0, [], []] for _ in parts]  # [tokens, [Group], positions]
     for tokens, group, positions in sorted(parts, key=lambda part: -part[0]):
-        roomy = [each for each in bins if each[0] + tokens <= tokens_per_microbatch]
-        if not roomy:
-            bins.append([0, [], []])
-        chosen = roomy[0] if roomy else bins[-1]
+        chosen = next(each for each in bins if not each[0] or each[0] + tokens <= limit)
         chosen[0] += tokens
         chosen[1].append(group)
         chosen[2] += positions
+    bins = [each for each in bins if each[0]]
     bins += [[0, [], []]] * (max(1, *gather(len(bins))) - len(bins))
     return [(members, torch.tensor(at, dtype=torch.int64)) for _, members, at in bins]
 
@@ -252,7 +247,7 @@ def microbatches(groups, tokens_per_microbatch):
 
 
 def init_distributed():
-    """Joins torchrun's process group (or makes a group of one). Returns rank, world size, device."""
+    """Joins torchrun's process group, or makes a group of one. Returns rank, world size, device."""
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ |= alone | {**os.environ}
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
@@ -279,13 +274,11 @@ def gather(value):
     return everyone
 
 
-def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=False):
+def load_model(path, device, dtype, trainable=True, recompute=False):
     """A Hugging Face Qwen3-VL -> FSDP2-sharded model, float32 weights, that computes in `dtype`.
 
     Rank 0 reads the weights and broadcasts the shards: host memory holds one copy. trainable=False:
-    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer
-    (default: all); with the GPUs of one node, only gradients cross the network. recompute: layers
-    are computed again in backward.
+    frozen, kept in `dtype` (the KL reference). recompute: layers are computed again in backward.
     """
     if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values anyway
         torch.set_float32_matmul_precision("high")
@@ -300,17 +293,13 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
     model.requires_grad_(trainable)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-
-    world = dist.get_world_size()
-    shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # Inputs stay as they are: patches are uint8, and rotary tables stay in float32.
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     model.response_logps = partial(response_logps, model)
     register_fsdp_forward_method(model, "response_logps")  # the root gathers embeddings and head
-
     model.to_empty(device=device)
     for module in model.modules():  # rotary tables are in no checkpoint, to_empty left garbage
         if hasattr(module, "original_inv_freq"):
@@ -324,7 +313,7 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
 
 def adamw(model, lr, weight_decay):
     params = [param for param in model.parameters() if param.requires_grad]
-    return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=True)
 
 
 def optimizer_step(model, optimizer, grad_clip, loss):
@@ -342,19 +331,18 @@ def optimizer_step(model, optimizer, grad_clip, loss):
 # Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
-def start_run(args, may_change=()):
+def start_run(args):
     """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, or {}.
-    All ranks call this before a model is loaded. Refuses to resume with other settings than before,
-    but for those in `may_change`; --force takes the new ones."""
+    All ranks call this before a model is loaded. Other settings than before need --force."""
     if os.path.realpath(args.out) == os.path.realpath(args.model):
         data.refuse(f"--out {args.out} is the folder of --model: name another")
     folders = list_checkpoints(args.out)
     state = json.loads((folders[-1] / "state.json").read_text()) if folders else {}
     old, new = state.get("args", {}), vars(args)
-    changed = {name for name in new if old.get(name, new[name]) != new[name]} - {*may_change}
+    changed = [name for name in new if old.get(name, new[name]) != new[name] and name != "force"]
     if changed and not args.force:
         said = [f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}" for name in changed]
-        data.refuse(f"{args.out}: other settings than before: {'; '.join(said)} (see --force)")
+        data.refuse(f"{args.out}: {'; '.join(said)}; --force goes on with the new settings")
     if dist.get_rank() == 0:
         try:
             os.makedirs(args.out, exist_ok=True)
@@ -386,7 +374,6 @@ def save_checkpoint(args, model, optimizer, state):
             json.dump(state | dict(args=vars(args)), file, indent=1)
             file.flush()
             os.fsync(file.fileno())  # dcp.save has done so with its own files
-        shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
         for old in list_checkpoints(args.out)[: -args.keep]:
             shutil.rmtree(old)
@@ -402,8 +389,8 @@ def load_checkpoint(args, model, optimizer):
     dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folders[-1])
     loaded = dict(model_state_dict=model_state, optim_state_dict=optimizer_state)
     states.set_state_dict(model, optimizer, **loaded)
-    for group in optimizer.param_groups:  # the old ones came with the checkpoint
-        group.update(lr=args.lr, weight_decay=args.weight_decay)
+    # The old ones came with the checkpoint.
+    optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
 
 
 def full_weights(model, dtype):
@@ -419,15 +406,15 @@ NOT_COPIED = """.safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx
 
 
 def export_model(model, source, out):
-    """Writes a folder that transformers and vLLM load: bfloat16 safetensors, and all other files of
-    the input folder or hub id `source` as they are, since an older transformers cannot read what a
-    newer one writes. All ranks call this."""
+    """Writes bfloat16 safetensors, and all other files of the folder or hub id `source` as they are:
+    an older transformers cannot read what a newer one writes. All ranks call this."""
     weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
-        tied = name == "lm_head.weight" and model.config.tie_word_embeddings
-        if dist.get_rank() == 0 and not tied:
+        if dist.get_rank() == 0:
             weights[name] = tensor.cpu().clone()  # it may be a view of a padded tensor
     if dist.get_rank() == 0:
+        if model.config.tie_word_embeddings:
+            del weights["lm_head.weight"]
         if not os.path.isdir(source):
             source = snapshot_download(source, ignore_patterns=["*" + end for end in NOT_COPIED])
         os.makedirs(out, exist_ok=True)
@@ -439,7 +426,7 @@ def export_model(model, source, out):
 
 
 def end_run(args, model, step, steps):
-    """Writes the model and says where it is. All ranks call this."""
+    """Writes the model and prints where it is. All ranks call this."""
     export_model(model, args.model, args.out)
     if dist.get_rank() == 0:
         more = "; the same command goes on from here" if step < steps else ""
@@ -475,19 +462,19 @@ class Stop:
     """Notices SIGTERM, Ctrl-C and the end of --minutes, which count from here."""
 
     def __init__(self, minutes=None):
-        self.deadline, self.asked = time.time() + 60 * (minutes or math.inf), False
+        self.deadline = time.time() + 60 * (minutes or math.inf)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.notice)
 
     def notice(self, number, _):
-        self.asked = True
+        self.deadline = 0
         if number == signal.SIGINT:  # a second Ctrl-C ends at once; torchrun makes it a SIGTERM
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def now(self):
         """Whether any rank was asked to stop. All ranks call this; all get the same answer."""
-        return any(gather(self.asked or time.time() > self.deadline))
+        return any(gather(time.time() > self.deadline))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -556,7 +543,7 @@ def new_parser(doc, lr, weight_decay, save_every):
     group.add_argument("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
     group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints (%(default)s)")
     group.add_argument("--keep", type=positive, default=2, help="checkpoints that stay (%(default)s)")
-    group.add_argument("--force", action="store_true", help="resume although a setting has changed")
+    group.add_argument("--force", action="store_true", help="resume with other settings than before")
     group = parser.add_argument_group("optimiser")
     group.add_argument("--lr", type=number, default=lr, help="learning rate (%(default)s)")
     group.add_argument("--weight-decay", type=number, default=weight_decay, help="(%(default)s)")
@@ -565,7 +552,6 @@ def new_parser(doc, lr, weight_decay, save_every):
     group = parser.add_argument_group("machine")
     group.add_argument("--tokens-per-microbatch", type=positive, default=16384, help="per forward and rank (%(default)s)")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are float32")
-    group.add_argument("--shard-size", type=positive, help="ranks that share one copy of the trainer (default: all)")
     group.add_argument("--recompute", action=BooleanOptionalAction, default=True, help="layers again in backward: less memory")
     group.add_argument("--workers", type=data.at_least(0), default=data.WORKERS, help="decoding processes per rank (%(default)s)")
     group.add_argument("--max-bad-share", type=number, default=0.05, help="largest share of unusable records (%(default)s)")
@@ -585,27 +571,22 @@ def parse_args():
 # fmt: on
 
 
-# A resumed run may change these: they do not change what is learned, but for the order of sums.
-MAY_CHANGE = """out media_root minutes tokens_per_microbatch recompute shard_size workers save_every
-    keep force max_bad_share""".split()
-
-
-def load_inputs(args, needed, refusal, *lists):
-    """All that can be wrong with the input is found before a model is loaded. needed(record): what
-    each record must have. Returns the records of each list of files, and the processor."""
-    if args.shard_size and dist.get_world_size() % args.shard_size:
-        data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
-    read = partial(data.load_records, media_root=args.media_root, max_bad_share=args.max_bad_share)
+def load_inputs(args, needed, refusal):
+    """The records of all files, and the settings of data.encode. What is wrong with them ends the script
+    here, before a model is loaded. needed(record): None where it lacks what the script trains on; the
+    script then ends with the sentence `refusal`."""
     try:
-        lists = [sum(map(read, files), []) for files in lists]
-        data.load_prompts(args.prompts)
+        records = []
+        for path in args.data:
+            records += data.load_records(path, args.media_root, args.max_bad_share)
+        prompts = data.load_prompts(args.prompts)
         processor = data.load_processor(args.model)
     except (OSError, ValueError) as error:
         data.refuse(error)
-    for record in chain(*lists):
+    for record in records:
         if needed(record) is None:
             data.refuse(f"{record['file']}: record {record['index']}: {refusal}")
-    return *lists, processor
+    return records, dict(processor=processor, limits=data.limits_of(args), prompts=prompts)
 
 
 def main():
@@ -613,26 +594,24 @@ def main():
     stop = Stop(args.minutes)
     rank, world, device = init_distributed()
     refusal = "no messages and no process, so there is nothing to imitate"
-    records, processor = load_inputs(args, data.demonstration, refusal, args.data)
+    records, settings = load_inputs(args, data.demonstration, refusal)
     size = args.sequences_per_step
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
     steps = args.steps or math.ceil(args.epochs * len(records) / size)
-    state = start_run(args, MAY_CHANGE)
+    state = start_run(args)
     step = state.get("step", 0)
     if rank == 0:
         print(f"{len(records)} records; {steps} steps of {size} on {world} ranks, from {step}")
 
-    settings = dict(shard_size=args.shard_size, recompute=args.recompute)
-    model = load_model(args.model, device, getattr(torch, args.dtype), **settings)
+    dtype = getattr(torch, args.dtype)
+    model = load_model(args.model, device, dtype, recompute=args.recompute)
     model.model.visual.requires_grad_(args.train_vision)
     optimizer = adamw(model, args.lr, args.weight_decay)
     load_checkpoint(args, model, optimizer)
 
-    limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
-    make_pair = partial(training_pair, processor=processor, limits=limits, prompts=prompts)
     order = data.data_order(len(records), args.seed, step * size, rank, world)
-    stream = data.prefetch(records, make_pair, order, args.workers)
+    stream = data.prefetch(records, partial(training_pair, **settings), order, args.workers)
     tally, losses = Counter(state.get("counts") if rank == 0 else {}), []
     bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
     for step in bar:
@@ -640,10 +619,8 @@ def main():
         groups = data.next_items(stream, size // world, tally, args.max_bad_share)
         waited = time.time() - begin
         rate = learning_rate(step - 1, steps, args.lr, args.warmup_share)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         numbers = update(model, optimizer, groups, args, device)
-
         tally["skipped/update"] += math.isnan(numbers["grad_norm"]) and rank == 0
         counts, seconds = sum(gather(tally), Counter()), time.time() - begin
         row = dict(step=step, **numbers, lr=rate, gb=peak_gb()) | counts
@@ -656,7 +633,6 @@ def main():
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
         if stopping:
             break
-
     bar.close()
     end_run(args, model, step, steps)
     dist.destroy_process_group()
