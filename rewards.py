@@ -695,9 +695,11 @@ def polar_text(record, answer):
     return f"{problem}\n{truth_of(record)}<|reward|>{problem}\n{answer}[UNUSED_TOKEN_130]"
 
 
-def ask_polar(url, texts, seconds):
-    """vLLM's pooling endpoint: list of text -> list of raw scores, each the last number of an item (the
-    last token's value); None if the server fails, lies, or takes more than `seconds`, twice."""
+def ask_polar(url, texts, seconds=30.0):
+    """vLLM's pooling endpoint: list of text -> list of raw scores (of an item its last number, that of
+    the last token); None if the server fails or takes longer, twice."""
+    from numpy import ravel
+
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
@@ -705,34 +707,31 @@ def ask_polar(url, texts, seconds):
     for _ in range(2):
         try:
             with opener.open(request, timeout=seconds) as response:
-                items = json.loads(response.read(2**26))["data"]
-            scores = [item["data"] for item in sorted(items, key=lambda item: item["index"])]
-            while any(isinstance(values, list) for values in scores):
-                scores = [values[-1] for values in scores]
+                items = json.load(response)["data"]
+            scores = [float(ravel(item["data"])[-1]) for item in items]
             if are_numbers(scores, len(texts)):
                 return scores
-        except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        except (OSError, HTTPException, ValueError, LookupError, TypeError):
             continue
     return None
 
 
-def polar_scores(url, pairs, seconds=60.0):
-    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1],
-    and the number of groups that failed. A group is the answers to one prompt: its scores are min-max
-    normalised (all 1 if all are equal); all None if the server fails, since a mix has two scales."""
+def polar_scores(url, pairs):
+    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1].
+    The scores of one prompt are min-max normalised (all 1 if all are equal). All None if the server
+    fails: ROUGE for a part of them would be a second scale."""
+    scores = ask_polar(url, [polar_text(*pair) for pair in pairs])
+    if scores is None:
+        return [None] * len(pairs)
+    prompts = [(record.get("problem"), truth_of(record)) for record, _ in pairs]
     groups = {}
-    for i, (record, answer) in enumerate(pairs):
-        group = groups.setdefault((record.get("problem"), truth_of(record)), {})
-        group[i] = polar_text(record, answer)
-    ask = lambda group: ask_polar(url, [*group.values()], seconds / 2)
-    values, failed = [None] * len(pairs), 0
-    with ThreadPoolExecutor(len(groups) or 1) as pool:
-        for group, scores in zip(groups.values(), pool.map(ask, groups.values())):
-            failed += scores is None
-            for i, raw in zip(group, scores or []):
-                low, high = min(scores), max(scores)
-                values[i] = (raw - low) / (high - low) if high > low else 1.0
-    return values, failed
+    for prompt, raw in zip(prompts, scores):
+        groups.setdefault(prompt, []).append(raw)
+    values = []
+    for prompt, raw in zip(prompts, scores):
+        low, high = min(groups[prompt]), max(groups[prompt])
+        values.append((raw - low) / (high - low) if high > low else 1.0)
+    return values
 
 
 # ---- Grader processes
@@ -744,7 +743,7 @@ class Grader:
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
     C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
     its item scores 0; one that dies is replaced and the item tried once more.
-    counts: {"killed": overran, "errors": deaths}, and "polar_failed" (groups) if polar_url is given.
+    counts: {"killed": overran, "errors": deaths}, and "polar_failed" (answers) if polar_url is given.
     """
 
     command = (sys.executable, os.path.abspath(__file__), "--worker")
@@ -775,10 +774,9 @@ class Grader:
         kinds = [record["problem_type"] for record, _ in pairs]
         slow = [i for i, k in enumerate(kinds) if k in SLOW_TYPES and pairs[i][1] is not None]
         values = [None if i in {*slow} else accuracy(*pair) for i, pair in enumerate(pairs)]
-        if self.polar_url:
-            asked = [i for i in slow if kinds[i] == "open-ended"]
-            scores, failed = polar_scores(self.polar_url, [pairs[i] for i in asked])
-            self.counts["polar_failed"] += failed
+        if asked := [i for i in slow if self.polar_url and kinds[i] == "open-ended"]:
+            scores = polar_scores(self.polar_url, [pairs[i] for i in asked])
+            self.counts["polar_failed"] += scores.count(None)
             for i, value in zip(asked, scores):
                 values[i] = value
             slow = [i for i in slow if values[i] is None]

@@ -679,16 +679,14 @@ PAIRS = [
 
 
 def pooled(texts):
-    """vLLM's reply, out of order: a value per token, the last is the score (here the text's length)."""
-    data = [{"index": i, "data": [[-9.0], [float(len(text))]]} for i, text in enumerate(texts)]
-    return {"data": data[::-1]}
+    """vLLM's reply: a value per token, the last is the score (here the text's length)."""
+    return {"data": [{"data": [[-9.0], [float(len(text))]]} for text in texts]}
 
 
 def test_polar_normalises_within_a_group(server):
-    """Scores were normalised over the batch, or taken in the order of arrival."""
+    """Scores were normalised over the batch."""
     server.say = pooled
-    values, failed = rewards.polar_scores(server.url, PAIRS)
-    assert values == [0, 0, 1, 1] and failed == 0
+    assert rewards.polar_scores(server.url, PAIRS) == [0, 0, 1, 1]
     with Grader(workers=1, polar_url=server.url) as grader:
         pairs = [(record, reply(answer)) for record, answer in PAIRS]
         results = grader.score([*pairs, (OPEN, "no tags")])
@@ -703,44 +701,36 @@ def test_polar_cannot_be_spoofed():
     assert rewards.polar_text(OPEN, "<|rew<|x|>ard|>").count("<|reward|>") == 1
 
 
-LIES = [
-    500,
-    b"",
-    b"hello",
-    b"[" * 50_000,
-    b"\xff",
-    [],
-    *({"data": x} for x in ([], [1, 2, 3], None)),
-]
-for value in ([float("nan")], "x", [], {}, None, True):
-    LIES.append({"data": [{"index": i, "data": value} for i in range(3)]})
+LIES = [500, b"", b"hello", b"\xff", [], *({"data": x} for x in ([], [1, 2, 3], None))]
+for value in ([float("nan")], "x", [], {}, None):
+    LIES.append({"data": [{"data": value} for _ in PAIRS]})
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda lie: str(lie)[:20])
-def test_polar_failure_turns_the_whole_group_to_rouge(server, lie):
-    """Half of a group on POLAR's scale and half on ROUGE's; or a NaN from the server as reward."""
-    server.say = lambda texts: lie if "What?" in texts[0] else pooled(texts)
-    values, failed = rewards.polar_scores(server.url, PAIRS)
-    assert values == [None, None, None, 1] and failed == 1
+def test_polar_failure_turns_to_rouge(server, lie):
+    """A NaN from the server as reward, or an end of the run."""
+    server.say = lambda texts: lie
+    assert rewards.polar_scores(server.url, PAIRS) == [None] * 4
 
 
 def test_polar_is_asked_twice(server):
-    """One failed request turned a group to ROUGE."""
+    """One failed request turned a step to ROUGE."""
     failures = [500]
     server.say = lambda texts: failures.pop() if failures else pooled(texts)
-    assert rewards.polar_scores(server.url, PAIRS[:3]) == ([0, 0, 1], 0)
+    assert rewards.polar_scores(server.url, PAIRS[:3]) == [0, 0, 1]
 
 
 def test_polar_slow_or_gone(server):
     """A server that hangs held up every step."""
     server.say = lambda texts: time.sleep(3) or pooled(texts)
     start = time.time()
-    assert rewards.polar_scores(server.url, PAIRS, seconds=1) == ([None] * 4, 2)
+    assert rewards.ask_polar(server.url, ["a"], seconds=0.5) is None
     assert time.time() - start < 2.5
     with Grader(workers=1, polar_url="http://127.0.0.1:9") as grader:
         results = grader.score([(record, reply(answer)) for record, answer in PAIRS])
         assert [result.accuracy for result in results] == [accuracy(*pair) for pair in PAIRS]
-        assert grader.counts["polar_failed"] == 2
+        assert grader.counts["polar_failed"] == 4
+        assert grader.score([(ask("numerical", "3"), reply("3"))])[0].accuracy == 1  # none to ask
 
 
 def test_workers_are_launched_by_the_calling_thread(monkeypatch):
