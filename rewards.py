@@ -40,12 +40,37 @@ from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
 from unicodedata import category, normalize
 
-TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
-JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking")
-JSON_TYPES += ("segmentation",)
-PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
 Score = namedtuple("Score", "reward accuracy format structure", defaults=4 * (0.0,))
+
+# ---- The JSON of each task
+
+
+def are_numbers(x, n):
+    """A list of n finite JSON numbers: no true, no "12"; at most 1e9, so that products stay finite."""
+    if type(x) is not list or len(x) != n:
+        return False
+    for v in x:  # not all(): most of the time of grading a track goes here
+        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
+            return False
+    return True
+
+
+is_number = lambda x: are_numbers([x], 1)
+is_span = lambda x: are_numbers(x, 2)  # [start, end]
+is_box = lambda x: are_numbers(x, 4)  # [x1, y1, x2, y2]
+is_track = lambda x: isinstance(x, dict) and all(map(is_box, x.values()))  # {"second": box}
+is_points = lambda x: type(x) is list and len(x) == 3 and all(are_numbers(xy, 2) for xy in x)
+SCHEMAS = {
+    "temporal grounding": {"time": is_span},
+    "spatial grounding": {"boxes": is_box},
+    "spatial-temporal grounding": {"time": is_span, "boxes": is_track},
+    "tracking": {"boxes": is_track},
+    "segmentation": {"boxes": is_box, "positive_points": is_points, "negative_points": is_points},
+}
+TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
+JSON_TYPES = tuple(SCHEMAS)
+PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 
 # ---- Reading tags and JSON
 
@@ -495,21 +520,6 @@ def math_equal(p, y):
     return bool(verify(parse(y, latex), parse(p, latex)))
 
 
-def is_number(x):
-    """A finite JSON number, not true, not "12"; at most 1e9 in size, so that products stay finite."""
-    return are_numbers([x], 1)
-
-
-def are_numbers(x, n):
-    """A list of n such numbers."""
-    if type(x) is not list or len(x) != n:
-        return False
-    for v in x:  # not all(): most of the time of grading a track goes here
-        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
-            return False
-    return True
-
-
 def iou_1d(p, y):
     """Intersection over union of two spans [start, end]; 0 if one is malformed or reversed.
     >>> iou_1d([0, 4], [2, 6])
@@ -546,11 +556,6 @@ def mean_box_iou(p, y, over="truth"):
         return 0.0
     seconds = [k for k in y if k in p] if over == "shared" else y
     return sum(iou_box(p.get(k), y[k]) for k in seconds) / max(1, len(seconds))
-
-
-def are_points(x):
-    """Exactly three points [x, y]."""
-    return type(x) is list and len(x) == 3 and all(are_numbers(point, 2) for point in x)
 
 
 def point_kernel(p, y, sigma=50.0):
@@ -604,9 +609,9 @@ def accuracy(record, answer):
         return 0.5 * iou_1d(*times) + 0.5 * mean_box_iou(*boxes)
     if kind == "tracking":
         return mean_box_iou(*boxes)
-    # segmentation: a prompt for SAM2; 0 without 3 + 3 points or a video's time
+    # segmentation: 0 without 3 + 3 points or a video's time
     signs = ("positive_points", "negative_points")
-    if not all(are_points(side.get(sign)) for side in (p, y) for sign in signs):
+    if not all(is_points(side.get(sign)) for side in (p, y) for sign in signs):
         return 0.0
     positive, negative = (point_kernel(p[sign], y[sign]) for sign in signs)
     if record.get("data_type") == "image":
@@ -623,25 +628,17 @@ def structure(record, answer):
     >>> structure({"problem_type": "tracking", "answer": truth}, '{"boxes": {"1": [1, 2, 3, 4]}}')
     0.375
     """
-    kind = record["problem_type"]
-    if kind in TEXT_TYPES:
-        return 0.5
-    p = read_json(answer)
-    boxes, span = p.get("boxes"), are_numbers(p.get("time"), 2)
-    if kind == "temporal grounding":
-        return 0.5 * span
-    if kind == "spatial grounding":
-        return 0.5 * are_numbers(boxes, 4)
-    if kind == "segmentation":
-        points = are_points(p.get("positive_points")) and are_points(p.get("negative_points"))
-        timed = record.get("data_type") == "image" or is_number(p.get("time"))
-        return 0.5 * (are_numbers(boxes, 4) and points and timed)
-    track = isinstance(boxes, dict) and all(are_numbers(box, 4) for box in boxes.values())
-    if not track or (kind == "spatial-temporal grounding" and not span):
+    kind, p = record["problem_type"], read_json(answer)
+    fits = all(holds(p.get(field)) for field, holds in SCHEMAS.get(kind, {}).items())
+    if kind == "segmentation" and record.get("data_type") != "image":
+        fits = fits and is_number(p.get("time"))
+    if not fits:
         return 0.0
+    if kind not in ("tracking", "spatial-temporal grounding"):
+        return 0.5
     seconds = read_json(truth_of(record)).get("boxes")
     seconds = seconds if isinstance(seconds, dict) else {}
-    return 0.25 + 0.25 * sum(k in boxes for k in seconds) / max(1, len(seconds))
+    return 0.25 + 0.25 * sum(k in p["boxes"] for k in seconds) / max(1, len(seconds))
 
 
 def gradable(record):
@@ -658,15 +655,15 @@ def gradable(record):
         return ""
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
-    y = read_json(truth)
+    y = {field: read_json(truth).get(field) for field in SCHEMAS[kind]}
     if "temporal" in kind and not y["time"][0] < y["time"][1]:
         return "has a time that does not end after its start"
-    boxes = y.get("boxes") if kind != "temporal grounding" else {}
+    boxes = y.get("boxes", {})
     for x1, y1, x2, y2 in boxes.values() if isinstance(boxes, dict) else [boxes]:
         if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
             return "has a box [x1, y1, x2, y2] that is reversed, empty or outside 0-1000"
-    points = y["positive_points"] + y["negative_points"] if kind == "segmentation" else []
-    outside = any(not 0 <= v <= 1000 for point in points for v in point)
+    points = y.get("positive_points", []) + y.get("negative_points", [])
+    outside = any(not 0 <= v <= 1000 for v in itertools.chain(*points))
     return "has a point outside 0-1000" if outside else ""
 
 
