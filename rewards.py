@@ -87,19 +87,18 @@ def find_answer(text):
     """The answer as a lenient reader finds it, or None: after the thinking the last pair of tags, else
     what follows an opening tag, else everything. A response without </think> may be a thought that was
     cut off: its tags count only if nothing follows them."""
-    text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text) if isinstance(text, str) else ""
+    text = re.sub(r"(?:\s*<\|\w+\|>)*\s*$", "", text or "")  # <|im_end|>
     _, thought, rest = text.partition("</think>")
-    if not thought:
-        rest = text.strip()
-        whole = rest.endswith("</answer>") and "<answer>" in rest
-        if not whole and ("<think>" in rest or "</answer>" in rest):
+    if not thought and re.search("<think>|</answer>", text):
+        if not re.search("<answer>.*</answer>$", text, re.DOTALL):
             return None
-    pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
-    answers = [answer for _, tag, answer in pairs if tag and re.search(r"\w", answer)]
-    if not answers:
-        last = next((part for part in rest.split("</think>")[::-1] if part.strip()), "")
-        answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
-    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
+    rest = re.sub(r"(?:\s*</think>)+$", "", rest if thought else text)
+    pairs = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", rest, re.DOTALL)
+    if answers := [answer for answer in pairs if re.search(r"\w", answer)]:
+        answer = answers[-1]
+    else:
+        answer = rest.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0]
+    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answer.strip()).strip() or None
 
 
 _STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: int("NaN") raises
@@ -115,44 +114,33 @@ def read_json(text):
     return value if isinstance(value, dict) else {}
 
 
-def tidy(value):
-    """JSON with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4", not
-    "4.0", and no list around a single list or object. Two such names in one object: {}."""
-    if isinstance(value, dict):
-        other = r"^(?:bbox_2d|bbox|box)$|^(\d+)\.0*$"
-        names = [re.sub(other, lambda match: match[1] or "boxes", key) for key in value]
-        result = dict(zip(names, map(tidy, value.values())))
-        return result if len(result) == len(value) else {}
-    if isinstance(value, list):
-        value = [tidy(item) for item in value]
-        return value[0] if len(value) == 1 and isinstance(value[0], (list, dict)) else value
-    number = read_number(value) if isinstance(value, str) else None
-    return value if number is None else float(number)
+_MENDED = [  # JSON as base models write it -> as the schemas have it
+    (r",(\s*[}\]])", r"\1"),  # trailing commas
+    (r"([{,]\s*)\"?(\d+)(?:\.0*)?\"?(\s*:)", r'\1"\2"\3'),  # seconds: 4, "4.0"
+    (r"\"(-?\d+(?:\.\d+)?)(?: ?s)?\"(?!\s*:)", r"\1"),  # numbers as text
+    (r'"(?:bbox_2d|bbox|box)"', '"boxes"'),
+    (r'\{[^][{}]*"boxes"\s*:\s*(\[[^][{}]*\])[^][{}]*\}', r"\1"),  # a box and its label
+    (r"\[\s*(\[[^][]*\])\s*\]", r"\1"),  # a list of one
+]
 
 
 def loose_json(record, text):
-    """The one answer in the task's schema that a text holds, as JSON; None if none or several. Trailing
-    commas, single quotes and numbers as keys are mended."""
-    text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
-    text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
-    text = text if '"' in text else text.replace("'", '"')
+    """The one answer in the task's schema that a text holds, as JSON; None if none or several."""
+    text = text[:20_000] if '"' in text else text[:20_000].replace("'", '"')
+    for pattern, new in _MENDED:
+        text = re.sub(pattern, new, text)
     kind, found, end = record["problem_type"], set(), 0
-    for start in itertools.islice(re.finditer(r"[\[{]", text), 300):
+    for start in itertools.islice(re.finditer(r"\{|\[(?!\s*\{)", text), 300):
         if start.start() < end:  # inside the one before
             continue
         try:
             value, end = _STRICT.raw_decode(text, start.start())
-            value = tidy(value)
         except (ValueError, RecursionError):
             continue
         if isinstance(value, list):
             value = {"time" if kind == "temporal grounding" else "boxes": value}
-        boxes = value.get("boxes")
-        if kind == "tracking" and isinstance(boxes, list):  # one a second, from key 1 on
-            boxes = {str(k): box for k, box in enumerate(boxes, 1)}
-        if isinstance(boxes, dict):
-            boxes = {k: box.get("boxes") if type(box) is dict else box for k, box in boxes.items()}
-            value["boxes"] = boxes
+        if kind == "tracking" and isinstance(value.get("boxes"), list):  # one a second, from 1 on
+            value["boxes"] = {str(k): box for k, box in enumerate(value["boxes"], 1)}
         found.add(json.dumps(value))
     found = [answer for answer in found if readable(record, answer)]
     return found[0] if len(found) == 1 else None

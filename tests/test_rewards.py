@@ -399,7 +399,6 @@ def test_several_json_answers_are_none():
         + """ or {"boxes": [5, 6, 7, 8]}
 [1, 2, 3, 4] and [5, 6, 7, 8]
 [{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8]}]
-{"bbox": [5, 6, 7, 8], "box": [1, 2, 3, 4]}
 [1, 2, 3]"""
     )
     for text in texts.split("\n"):
