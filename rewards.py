@@ -156,33 +156,30 @@ def truth_of(record):
 
 # ---- Reading units and numbers
 
-_SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and digits
-_SIGNS |= str.maketrans("−–\u3000\xa0\u2009\u202f。、’“”", '--    .,\'""')
-_SIGNS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "π": r"\pi ", "∞": r"\infty "})
+_SIGNS = {"−": "-", "–": "-", "⁄": "/", "。": ".", "、": ",", "’": "'", "“": '"', "”": '"'}
+_SIGNS = str.maketrans(_SIGNS | {"π": r"\pi ", "∞": r"\infty "})
 _MARKUP = [
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + normalize("NFKC", match[0]).replace("−", "-") + "}"),
-    (r"\\\$", "＄"),  # a sign of currency, no mark of LaTeX
-    (r"\$\$?([^$]*)\$\$?", r"\1"),
+    (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
-    (r"\\(?:f?boxed|mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\f?boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r" \1 "),
+    (r"\\(?:mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<!\w)(\*\*|__)(.+?)\1(?!\w)", r"\2"),
     (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
-    (r"\\%", "%"),
+    (r"\\([%$])", r"\1"),
     (r"\\Omega\b", "Ω"),
     (r"[^\S\n]+", " "),
 ]
-_MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
 _MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 
 
 def plain(text):
     """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
     if _MARKED.search(text):
-        text = text.translate(_SIGNS)
+        text = re.sub(r"([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text)
+        text = normalize("NFKC", re.sub("([¼½¾])", r" \1", text)).translate(_SIGNS)
         for pattern, new in _MARKUP:
-            text = pattern.sub(new, text)
+            text = re.sub(pattern, new, text)
     return text.strip("*_#\"' \n")
 
 
@@ -211,7 +208,7 @@ _UNITS = (  # rows: the name, its other spellings
     "N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
     "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
     "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
-    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, "
+    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
     "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
 )
 _UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
@@ -232,7 +229,7 @@ _NO_UNIT = re.compile(  # words that change the number before them, without a la
     "out per remainder between except without wrong incorrect false never maybe perhap possibly none "
     "null nan inf or of".replace(" ", "|")
 )
-_UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
+_UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
 _UNIT = re.compile(rf"/?{_UNIT}(?: ?[ /·*⋅.] ?{_UNIT}){{0,3}}")
 _UNIT_FORMS = [
@@ -244,41 +241,36 @@ _UNIT_FORMS = [
 ]
 
 
-@lru_cache(4096)
-def read_unit(text):
-    """The one name of a unit however spelled, or None if `text` is none: units of the list, unknown
-    words of three letters or more, powers, quotients and products of up to four.
-    >>> read_unit("square meters per second"), read_unit("red balls"), read_unit("million")
-    ('m^2/s', 'red ball', None)
-    """
-    text = text[:60].strip()
-    for pattern, new in _UNIT_FORMS:
-        text = re.sub(pattern, new, text)
-
-    def name(match):
-        word, low = match[0], match[0].lower()
-        forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
-        known = next((_UNITS[form] for form in forms if form in _UNITS), None)
-        is_unit = len(word) > 2 and word.isascii() and not any(map(_NO_UNIT.fullmatch, forms))
-        return known or (forms[-1] if is_unit else "?")
-
-    text = _UNIT_WORD.sub(name, text).rstrip(".")
-    return text if _UNIT.fullmatch(text) else None
+def name_unit(match):
+    """The one name of a word of a unit however spelled, or "?" if it is none."""
+    word, low = match[0], match[0].lower()
+    forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
+    for form in forms:
+        if form in _UNITS:
+            return _UNITS[form]
+    unknown = len(word) > 2 and word.isascii() and not any(map(_NO_UNIT.fullmatch, forms))
+    return forms[-1] if unknown else "?"
 
 
-_CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
-_UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$＄€£¥₹₩¢℃℉])")
+_CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
+_UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$€£¥₹₩¢℃℉])")
 
 
 def split_unit(text):
-    """Plain text -> (text without its unit, the unit's name or ""). Only a number without letters can
-    have a unit of one letter or of unknown words: 2x m is a product."""
+    """Plain text -> (text without its unit, the unit's one name or ""): words of the list, unknown
+    ones of three letters or more, their powers, quotients and products. 2x m is a product of letters.
+    >>> split_unit("5 square meters per second"), split_unit("5 red balls"), split_unit("5 million")
+    (('5', 'm^2/s'), ('5', 'red ball'), ('5 million', ''))
+    """
     behind = re.sub(_CURRENCY, r"\1\3 \2", text)  # $5 per day -> 5 $ per day
     for start in _UNIT_STARTS.finditer(behind[:200]):
-        number, tail = behind[: start.start()], behind[start.end() :]
-        letters = re.search(r"[^\W\d_]", re.sub(r"\\[a-zA-Z]+", "", number.rpartition("=")[2]))
-        known = len(tail) > 1 and tail.lower().rstrip(".") in _UNITS
-        if (known or not letters) and (unit := read_unit(tail)):
+        number, unit = behind[: start.start()], behind[start.end() :][:60]
+        if re.search(r"[^\W\d_]", re.sub(r"\\[a-zA-Z]+|e[+-]?\d", "", number.rpartition("=")[2])):
+            continue
+        for pattern, new in _UNIT_FORMS:
+            unit = re.sub(pattern, new, unit)
+        unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
+        if _UNIT.fullmatch(unit):
             return number, unit
     return text, ""
 
