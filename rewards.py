@@ -87,18 +87,18 @@ def find_answer(text):
     """The answer as a lenient reader finds it, or None: after the thinking the last pair of tags, else
     what follows an opening tag, else everything. A response without </think> may be a thought that was
     cut off: its tags count only if nothing follows them."""
-    text = re.sub(r"(?:\s*<\|\w+\|>)*\s*$", "", text or "")  # <|im_end|>
+    text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text or "").strip()  # <|im_end|>
     _, thought, rest = text.partition("</think>")
     if not thought and re.search("<think>|</answer>", text):
         if not re.search("<answer>.*</answer>$", text, re.DOTALL):
             return None
-    rest = re.sub(r"(?:\s*</think>)+$", "", rest if thought else text)
-    pairs = re.findall(r"<answer>((?:(?!</?answer>).)*)</answer>", rest, re.DOTALL)
-    if answers := [answer for answer in pairs if re.search(r"\w", answer)]:
-        answer = answers[-1]
-    else:
-        answer = rest.rpartition("</think>")[2].rpartition("<answer>")[2].partition("</answer>")[0]
-    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answer.strip()).strip() or None
+    rest = rest if thought else text
+    pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
+    answers = [answer for _, tag, answer in pairs if tag and re.search(r"\w", answer)]
+    if not answers:
+        last = re.sub(r"(?:\s*</think>)+$", "", rest).rpartition("</think>")[2]
+        answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
+    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
 
 
 _STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: int("NaN") raises
@@ -157,8 +157,11 @@ def truth_of(record):
 # ---- Reading units and numbers
 
 _SIGNS = {"−": "-", "–": "-", "⁄": "/", "。": ".", "、": ",", "’": "'", "“": '"', "”": '"'}
-_SIGNS = str.maketrans(_SIGNS | {"π": r"\pi ", "∞": r"\infty "})
+_SIGNS |= {"π": r"\pi ", "∞": r"\infty ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
+_SIGNS |= {power: f"^{{{sign}}}" for power, sign in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")}
+_SIGNS = str.maketrans(_SIGNS)
 _MARKUP = [
+    (r"\}\^\{", ""),
     (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
@@ -170,16 +173,16 @@ _MARKUP = [
     (r"\\Omega\b", "Ω"),
     (r"[^\S\n]+", " "),
 ]
+_MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
 _MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 
 
 def plain(text):
     """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
     if _MARKED.search(text):
-        text = re.sub(r"([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", text)
-        text = normalize("NFKC", re.sub("([¼½¾])", r" \1", text)).translate(_SIGNS)
+        text = normalize("NFKC", text.translate(_SIGNS))  # also full-width letters and digits
         for pattern, new in _MARKUP:
-            text = re.sub(pattern, new, text)
+            text = pattern.sub(new, text)
     return text.strip("*_#\"' \n")
 
 
