@@ -36,7 +36,6 @@ from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
 from http.client import HTTPException
-from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
 from unicodedata import category, normalize
 
@@ -721,8 +720,8 @@ class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
-    C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
-    its item scores 0; one that dies is replaced and the item tried once more.
+    C code where no Python time limit reaches. The kernel ends a worker after `seconds` of CPU time for
+    one item: it is replaced, the item scores 0. Of one that dies the item is tried once more.
     counts: {"killed": overran, "errors": deaths}, and "polar_failed" (answers) if polar_url is given.
     """
 
@@ -751,13 +750,16 @@ class Grader:
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        kinds = [record["problem_type"] for record, _ in pairs]
-        slow = [i for i, k in enumerate(kinds) if k in SLOW_TYPES and pairs[i][1] is not None]
-        values = [None if i in {*slow} else accuracy(*pair) for i, pair in enumerate(pairs)]
-        if asked := [i for i in slow if self.polar_url and kinds[i] == "open-ended"]:
-            scores = polar_scores(self.polar_url, [pairs[i] for i in asked])
+        values, slow = [], []
+        for i, (record, answer) in enumerate(pairs):
+            is_slow = answer is not None and record["problem_type"] in SLOW_TYPES
+            slow += [i] if is_slow else []
+            values.append(None if is_slow else accuracy(record, answer))
+        opens = [i for i in slow if pairs[i][0]["problem_type"] == "open-ended"]
+        if self.polar_url and opens:
+            scores = polar_scores(self.polar_url, [pairs[i] for i in opens])
             self.counts["polar_failed"] += scores.count(None)
-            for i, value in zip(asked, scores):
+            for i, value in zip(opens, scores):
                 values[i] = value
             slow = [i for i in slow if values[i] is None]
         for i, reply in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
@@ -771,19 +773,18 @@ class Grader:
         record, answer = pair
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for errors in range(2):
-            worker, late = self.idle.get(), False
+            worker = self.idle.get()
             ready = worker.stdout.readline() == "ready\n"
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
-                late = not wait([worker.stdout], self.seconds)
-                value = float("" if late else worker.stdout.readline())
+                value = float(worker.stdout.readline())
                 self.idle.put(worker)
                 return value, 0, errors
-            except (BrokenPipeError, ValueError):  # it hangs, is dead, or babbles
+            except (BrokenPipeError, ValueError):  # it is dead, or babbles
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
                 self.idle.put(self._launch())
-                if late:
+                if worker.returncode == -signal.SIGPROF:
                     return 0.0, 1, errors
         if not ready:  # no wrong answer, but a broken grader
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
@@ -804,14 +805,13 @@ class Grader:
 
 def work(seconds):
     """A worker: says that it is ready, reads one JSON line [record, answer], writes one line with the
-    accuracy, and so on until the pipe ends. Should its Grader vanish while it hangs, the kernel ends it
-    after 2 * seconds of CPU time (SIGPROF)."""
+    accuracy, and so on until the pipe ends."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, for huge integers
     math_equal("x", "y + 1"), rouge("", "")  # imports
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # then SIGPROF ends it
         print(accuracy(*json.loads(line)), "ready", sep="\n", flush=True)
 
 
