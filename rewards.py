@@ -8,13 +8,11 @@ parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. 
 runs the examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
 2. Text is graded as written. The release removes spaces around "<", ">" and "/" in the answer only.
-3. Choices and numbers are read as people write them: "Answer: B", "It is the dog.", "5 cm", "1/2".
-   Two units must agree, one on one side only is left out. The release takes a bare letter and bare
-   digits; its math drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
+3. Choices, numbers and units are read as people write them: "It is the dog.", "5 cm", "1/2"; 15 cm is
+   not 15 km, 5 million not 5. The release takes a bare letter, bare digits, and no units into account.
 4. Words in math are text. In the release they are products: ABC equals ACB.
 5. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
-6. Spatial-temporal boxes are averaged over the true seconds (the release: over those that both sides
-   have: one right box of five scores as five). Structure counts seconds only if the schema holds.
+6. Spatial-temporal boxes are averaged over the true seconds, not over those that both sides have.
 7. Relative accuracy is exact on decimal ties, and math without dollars gets them.
 8. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
 The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian.
@@ -312,6 +310,7 @@ def read_number(text):
 
 # ---- Reading choices
 
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _AFTER = re.compile(  # what may stand between a letter and more text
     r"[)\]}.:;!,\n]| [-–—=→(]|"
     r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
@@ -322,8 +321,7 @@ _UNSURE = re.compile(
     r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
 )
 _CLAUSE = re.compile(  # where a statement may begin
-    r"(?i)^|[,;] (?=(?:(?:the |my )?(?:\w+ )?(?:answer|option)|(?:[a-z]|it) is|it's|i)\b)|"
-    r"[,;] but (?=.*\bis\b)|\b(?=(?:so|thus|hence|therefore)\b)"
+    r"(?i)^|[,;] (?:but )?(?=.*(?:\bis\b|it's|\bi\b|answer|option))|\b(?=(?:so|thus|hence|therefore)\b)"
 )
 
 
@@ -332,36 +330,34 @@ def fold(text):
 
 
 @lru_cache(256)
-def read_options(options):
-    """Tuple of options -> {letter: its text}, {text with or without the letter: letter}."""
-    bodies, names = {}, {}
-    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
+def option_names(options):
+    """Tuple of options -> {text with or without its letter: letter}."""
+    names = {}
+    for letter, option in zip(LETTERS, options):
         whole = fold(plain(option))
-        bodies[letter] = re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)
-        for name in {whole, bodies[letter]}:
+        for name in {whole, re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)}:
             names[name] = None if name in names else letter  # neither of two that are equal
-    return bodies, names
+    return names
 
 
 @lru_cache(4096)
 def read_phrase(phrase, options):
     """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
-    bodies, names = read_options(options)
+    names = option_names(options)
     for text in without_leads(plain(phrase)):
         if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
             return names[fold(text)]
     match = re.match(r"[(\[{]? ?([a-zA-Z])(?![\w'])", text)
-    if not match or bodies and match[1].upper() not in bodies:
+    if not match or options and match[1].upper() not in LETTERS[: len(options)]:
         return names.get(fold(text))
     letter, rest = match[1].upper(), text[match.end() :]
     if re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
         return letter
-    said, own = re.sub(r"^\W+(?:is )?", "", rest), bodies.get(letter)
-    if own and said.casefold().startswith(own) and not said[len(own) :][:1].isalnum():
-        rest = said[len(own) :]
-    elif said and (fold(said) in names or not _AFTER.match(rest)):
-        return None
-    return None if _UNSURE.search(rest) else letter
+    said = fold(re.sub(r"^\W+(?:is )?", "", rest))
+    if said in names:
+        return letter if names[said] == letter else None
+    takes_back = _UNSURE.search(rest) or said and not _AFTER.match(rest)
+    return None if takes_back else letter
 
 
 def read_choice(text, options=()):
