@@ -282,12 +282,15 @@ _TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{
 _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
 
 
+_NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
+
+
 @lru_cache(4096)
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
     mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None."""
     *_, text = without_leads(plain(text))
-    text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text) if named else text
+    text = _NAME.sub("", text) if named else text
     text, unit = split_unit(text.rstrip(".,; "))
     digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
@@ -449,17 +452,16 @@ def rouge(p, y):
 
 
 def math_side(text):
-    """What math-verify reads of a text, the unit that it had, and its value if it is one number. Of
-    prose it is what follows "is" in the last sentence with a result."""
+    """The value of a text if it is one number, its unit, and the LaTeX of the rest. Of prose it reads
+    what follows "is" in the last sentence with a result."""
     if len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2 or "\\boxed" in text:
         sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
         marked = [part for part in sentences if re.search(r"\$|\\boxed|\\\(|(?i:answer)", part)]
         text = re.split(r"\b(?:is|are|equals)\b", (marked or sentences)[-1])[-1]
-    value, unit, short = read_quantity(text, named=False)
-    short = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)", short)
-    short = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", short)
-    short = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
-    return f"${short}$", unit, value
+    value, unit, latex = read_quantity(text, named=False)
+    latex = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", latex)
+    latex = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", latex)
+    return value, unit, latex
 
 
 def math_equal(p, y):
@@ -472,7 +474,7 @@ def math_equal(p, y):
         return True
     if max(len(p), len(y)) > 2000:
         return False
-    (p, p_unit, p_value), (y, y_unit, y_value) = math_side(p), math_side(y)
+    (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p), math_side(y)
     if p_unit and y_unit and p_unit != y_unit:
         return False
     if p_value is not None and y_value is not None:
@@ -480,22 +482,22 @@ def math_equal(p, y):
         if p_unit != y_unit and "%" in (p_unit, y_unit):
             pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
         return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
-    words = r"\$(?!.* (?:and|or) )[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$"
+    words = r"(?!.* (?:and|or) )[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
-        p, y = p_words[1].casefold(), y_words[1].casefold()
-        return p == y or {*p, *y} <= {*"xyz"} and sorted(p) == sorted(y)
+        return p_words[1].casefold() == y_words[1].casefold()
     names = [sorted(re.findall(r"(?<![\\a-zA-Z])[A-Z]{2,}(?![a-z])", side)) for side in (p, y)]
     if all(names) and names[0] != names[1]:  # ABC is not ACB
         return False
-    power = r"\$ ?(?:-?\d[^=]*(?<![\\a-zA-Z])[a-zA-Z]|\w+\^)[^=]*="
-    if ("=" in p) != ("=" in y) and (re.match(power, p) or re.match(power, y)):
-        return False  # 2x = 5 is not 5
+    if ("=" in p) != ("=" in y):  # x = 5 is 5, 2x = 5 is not
+        p, y = _NAME.sub("", p), _NAME.sub("", y)
+        if "=" in p + y:
+            return False
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     rules = NormalizationConfig(malformed_operators=True, nits=True)  # the units are off already
     latex = [LatexExtractionConfig(normalization_config=rules)]
-    return bool(verify(parse(y, latex), parse(p, latex)))
+    return bool(verify(parse(f"${y}$", latex), parse(f"${p}$", latex)))
 
 
 def iou_1d(p, y):
