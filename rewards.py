@@ -29,7 +29,7 @@ import resource
 import signal
 import sys
 import urllib.request
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
@@ -253,7 +253,9 @@ def name_unit(match):
 
 
 _CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
-_UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$€£¥₹₩¢℃℉])")
+_WITH_UNIT = re.compile(
+    r"((?:[^=]*=)?(?:\\[a-zA-Z]+|[^a-zA-Z])*?(?:[\d.)}]|\\pi)) ?((?!e[+-]?\d)(?:/?[^\W\d_]|[%°$€£¥₹₩¢]).*)"
+)
 
 
 def split_unit(text):
@@ -262,13 +264,11 @@ def split_unit(text):
     >>> split_unit("5 square meters per second"), split_unit("5 red balls"), split_unit("5 million")
     (('5', 'm^2/s'), ('5', 'red ball'), ('5 million', ''))
     """
-    behind = re.sub(_CURRENCY, r"\1\3 \2", text)  # $5 per day -> 5 $ per day
-    for start in _UNIT_STARTS.finditer(behind[:200]):
-        number, unit = behind[: start.start()], behind[start.end() :][:60]
-        if re.search(r"[^\W\d_]", re.sub(r"\\[a-zA-Z]+|e[+-]?\d", "", number.rpartition("=")[2])):
-            continue
+    match = _WITH_UNIT.fullmatch(re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 a day -> 5 $ a day
+    if match:
+        number, unit = match.groups()
         for pattern, new in _UNIT_FORMS:
-            unit = re.sub(pattern, new, unit)
+            unit = re.sub(pattern, new, unit[:60])
         unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
         if _UNIT.fullmatch(unit):
             return number, unit
@@ -288,7 +288,10 @@ _NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 @lru_cache(4096)
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
-    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None."""
+    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
+    >>> [str(read_quantity(t)[0]) for t in ("1,234.50", "$-5$", "x = 5 km/h", "5 or 6", "1,23")]
+    ['1234.50', '-5', '5', 'None', 'None']
+    """
     *_, text = without_leads(plain(text))
     text = _NAME.sub("", text) if named else text
     text, unit = split_unit(text.rstrip(".,; "))
@@ -303,13 +306,7 @@ def read_quantity(text, named=True):
     return (-value if sign == "-" else value), unit, text
 
 
-def read_number(text):
-    """The number that `text` is (a Decimal), or None. It may have a unit and stand in LaTeX.
-    >>> [str(read_number(t)) for t in ("1,234.50", "$-5$", "x = 5 km/h", "5 or 6", "1,23")]
-    ['1234.50', '-5', '5', 'None', 'None']
-    """
-    return read_quantity(text)[0]
-
+read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
 
 # ---- Reading choices
 
@@ -328,8 +325,7 @@ _CLAUSE = re.compile(  # where a statement may begin
 )
 
 
-def fold(text):
-    return " ".join(text.split()).casefold().strip(" .!\"')]")
+fold = lambda text: " ".join(text.split()).casefold().strip(" .!\"')]")
 
 
 @lru_cache(256)
@@ -440,12 +436,9 @@ def rouge(p, y):
     from rouge_score.rouge_scorer import RougeScorer
 
     def words(text):  # rouge-score sees ASCII only: other words as hexadecimal digits
-        text = re.sub(r"([^\W_]{40})[^\W_]+", r"\1", text[:20_000])
-        if text.isascii():
-            return text
-        text = "".join(c if category(c)[0] in "LMN" else " " for c in text.lower())
-        text = _UNSPACED.sub(r" \1 ", text).split()
-        return " ".join(word if word.isascii() else word.encode().hex() + "0" for word in text)
+        text = "".join(c if category(c)[0] in "LMN" else " " for c in text[:20_000].lower())
+        parts = [part[:40] for part in _UNSPACED.sub(r" \1 ", text).split()]
+        return " ".join(part if part.isascii() else part.encode().hex() + "0" for part in parts)
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
@@ -482,12 +475,11 @@ def math_equal(p, y):
         if p_unit != y_unit and "%" in (p_unit, y_unit):
             pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
         return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
-    words = r"(?!.* (?:and|or) )[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
+    words = (
+        r"(?!.* (?:and|or) )[(\[]?((?:\\(?:angle|triangle) ?)?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
+    )
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
         return p_words[1].casefold() == y_words[1].casefold()
-    names = [sorted(re.findall(r"(?<![\\a-zA-Z])[A-Z]{2,}(?![a-z])", side)) for side in (p, y)]
-    if all(names) and names[0] != names[1]:  # ABC is not ACB
-        return False
     if ("=" in p) != ("=" in y):  # x = 5 is 5, 2x = 5 is not
         p, y = _NAME.sub("", p), _NAME.sub("", y)
         if "=" in p + y:
@@ -672,43 +664,33 @@ def polar_text(record, answer):
     return f"{problem}\n{truth_of(record)}<|reward|>{problem}\n{answer}[UNUSED_TOKEN_130]"
 
 
-def ask_polar(url, texts, seconds=30.0):
-    """vLLM's pooling endpoint: list of text -> list of raw scores (of an item its last number, that of
-    the last token); None if the server fails or takes longer, twice."""
+def polar_scores(url, pairs, seconds=60.0):
+    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1].
+    The scores of one prompt are min-max normalised (all 1 if all are equal). All None if the server
+    fails: ROUGE for a part of them would be a second scale."""
     from numpy import ravel
 
+    texts = [polar_text(*pair) for pair in pairs]
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
-    for _ in range(2):
-        try:
-            with opener.open(request, timeout=seconds) as response:
-                items = json.load(response)["data"]
-            scores = [float(ravel(item["data"])[-1]) for item in items]
-            if are_numbers(scores, len(texts)):
-                return scores
-        except (OSError, HTTPException, ValueError, LookupError, TypeError):
-            continue
-    return None
-
-
-def polar_scores(url, pairs):
-    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1].
-    The scores of one prompt are min-max normalised (all 1 if all are equal). All None if the server
-    fails: ROUGE for a part of them would be a second scale."""
-    scores = ask_polar(url, [polar_text(*pair) for pair in pairs])
-    if scores is None:
+    try:
+        with opener.open(request, timeout=seconds) as response:
+            items = json.load(response)["data"]
+        scores = [float(ravel(item["data"])[-1]) for item in items]  # of the last token
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
+        scores = None
+    if not are_numbers(scores, len(pairs)):
         return [None] * len(pairs)
     prompts = [(record.get("problem"), truth_of(record)) for record, _ in pairs]
-    groups = {}
-    for prompt, raw in zip(prompts, scores):
-        groups.setdefault(prompt, []).append(raw)
-    values = []
-    for prompt, raw in zip(prompts, scores):
+    groups = defaultdict(list)
+    for prompt, value in zip(prompts, scores):
+        groups[prompt].append(value)
+    for i, prompt in enumerate(prompts):
         low, high = min(groups[prompt]), max(groups[prompt])
-        values.append((raw - low) / (high - low) if high > low else 1.0)
-    return values
+        scores[i] = (scores[i] - low) / (high - low) if high > low else 1.0
+    return scores
 
 
 # ---- Grader processes

@@ -311,7 +311,7 @@ cm^3=cubic centimeters|N=newtons|\\Omega=ohms|m/s^2=m/s²|kg=千克|kWh=kWh|book
 EQUAL = r"""\sqrt{3}=\sqrt{3}|1/2=\frac{1}{2}|$0.5$=1/2|a / b=\frac{a}{b}|30=30^\circ|50\%=0.5|25%=25
 \boxed{5}=5|10^{5}=100000|The answer is $5$.=5|\$5=5|$$-\dfrac{3}{2}$$=-1.5|\[\frac{1}{2}\]=0.5|2π=2\pi
 The area is $25$ square units.=25|We have 3 + 4. So the answer is 7.=7|First, $3+4$. \boxed{7}=7
-yes=\text{Yes}|2 and 1=1, 2|xy=yx|√3=\sqrt{3}|2 sqrt(3)=2\sqrt{3}|3 ln 2=3\ln 2|1½=3/2|6e23=6 \times 10^{23}"""
+yes=\text{Yes}|2 and 1=1, 2|√3=\sqrt{3}|2 sqrt(3)=2\sqrt{3}|3 ln 2=3\ln 2|1½=3/2|6e23=6 \times 10^{23}"""
 UNEQUAL = r"""2\pi=2|\sqrt{3}=3|=5|6=5|2 x=2|2 pi=2|2 sqrt(3)=2|3 ln 2=3|2 or 3=2|5 million=5|5\text{ dozen}=5
 5 squared=5|5 minus 3=5|5 out of 8=5|$5$ million=5|$5$ or 6=5|The answer is not $5$.=5|ACB=ABC|no=on|god=dog
 \angle ACB=\angle ABC|2500=25%|0.333=1/3|5t=5|(2,1)=(1,2)|10^{-9}=0|5 km=5 cm|5 cm^2=5 cm|$5=5 cm"""
@@ -712,18 +712,11 @@ def test_polar_failure_turns_to_rouge(server, lie):
     assert rewards.polar_scores(server.url, PAIRS) == [None] * 4
 
 
-def test_polar_is_asked_twice(server):
-    """One failed request turned a step to ROUGE."""
-    failures = [500]
-    server.say = lambda texts: failures.pop() if failures else pooled(texts)
-    assert rewards.polar_scores(server.url, PAIRS[:3]) == [0, 0, 1]
-
-
 def test_polar_slow_or_gone(server):
     """A server that hangs held up every step."""
     server.say = lambda texts: time.sleep(3) or pooled(texts)
     start = time.time()
-    assert rewards.ask_polar(server.url, ["a"], seconds=0.5) is None
+    assert rewards.polar_scores(server.url, PAIRS, seconds=1) == [None] * 4
     assert time.time() - start < 2.5
     with Grader(workers=1, polar_url="http://127.0.0.1:9") as grader:
         results = grader.score([(record, reply(answer)) for record, answer in PAIRS])
