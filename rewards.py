@@ -185,12 +185,12 @@ def plain(text):
 
 _LEAD = re.compile(  # words before an answer that do not change it
     r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
-    r"probably|clearly|definitely|clear|sure|answer|option|choice|letter|one|result|value|score|rating|"
-    r"total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|approximately|about|roughly|"
-    r"around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|pick|select|go with)|appropriate|"
-    r"suitable|accurate|(?:i|we)(?: would|'d)? (?:think|believe|guess|say|give)|"
-    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
-    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
+    r"appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|choice|letter|"
+    r"one|result|value|score|rating|total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|"
+    r"approximately|about|roughly|around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|"
+    r"pick|select|go with|think|believe|guess|say|give)|"
+    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|所以|因此|"
+    r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
     re.IGNORECASE,
 )
 
@@ -219,15 +219,14 @@ for _prefix, _letter in dict(kilo="k", centi="c", milli="m", mega="M", giga="G")
         _UNITS[_prefix + _unit] = _letter + _UNITS[_unit]
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
-    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|"
-    + "cot csc log exp sqrt root abs det floor ceil sum product max gcd lcm mod modulo lim alpha beta "
-    "gamma delta epsilon zeta eta theta kappa lambda rho sigma tau phi chi psi omega infinite zero one "
-    "two three four five six seven eight nine ten eleven twelve hundred thousand "
-    "lakh crore dozen score gross half halve third quarter and but not plus minus time over divided "
-    "multiplied squared square cubed cube cubic power factorial choose fold double triple twice more les "
-    "fewer greater smaller than least most below above under negative positive through until versus from "
-    "out per remainder between except without wrong incorrect false never maybe perhap possibly none "
-    "null nan inf or of".replace(" ", "|")
+    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|cot|csc|log|exp|sqrt|root|abs|det|floor|ceil|"
+    r"sum|product|max|gcd|lcm|mod|lim|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho|"
+    r"sigma|tau|phi|chi|psi|omega|zero|infinite|"
+    r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|lakh|crore|dozen|"
+    r"score|gross|half|halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared|"
+    r"square|cubed|cube|cubic|power|factorial|choose|fold|double|triple|twice|more|les|fewer|greater|"
+    r"than|least|most|below|above|under|negative|positive|through|until|versus|from|out|per|remainder|"
+    r"between|except|without|wrong|incorrect|false|never|maybe|perhap|possibly|none|null|nan"
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
