@@ -23,7 +23,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import resource
 import signal
@@ -204,8 +203,10 @@ def without_leads(text):
 
 
 _UNITS = (  # rows: the name, its other spellings
-    "m meter metre 米, cm 厘米, mm 毫米, km 千米 公里, g gram 克, kg kilo 千克 公斤, L liter litre 升, "
-    "N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
+    "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, "
+    "km kilometer kilometre 千米 公里, g gram 克, mg milligram, kg kilogram kilo 千克 公斤, "
+    "L liter litre 升, mL milliliter millilitre 毫升, kJ kilojoule, kW kilowatt, kPa kilopascal, "
+    "ms millisecond, N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
     "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
     "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
     "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
@@ -214,9 +215,6 @@ _UNITS = (  # rows: the name, its other spellings
 _UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
 for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
     _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
-for _prefix, _letter in dict(kilo="k", centi="c", milli="m", mega="M", giga="G").items():
-    for _unit in "meter metre gram liter litre newton joule watt volt ampere pascal hertz".split():
-        _UNITS[_prefix + _unit] = _letter + _UNITS[_unit]
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
     r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|cot|csc|log|exp|sqrt|root|abs|det|floor|ceil|"
@@ -359,22 +357,20 @@ def read_phrase(phrase, options):
 
 
 def read_choice(text, options=()):
-    """The letter that `text` chooses, as one phrase, else the last that it calls the answer, else the
-    only one of its sentences; None if none, several, or not in options ("A. the cat" or "the cat").
+    """The letter that `text` chooses, as one phrase or in one or more of its sentences; None if none,
+    several, or not in options ("A. the cat" or "the cat").
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
     options = tuple(map(str, options or ()))
     if letter := read_phrase(text[:2000], options):
         return letter
-    stated, named = [], set()
+    named = set()
     for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
-        for start in _CLAUSE.finditer(sentence, 0, 500):
-            clause = sentence[start.end() : 500]
-            if letter := read_phrase(clause, options):
-                named.add(letter)
-                stated += [letter] if re.search("(?i)answer|答案", clause) else []
-    return stated[-1] if stated else named.pop() if len(named) == 1 else None
+        clauses = _CLAUSE.finditer(sentence, 0, 500)
+        named |= {read_phrase(sentence[start.end() : 500], options) for start in clauses}
+    named.discard(None)
+    return named.pop() if len(named) == 1 else None
 
 
 def readable(record, answer):
@@ -445,11 +441,9 @@ def rouge(p, y):
 
 def math_side(text):
     """The value of a text if it is one number, its unit, and the LaTeX of the rest. Of prose it reads
-    what follows "is" in the last sentence with a result."""
-    if len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2 or "\\boxed" in text:
-        sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
-        marked = [part for part in sentences if re.search(r"\$|\\boxed|\\\(|(?i:answer)", part)]
-        text = re.split(r"\b(?:is|are|equals)\b", (marked or sentences)[-1])[-1]
+    what follows the last "is" of the last sentence."""
+    if "\\boxed" in text or len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2:
+        text = re.split(r"(?<=[.!?])\s+|\n+|\b(?:is|are|equals)\b", text.strip())[-1]
     value, unit, latex = read_quantity(text, named=False)
     latex = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", latex)
     latex = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", latex)
@@ -709,11 +703,9 @@ class Grader:
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
         self.seconds, self.polar_url = seconds, polar_url
         self.counts = {"killed": 0, "errors": 0} | ({"polar_failed": 0} if polar_url else {})
-        self.idle = queue.Queue()
         # Launched by this thread: a fork elsewhere in the middle of Popen would keep its pipe open, and
-        # the worker would never be ready. The threads only wait.
-        for _ in range(workers):
-            self.idle.put(self._launch())
+        # the worker would never be ready. The threads, as many as workers, only wait.
+        self.idle = [self._launch() for _ in range(workers)]
         self.pool = ThreadPoolExecutor(workers)
 
     def _launch(self):
@@ -729,12 +721,12 @@ class Grader:
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        values, slow = [], []
-        for i, (record, answer) in enumerate(pairs):
-            is_slow = answer is not None and record["problem_type"] in SLOW_TYPES
-            slow += [i] if is_slow else []
-            values.append(None if is_slow else accuracy(record, answer))
-        opens = [i for i in slow if pairs[i][0]["problem_type"] == "open-ended"]
+        kinds = [answer is not None and record["problem_type"] for record, answer in pairs]
+        slow = [i for i, kind in enumerate(kinds) if kind in SLOW_TYPES]
+        values = [
+            None if kinds[i] in SLOW_TYPES else accuracy(*pair) for i, pair in enumerate(pairs)
+        ]
+        opens = [i for i in slow if kinds[i] == "open-ended"]
         if self.polar_url and opens:
             scores = polar_scores(self.polar_url, [pairs[i] for i in opens])
             self.counts["polar_failed"] += scores.count(None)
@@ -752,17 +744,17 @@ class Grader:
         record, answer = pair
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for errors in range(2):
-            worker = self.idle.get()
+            worker = self.idle.pop()
             ready = worker.stdout.readline() == "ready\n"
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
                 value = float(worker.stdout.readline())
-                self.idle.put(worker)
+                self.idle.append(worker)
                 return value, 0, errors
             except (BrokenPipeError, ValueError):  # it is dead, or babbles
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
-                self.idle.put(self._launch())
+                self.idle.append(self._launch())
                 if worker.returncode == -signal.SIGPROF:
                     return 0.0, 1, errors
         if not ready:  # no wrong answer, but a broken grader
@@ -771,8 +763,7 @@ class Grader:
 
     def close(self, *_):
         self.pool.shutdown(cancel_futures=True)
-        while not self.idle.empty():
-            worker = self.idle.get()
+        for worker in self.idle:
             worker.kill()
             worker.communicate()
 
