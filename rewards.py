@@ -308,21 +308,19 @@ read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
 # ---- Reading choices
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_AFTER = re.compile(  # what may stand between a letter and more text
-    r"[)\]}.:;!,\n]| [-–—=→(]|"
-    r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
+_LETTER = re.compile(
+    r"[(\[{]? ?([a-z])(?![\w'])(?:"
+    r"(?:[^\w?/&+]|\b(?:is|was|would|be|the|most|likely|clearly|definitely|correct|right|best|true|"
+    r"answer|option|choice)\b)*(?:\b(?:because|since|as|for|rather)\b.*)?|"  # "B is right because ..."
+    r"(?:[)\]}:.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
+    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)",
+    re.IGNORECASE | re.DOTALL,
 )
-_UNSURE = re.compile(
-    r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
-    r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
-    r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
-)
+_LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
 _CLAUSE = re.compile(  # where a statement may begin
     r"(?i)^|[,;] (?:but )?(?=.*(?:\bis\b|it's|\bi\b|answer|option))|\b(?=(?:so|thus|hence|therefore)\b)"
 )
-
-
-fold = lambda text: " ".join(text.split()).casefold().strip(" .!\"')]")
+fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
 
 
 @lru_cache(256)
@@ -330,30 +328,24 @@ def option_names(options):
     """Tuple of options -> {text with or without its letter: letter}."""
     names = {}
     for letter, option in zip(LETTERS, options):
-        whole = fold(plain(option))
-        for name in {whole, re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)}:
+        body = fold(plain(option)).removeprefix(f"{letter.lower()} ")
+        for name in (body, f"{letter.lower()} {body}"):
             names[name] = None if name in names else letter  # neither of two that are equal
     return names
 
 
 @lru_cache(4096)
 def read_phrase(phrase, options):
-    """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
+    """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
     names = option_names(options)
     for text in without_leads(plain(phrase)):
         if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
             return names[fold(text)]
-    match = re.match(r"[(\[{]? ?([a-zA-Z])(?![\w'])", text)
+    match = _LETTER.fullmatch(text)
     if not match or options and match[1].upper() not in LETTERS[: len(options)]:
         return names.get(fold(text))
-    letter, rest = match[1].upper(), text[match.end() :]
-    if re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
-        return letter
-    said = fold(re.sub(r"^\W+(?:is )?", "", rest))
-    if said in names:
-        return letter if names[said] == letter else None
-    takes_back = _UNSURE.search(rest) or said and not _AFTER.match(rest)
-    return None if takes_back else letter
+    letter = match[1].upper()
+    return letter if names.get(fold(text)[2:], letter) == letter else None
 
 
 def read_choice(text, options=()):

@@ -260,7 +260,7 @@ ANIMALS = ["A. the cat", "B. the dog", "C. a bird", "D. none of the above"]
 CHOSEN = """B|(B)|b|B.|B)|(b).|[B]|B:|B!|$B$|\\boxed{B}|\\(B\\)|\\boxed{\\text{(B)}}|**B**|"B"|`B`| B
 Answer: B|answer is B.|The correct answer is: (B)|Option B|option (B)|**Answer:** B|Answer - B|Letter B
 B. the dog|**B.** the dog|B: a dog|B) I see|B - the dog|B.the dog|B (the dog)|B the dog|B = the dog
-the dog|The dog.|It is the dog.|The answer is the dog.|B. the dog and a cat|B is the dog|B, not A
+the dog|The dog.|It is the dog.|The answer is the dog.|B. the dog and a cat|B is the dog
 B is correct|B is the right answer.|B because it barks|B, because it barks|B, since A is a cat
 I think B|It must be B|So B|Therefore, the answer is option B.|The right one is B|Definitely B
 （B）|Ｂ|B。|B、the dog|选B|答案：B|答案是B|选项B|正确答案是B。|所以答案是 B。|الإجابة B|Ответ: B
