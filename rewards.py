@@ -3,13 +3,12 @@
     reward = 0.9 * accuracy + 0.1 * format + structure
     accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
 
-A response must be one <think> block, then one <answer> block, and nothing else; otherwise all three
-parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py`
-runs the examples. Where this departs from the release (arXiv 2512.03043):
+A response must be one <think> block, then one <answer> block; otherwise all three parts are 0.
+Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py` runs the
+examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
 2. Text is graded as written. The release removes spaces around "<", ">" and "/" in the answer only.
-3. Choices, numbers and units are read as people write them: "It is the dog.", "5 cm", "1/2"; 15 cm is
-   not 15 km, 5 million not 5. The release takes a bare letter, bare digits, and no units into account.
+3. Choices, numbers and units are read as people write them: "It is B.", "1/2"; 15 cm is not 15 km.
 4. Words in math are text. In the release they are products: ABC equals ACB.
 5. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
 6. Spatial-temporal boxes are averaged over the true seconds, not over those that both sides have.
@@ -242,11 +241,9 @@ def name_unit(match):
     """The one name of a word of a unit however spelled, or "?" if it is none."""
     word, low = match[0], match[0].lower()
     forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
-    for form in forms:
-        if form in _UNITS:
-            return _UNITS[form]
+    known = next((_UNITS[form] for form in forms if form in _UNITS), None)
     unknown = len(word) > 2 and word.isascii() and not any(map(_NO_UNIT.fullmatch, forms))
-    return forms[-1] if unknown else "?"
+    return known or (forms[-1] if unknown else "?")
 
 
 _CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
@@ -277,8 +274,6 @@ _VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS})(?:[eE]([+-]?\d\d?))?(?: ?/
 _VALUE = re.compile(_VALUE, re.ASCII)
 _TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{? ?([+-]?\d\d?) ?\}?")
 _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
-
-
 _NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 
 
@@ -448,10 +443,9 @@ def math_equal(p, y):
     >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("5 cm", "5 km")
     (True, True, False)
     """
-    if p.split() == y.split():
-        return True
-    if max(len(p), len(y)) > 2000:
-        return False
+    same = p.split() == y.split()
+    if same or max(len(p), len(y)) > 2000:
+        return same
     (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p), math_side(y)
     if p_unit and y_unit and p_unit != y_unit:
         return False
@@ -460,9 +454,7 @@ def math_equal(p, y):
         if p_unit != y_unit and "%" in (p_unit, y_unit):
             pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
         return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
-    words = (
-        r"(?!.* (?:and|or) )[(\[]?((?:\\(?:angle|triangle) ?)?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
-    )
+    words = r"(?!.* (?:and|or) )[(\[]?((?:\\\w+ )?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
         return p_words[1].casefold() == y_words[1].casefold()
     if ("=" in p) != ("=" in y):  # x = 5 is 5, 2x = 5 is not
@@ -540,10 +532,9 @@ def accuracy(record, answer):
         return 0.0
     answer = normalize("NFC", answer)
     if kind == "multiple choice":
-        options = record.get("options")
-        letter = read_choice(truth, options)
-        right = read_choice(answer, options) == letter if letter else fold(answer) == fold(truth)
-        return float(right)
+        letter = read_choice(truth, record.get("options"))
+        said = read_choice(answer, record.get("options")) if letter else fold(answer)
+        return float(said == (letter or fold(truth)))
     if kind in ("numerical", "regression"):
         (p, p_unit, _), (y, y_unit, _) = read_quantity(answer), read_quantity(truth)
         if p is None or y is None or (p_unit and y_unit and p_unit != y_unit):
@@ -557,7 +548,7 @@ def accuracy(record, answer):
     if kind == "open-ended":
         return rouge(answer, truth)
     p, y = read_json(answer), read_json(truth)
-    boxes, times = (p.get("boxes"), y.get("boxes")), (p.get("time"), y.get("time"))
+    boxes, times = [p.get("boxes"), y.get("boxes")], [p.get("time"), y.get("time")]
     if kind == "temporal grounding":
         return iou_1d(*times)
     if kind == "spatial grounding":
@@ -567,13 +558,14 @@ def accuracy(record, answer):
     if kind == "tracking":
         return mean_box_iou(*boxes)
     # segmentation: 0 without 3 + 3 points or a video's time
-    signs = ("positive_points", "negative_points")
-    if not all(is_points(side.get(sign)) for side in (p, y) for sign in signs):
+    positive = [side.get("positive_points") for side in (p, y)]
+    negative = [side.get("negative_points") for side in (p, y)]
+    if not all(map(is_points, positive + negative)):
         return 0.0
-    positive, negative = (point_kernel(p[sign], y[sign]) for sign in signs)
+    positive, negative = point_kernel(*positive), point_kernel(*negative)
     if record.get("data_type") == "image":
         return 0.5 * iou_box(*boxes) + 0.25 * positive + 0.25 * negative
-    if not are_numbers([*times], 2):
+    if not are_numbers(times, 2):
         return 0.0
     time = math.exp(-abs(times[0] - times[1]) / 2)
     return 0.3 * iou_box(*boxes) + 0.3 * time + 0.2 * positive + 0.2 * negative
@@ -620,7 +612,7 @@ def gradable(record):
         if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
             return "has a box [x1, y1, x2, y2] that is reversed, empty or outside 0-1000"
     points = y.get("positive_points", []) + y.get("negative_points", [])
-    outside = any(not 0 <= v <= 1000 for v in itertools.chain(*points))
+    outside = any(not 0 <= v <= 1000 for point in points for v in point)
     return "has a point outside 0-1000" if outside else ""
 
 
