@@ -678,15 +678,15 @@ class Grader:
 
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
     C code where no Python time limit reaches. The kernel ends a worker after `seconds` of CPU time for
-    one item: it is replaced, the item scores 0. Of one that dies the item is tried once more.
-    counts: {"killed": overran, "errors": deaths}, and "polar_failed" (answers) if polar_url is given.
+    one item, which scores 0. Of a worker that dies otherwise the item is tried once more.
+    counts: {"killed": items that scored 0 so}, and "polar_failed" (answers) if polar_url is given.
     """
 
     command = (sys.executable, os.path.abspath(__file__), "--worker")
 
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
         self.seconds, self.polar_url = seconds, polar_url
-        self.counts = {"killed": 0, "errors": 0} | ({"polar_failed": 0} if polar_url else {})
+        self.counts = {"killed": 0} | ({"polar_failed": 0} if polar_url else {})
         # Launched by this thread: a fork elsewhere in the middle of Popen would keep its pipe open, and
         # the worker would never be ready. The threads, as many as workers, only wait.
         self.idle = [self._launch() for _ in range(workers)]
@@ -717,33 +717,32 @@ class Grader:
             for i, value in zip(opens, scores):
                 values[i] = value
             slow = [i for i in slow if values[i] is None]
-        for i, reply in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
-            values[i], killed, errors = reply
-            self.counts["killed"] += killed
-            self.counts["errors"] += errors
+        for i, value in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
+            values[i] = value or 0.0
+            self.counts["killed"] += value is None
         return values
 
     def _grade(self, pair):
-        """One slow item, in one of the pool's threads -> accuracy, kills, other deaths."""
+        """One slow item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
         record, answer = pair
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
-        for errors in range(2):
+        for _ in range(2):
             worker = self.idle.pop()
             ready = worker.stdout.readline() == "ready\n"
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
                 value = float(worker.stdout.readline())
                 self.idle.append(worker)
-                return value, 0, errors
+                return value
             except (BrokenPipeError, ValueError):  # it is dead, or babbles
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
                 self.idle.append(self._launch())
-                if worker.returncode == -signal.SIGPROF:
-                    return 0.0, 1, errors
+            if worker.returncode == -signal.SIGPROF:
+                return None
         if not ready:  # no wrong answer, but a broken grader
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
-        return 0.0, 0, 2
+        return None
 
     def close(self, *_):
         self.pool.shutdown(cancel_futures=True)

@@ -573,7 +573,7 @@ def test_grader_survives_its_workers():
         for _ in range(2):  # the replacements work as well
             values = grader.accuracies([(ask("math", "x"), word) for word in words])
             assert values == [0.5 if len(word) == 1 else 0.0 for word in words]
-        assert grader.counts == {"killed": 2, "errors": 12}  # each death is tried once more
+        assert grader.counts == {"killed": 2 * 4}
 
 
 def test_grader_retries_what_an_idle_death_lost():
@@ -586,7 +586,7 @@ def test_grader_retries_what_an_idle_death_lost():
     with Mortal(workers=1) as grader:
         pair = (ask("math", "1/2"), reply("0.5"))
         assert [grader.score([pair])[0].accuracy for _ in range(3)] == [1, 1, 1]
-        assert grader.counts == {"killed": 0, "errors": 2}
+        assert grader.counts == {"killed": 0}
 
 
 def test_grader_says_when_it_cannot_work():
@@ -610,7 +610,7 @@ def test_grader_equals_score_in_order():
         pairs = [draw() for _ in range(200)]
         assert grader.score(pairs) == [score(*pair) for pair in pairs]
         assert grader.score([]) == []
-        assert grader.counts == {"killed": 0, "errors": 0}
+        assert grader.counts == {"killed": 0}
 
 
 def test_grader_stops_sympy():
@@ -618,7 +618,7 @@ def test_grader_stops_sympy():
     with Grader(workers=1, seconds=1) as grader:
         pairs = [(ask("math", "5"), reply(text)) for text in ("5", "9^{9^{9^{9}}}x", "5.0")]
         assert [result.accuracy for result in grader.score(pairs)] == [1, 0, 1]
-        assert grader.counts == {"killed": 1, "errors": 0}
+        assert grader.counts == {"killed": 1}
 
 
 def test_responses_are_data_not_code(monkeypatch):
@@ -690,7 +690,7 @@ def test_polar_normalises_within_a_group(server):
         pairs = [(record, reply(answer)) for record, answer in PAIRS]
         results = grader.score([*pairs, (OPEN, "no tags")])
         assert [result.accuracy for result in results] == [0, 0, 1, 1, 0]
-        assert grader.counts == {"killed": 0, "errors": 0, "polar_failed": 0}
+        assert grader.counts == {"killed": 0, "polar_failed": 0}
 
 
 def test_polar_cannot_be_spoofed():
