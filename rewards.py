@@ -254,10 +254,7 @@ _WITH_UNIT = re.compile(
 
 def split_unit(text):
     """Plain text -> (text without its unit, the unit's one name or ""): words of the list, unknown
-    ones of three letters or more, their powers, quotients and products. 2x m is a product of letters.
-    >>> split_unit("5 square meters per second"), split_unit("5 red balls"), split_unit("5 million")
-    (('5', 'm^2/s'), ('5', 'red ball'), ('5 million', ''))
-    """
+    ones of three letters or more, their powers, quotients and products. 2x m is a product of letters."""
     match = _WITH_UNIT.fullmatch(re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 a day -> 5 $ a day
     if match:
         number, unit = match.groups()
@@ -270,7 +267,7 @@ def split_unit(text):
 
 
 _DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?"
-_VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS})(?:[eE]([+-]?\d\d?))?(?: ?/ ?({_DIGITS}))?"
+_VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS}(?:[eE][+-]?\d\d?)?)(?: ?/ ?({_DIGITS}))?"
 _VALUE = re.compile(_VALUE, re.ASCII)
 _TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{? ?([+-]?\d\d?) ?\}?")
 _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
@@ -281,7 +278,9 @@ _NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
     mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
-    >>> [str(read_quantity(t)[0]) for t in ("1,234.50", "$-5$", "x = 5 km/h", "5 or 6", "1,23")]
+    >>> [read_quantity(t)[1] for t in ("x = 5 km/h", "5 square meters per second", "5 red balls")]
+    ['km/h', 'm^2/s', 'red ball']
+    >>> [str(read_quantity(t)[0]) for t in ("1,234.50", "$-5$", "5 km/h", "5 million", "5 or 6")]
     ['1234.50', '-5', '5', 'None', 'None']
     """
     *_, text = without_leads(plain(text))
@@ -290,11 +289,11 @@ def read_quantity(text, named=True):
     digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
     match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", digits).strip())
-    sign, whole, number, power, below = match.groups() if match else "00000"
-    value, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
-    if not (match and below):
+    sign, whole, number, below = match.groups() if match else "0000"  # 0 / 0: no number
+    number, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
+    if not below:
         return None, unit, text
-    value = value.scaleb(int(power or 0)) / below + int(whole or 0)
+    value = number / below + int(whole or 0)
     return (-value if sign == "-" else value), unit, text
 
 
