@@ -117,6 +117,7 @@ _MENDED = [  # JSON as base models write it -> as the schemas have it
     (r'\{[^][{}]*"boxes"\s*:\s*(\[[^][{}]*\])[^][{}]*\}', r"\1"),  # a box and its label
     (r"\[\s*(\[[^][]*\])\s*\]", r"\1"),  # a list of one
 ]
+_JSON = re.compile(r'\{\s*"(?:[^{}]|\{[^{}]*\})*\}|\[(?:[^][{}]|\[[^][{}]*\])*\]')
 
 
 def loose_json(record, text):
@@ -124,13 +125,11 @@ def loose_json(record, text):
     text = text[:20_000] if '"' in text else text[:20_000].replace("'", '"')
     for pattern, new in _MENDED:
         text = re.sub(pattern, new, text)
-    kind, found, end = record["problem_type"], set(), 0
-    for start in itertools.islice(re.finditer(r"\{|\[(?!\s*\{)", text), 300):
-        if start.start() < end:  # inside the one before
-            continue
+    kind, found = record["problem_type"], set()
+    for part in _JSON.findall(text):
         try:
-            value, end = _STRICT.raw_decode(text, start.start())
-        except (ValueError, RecursionError):
+            value = _STRICT.decode(part)
+        except ValueError:
             continue
         if isinstance(value, list):
             value = {"time" if kind == "temporal grounding" else "boxes": value}
