@@ -217,12 +217,11 @@ _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} 
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
     r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|cot|csc|log|exp|sqrt|root|abs|det|floor|ceil|"
     r"sum|product|max|gcd|lcm|mod|lim|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho|"
-    r"sigma|tau|phi|chi|psi|omega|zero|infinite|"
-    r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|hundred|thousand|lakh|crore|dozen|"
-    r"score|gross|half|halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared|"
-    r"square|cubed|cube|cubic|power|factorial|choose|fold|double|triple|twice|more|les|fewer|greater|"
-    r"than|least|most|below|above|under|negative|positive|through|until|versus|from|out|per|remainder|"
-    r"between|except|without|wrong|incorrect|false|never|maybe|perhap|possibly|none|null|nan"
+    r"sigma|tau|phi|chi|psi|omega|zero|one|two|three|hundred|thousand|lakh|crore|dozen|score|gross|half|"
+    r"halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared?|cubed?|cubic|"
+    r"power|factorial|choose|fold|double|triple|twice|more|les|fewer|least|most|below|above|under|"
+    r"negative|positive|until|versus|from|out|per|except|without|wrong|incorrect|false|never|maybe|"
+    r"perhap|possibly|none|null|nan|infinite"
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
