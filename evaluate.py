@@ -66,8 +66,7 @@ from data import draw, draw_strip, marks_of, task_of
 from infer import ask_server, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
-# --------------------------------------------------------------------------------------------------
-# The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
+# ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
 
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
@@ -173,8 +172,7 @@ videos, youtube_videos beside Video_Holmes.json, LongVideoBench.json, Video_MMLU
 VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; records of your own.""")
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading records, settings and stored outputs
+# ---- Reading records, settings and stored outputs
 
 
 def load_benchmark(path, media_root, out):
@@ -372,8 +370,7 @@ def join_parts(out):
         part.unlink()
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers, masks, verdicts and grades
+# ---- Answers, masks, verdicts and grades
 
 
 def prompt_of(record, processor, limits, prompts, system):
@@ -556,8 +553,7 @@ def judge_answers(benchmarks, out, url, model):
         print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics, first of masks, then of answers: each is the ratio of two sums over records
+# ---- Metrics, first of masks, then of answers: each is the ratio of two sums over records
 
 
 def boundary(mask, davis):
@@ -679,8 +675,7 @@ def headline_metric(name, lines, metrics):
     return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
 
 
-# --------------------------------------------------------------------------------------------------
-# Numbers with their intervals, the table, the report
+# ---- Numbers with their intervals, the table, the report
 
 
 def resampled(columns, name, resamples=2000):
@@ -834,8 +829,7 @@ def write_report(out, table, said, benchmarks, lines, count=9):
     write_whole(f"{out}/report.html", PAGE.substitute(texts, sections="\n".join(sections)))
 
 
-# --------------------------------------------------------------------------------------------------
-# Running
+# ---- Running
 
 
 def evaluate(args):
@@ -929,8 +923,7 @@ def sum_up(args, benchmarks, settings):
     return int(sum(map(len, lines.values())) < sum(map(len, benchmarks.values())))
 
 
-# --------------------------------------------------------------------------------------------------
-# Comparing models that answered the same records
+# ---- Comparing models that answered the same records
 
 
 def compare_models(outs):

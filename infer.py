@@ -37,8 +37,7 @@ from rewards import PROBLEM_TYPES
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
 
-# --------------------------------------------------------------------------------------------------
-# Drawing
+# ---- Drawing
 
 
 def iter_frames(path, folder_fps):
@@ -157,8 +156,7 @@ def segment_video(sam2, frames, index, marks):
     return masks
 
 
-# --------------------------------------------------------------------------------------------------
-# Responses, as streams of (piece of text, None or at the end "stop" or "length")
+# ---- Responses, as streams of (piece of text, None or at the end "stop" or "length")
 
 
 @torch.no_grad()
@@ -251,8 +249,7 @@ def stream_server(request, url):
                 yield choice["delta"].get("content") or "", choice["finish_reason"]
 
 
-# --------------------------------------------------------------------------------------------------
-# The script
+# ---- The script
 
 
 # fmt: off
