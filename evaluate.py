@@ -25,9 +25,9 @@ the reading is more lenient (rewards.answer_of). An answer that cannot be read c
 a record whose media cannot be opened (the next run tries it again). A generation that failed in
 vLLM is no answer: it is not stored, and its benchmark is not in the mean.
 
-Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
-R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds
-that both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of
+Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU, AO that of tracks, with and
+without the box that the question gives. tIoU is that of times, sIoU that of boxes over the seconds
+that both sides have (the paper's), vIoU over the true ones. Of masks cIoU is the sum of
 intersections by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure,
 by the paper's rules and by those of DAVIS. The headline metric (*) is the one in the mean.
 """
@@ -613,16 +613,11 @@ def parts_of(task, record, answer):
         parts = {"tIoU@0.5": t >= 0.5, "m_tIoU": t, "sIoU@0.5": s >= 0.5, "m_sIoU": s}
         return parts | {"m_tIoU&m_sIoU": (t + s) / 2, "vIoU@0.5": v >= 0.5, "m_vIoU": v}
     if task == TRACK:
-        p, y = (side if isinstance(side, dict) else {} for side in boxes)
-        ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
-        later, parts = [iou for k, iou in ious.items() if k != "1"], {}
-        for title, each in (("", [*ious.values()]), (", given box left out", later)):
-            n, one = len(each), min(1, len(each))  # R@t counts sequences, SR@t frames
-            iou = sum(each) / max(1, n)
-            parts |= {f"AO{title}": (iou, one)}
-            parts |= {f"R@{t}{title}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
-            parts |= {f"SR@{t}{title}": (sum(v >= t for v in each), n) for t in (0.5, 0.75)}
-        return parts
+        iou = rewards.mean_box_iou(*boxes)  # over a sequence
+        later = {k: box for k, box in (boxes[1] or {}).items() if k != "1"}
+        left_out = rewards.mean_box_iou(boxes[0], later), bool(later)
+        parts = {"AO": iou, "AO, given box left out": left_out}
+        return parts | {f"R@{t}": iou >= t for t in (0.3, 0.5, 0.7)}
     return {"box_mIoU": rewards.iou_box(*boxes)} if task in (IMAGE, VIDEO) else {}
 
 
