@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import data
 import rewards
-from data import draw, draw_strip, marks_of, task_of
+from data import marks_of, task_of
 from infer import ask_server, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
@@ -409,8 +409,8 @@ def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
 
 
 def masks_of(record, answer, sam2):
-    """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, "frames": {place:
-    RLE} for the report}. An answer that prompts nothing has empty masks."""
+    """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, and for the report
+    "place", the frame with the prompt, and its "mask", RLE}. Without a prompt masks are empty."""
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
     size, image = next(iter(truths.values())).shape, record["data_type"] == "image"
     count = 1 if image else len(record["segmentation_output"]["frames"])
@@ -428,10 +428,9 @@ def masks_of(record, answer, sam2):
             j = iou(empty=int(davis))  # of two empty masks: 1 by DAVIS, 0 in the paper's figures
             f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
             parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
-    shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
-    codes = coco.encode(np.asfortranarray(np.stack([masks[k] for k in shown], -1), dtype=np.uint8))
-    frames = {str(k): c | dict(counts=c["counts"].decode()) for k, c in zip(shown, codes)}
-    return dict(answer=answer, parts=parts, frames=frames)
+    rle = coco.encode(np.asfortranarray(masks[place], dtype=np.uint8))
+    mask = dict(size=rle["size"], counts=rle["counts"].decode())
+    return dict(answer=answer, parts=parts, place=place, mask=mask)
 
 
 def true_masks(record):
@@ -762,27 +761,24 @@ the best: orange is the answer, green the truth, beneath it and wider.</p>$secti
 
 def image_of(record, line):
     """An answer over its truth, drawn on the record's first video, as a strip of frames, or else on
-    its first image -> PIL.Image."""
+    its first image -> PIL.Image. With masks: on the frame of the prompt."""
     task, masks = task_of(record), {}
     truth, answer = marks_of(task, record["answer"]), marks_of(task, line["answer"])
     wide = {t: [x1 - 8, y1 - 8, x2 + 8, y2 + 8] for t, (x1, y1, x2, y2) in truth.boxes.items()}
     marks = {"limegreen": data.Marks(boxes=wide), "lime": truth, "orange": answer}
-    if "masks" in line:
-        truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
-        drawn = np.stack([coco.decode(rle) for rle in line["masks"]["frames"].values()]) > 0
-        true = np.stack([truths.get(k, np.zeros_like(drawn[0])) for k in places])
-        masks = {"lime": true, "orange": drawn}
     medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
-    if masks and medium["type"] == "video":
-        frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
-        return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-    limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
-    pixels = data.read_medium(medium, limits, record.get("fps"))
-    if medium["type"] == "video":
-        return draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
+    if "masks" in line:
+        place, mask = line["masks"]["place"], coco.decode(line["masks"]["mask"]) > 0
+        masks = {"lime": true_masks(record).get(place), "orange": mask}
+        pixels = frames_at(record, place + 1, mask.shape)[place]
+    else:
+        limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
+        pixels = data.read_medium(medium, limits, record.get("fps"))
+        if medium["type"] == "video":
+            return data.draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
     image = data.enlarged(Image.fromarray(pixels))
     for colour, each in marks.items():
-        image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
+        image = data.draw(image, each, answer.time, colour, masks.get(colour))
     return image
 
 

@@ -281,8 +281,8 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
         absent, parts = np.mean([not mask.any() for mask in truths.values()]), masks["parts"]
         assert parts["J (DAVIS)"] == parts["F (DAVIS)"] == parts["F"] == 1.0
         assert 0 < absent < 1 and parts["J"] == pytest.approx(1 - absent)
-        for place, rle in masks["frames"].items():
-            assert (evaluate.coco.decode(rle) == truths[int(place)]).all()
+        place, mask = masks["place"], evaluate.coco.decode(masks["mask"])
+        assert place == prompts[-1] and (mask == truths[place]).all()
 
 
 def test_frames_of_a_segmentation_are_those_of_its_seconds(toy):
@@ -775,7 +775,7 @@ def test_masks_of_what_was_read_as_the_answer_before_are_dropped(tmp_path):
     )
     line = dict(problem_id="p", position=0, response="read", trouble=[])
     for name, said in (("same", "read"), ("other", "read otherwise")):
-        masks = dict(answer=said, parts=dict(gIoU=0.5), frames={})
+        masks = dict(answer=said, parts=dict(gIoU=0.5))
         evaluate.write_whole(f"{tmp_path}/{name}.jsonl", {0: line | dict(masks=masks)})
     evaluate.grade({"same": {0: record}, "other": {0: record}}, str(tmp_path), None)
     for name, kept in (("same", True), ("other", False)):
