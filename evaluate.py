@@ -326,8 +326,6 @@ def check(args):
             raise ValueError(f"{what}: name another --out, or remove that folder")
     except (OSError, ValueError, csv.Error) as error:
         data.refuse(error)
-    if args.judge_model:  # a new judge grades all captions anew, and only its verdicts count
-        settings["judge"] = args.judge_model
     return benchmarks, old | settings, encode
 
 
@@ -481,30 +479,25 @@ def read_score(text):
     return int(score[1]) / 10 if score else None
 
 
-def ask_judge(url, model, record, line, tries=3, silence=120.0, pause=1.0):
-    """One question to an OpenAI server -> its score in [0, 1], or None and what went wrong."""
+def ask_judge(url, model, record, line, silence=120.0):
+    """One question to an OpenAI server -> its score in [0, 1] or None, and what it replied."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=line["answer"][:20000]))
     request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
-    url = f"{url.rstrip('/')}/chat/completions"
-    for attempt in range(tries):
-        time.sleep(pause * attempt)
-        try:
-            reply = json.loads(b"".join(ask_server(url, request, silence)))
-            text = str(reply["choices"][0]["message"]["content"])
-            if (score := read_score(text)) is not None:
-                return score, ""
-            wrong = f"it replied {text[:200]!r}"
-        except OSError as error:
-            wrong = str(error)
-        except (ValueError, LookupError, TypeError) as error:
-            wrong = f"it replied no chat completion: {error!r}"
-    return None, wrong
+    try:
+        pieces = ask_server(f"{url.rstrip('/')}/chat/completions", request, silence)
+        text = str(json.loads(b"".join(pieces))["choices"][0]["message"]["content"])
+    except OSError as error:
+        return None, str(error)
+    except (ValueError, LookupError, TypeError) as error:
+        return None, f"it replied no chat completion: {error!r}"
+    return read_score(text), f"it replied {text[:200]!r}"
 
 
-def grade(benchmarks, out, judge):
-    """Grades all stored responses anew. accuracy is None where the judge (a model's name) has given
-    no verdict. Masks and verdicts of an answer that is read otherwise now are dropped."""
+def grade(benchmarks, out, judge=None):
+    """Grades all stored responses anew. accuracy is None where the judge has given no verdict. What
+    no longer holds is dropped: masks and verdicts of an answer that is read otherwise now, and, with
+    a judge (a model's name), the verdicts of another one."""
     with rewards.Grader() as grader:
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
@@ -513,11 +506,12 @@ def grade(benchmarks, out, judge):
             for (record, answer), accuracy in zip(pairs, grader.accuracies(ruled)):
                 line, task = lines[record["index"]], task_of(record)
                 for key in ("masks", "verdict"):
-                    if key in line and line[key]["answer"] != answer:
-                        del line[key]
+                    stored = line.get(key, {})
+                    other_judge = judge and stored.get("judge", judge) != judge
+                    if stored.get("answer") != answer or other_judge:
+                        line.pop(key, None)
                 if record["judged"] and answer is not None:
-                    verdict = line.get("verdict", {})
-                    accuracy = verdict.get("score") if verdict.get("judge") == judge else None
+                    accuracy = line.get("verdict", {}).get("score")
                 trouble = [what for what in line["trouble"] if what != "unreadable"]
                 if line["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
@@ -534,19 +528,19 @@ def judge_answers(benchmarks, out, url, model):
     first failure is printed at once; the next run asks again."""
     waiting, failed = [], 0
     for name, records in benchmarks.items():
-        for position, line in read_lines(f"{out}/{name}.jsonl").items():
-            if line["accuracy"] is None:
-                waiting.append((records[position], line))
+        lines = read_lines(f"{out}/{name}.jsonl").values()
+        waiting += [(records[x["position"]], x) for x in lines if x["accuracy"] is None]
     with ThreadPoolExecutor(8) as pool:
         asked = pool.map(lambda each: ask_judge(url, model, *each), waiting)
-        for (record, line), (score, wrong) in zip(waiting, asked):
-            if score is not None:
-                verdict = dict(judge=model, answer=line["answer"], score=score)
-                line |= dict(accuracy=score, verdict=verdict)
-                append(out, "judge", record["benchmark"], line)
-            elif not failed:
-                print(f"judge: record {record['index']}: {wrong}", flush=True)
-            failed += score is None
+        for (record, line), (score, reply) in zip(waiting, asked):
+            if score is None:
+                failed += 1
+                if failed == 1:
+                    print(f"judge: record {record['index']}: {reply}", flush=True)
+                continue
+            verdict = dict(judge=model, answer=line["answer"], score=score)
+            line |= dict(accuracy=score, verdict=verdict)
+            append(out, "judge", record["benchmark"], line)
     join_parts(out)
     if failed:
         print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
@@ -883,20 +877,19 @@ def evaluate(args):
 
     # 4 Grades and numbers.
     dist.barrier(group=patient)
-    code = sum_up(args, benchmarks, settings) if rank == 0 else 0
+    code = sum_up(args, benchmarks) if rank == 0 else 0
     dist.barrier(group=patient)
     if todo:
         llm.llm_engine.engine_core.shutdown()  # takes the process group with it
     sys.exit(code)
 
 
-def sum_up(args, benchmarks, settings):
+def sum_up(args, benchmarks):
     """Stored responses -> grades, verdicts, metrics, report; exit code 1 if some are missing."""
     join_parts(args.out)
     if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
         data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
-    write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-    grade(benchmarks, args.out, settings.get("judge"))
+    grade(benchmarks, args.out, args.judge_model)
     if args.judge_url:
         judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
     lines, results, headlines = {}, {}, {}
@@ -1023,6 +1016,6 @@ if __name__ == "__main__":
         except (OSError, ValueError) as error:
             data.refuse(error)
     elif args.regrade:
-        sys.exit(sum_up(args, *check(args)[:2]))
+        sys.exit(sum_up(args, check(args)[0]))
     else:
         evaluate(args)
