@@ -23,7 +23,7 @@ points into masks, a judge grades captions, all else goes by rules. Under --out:
 The same command goes on where it was, with any number of ranks. Grading is that of training; only
 the reading is more lenient (rewards.answer_of). An answer that cannot be read counts 0, and so does
 a record whose media cannot be opened (the next run tries it again). A generation that failed in
-vLLM is no answer: it is not stored, and its benchmark is not in the mean.
+vLLM is not stored. A benchmark of which more than 5% have no grade is not in the mean.
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU, AO that of tracks, with and
 without the box that the question gives. tIoU is that of times, sIoU that of boxes over the seconds
@@ -615,10 +615,6 @@ def parts_of(task, record, answer):
 
 
 TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
-UNKNOWN = {  # no grade: the largest share with which a benchmark enters the mean, and what helps
-    "not judged": (0.05, "see --judge-url"),
-    "failed": (0.0, "the next run tries again"),
-}
 
 
 def columns_of(name, lines):
@@ -646,7 +642,6 @@ def columns_of(name, lines):
                 add(title, [parts.get(metric) for parts in own])
     for trouble in TROUBLES:
         add(trouble, [trouble in line["trouble"] for line in lines])
-    add("not judged", [line["accuracy"] is None for line in lines])
     return {metric: column for metric, column in columns.items() if column[1].any()}
 
 
@@ -656,11 +651,12 @@ def headline_metric(name, lines, metrics):
     headline = BENCHMARKS.get(name, B()).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
-    for what, (most, hint) in UNKNOWN.items():
-        cell = metrics[what]
-        if cell["value"] > most:
-            return headline, f"{cell['value'] * cell['n']:.0f} {what} ({hint})"
-    return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
+    cell, why = metrics["no grade"], ""
+    if cell["value"] > 0.05:
+        why = f"{cell['value'] * cell['n']:.0f} have no grade: run again (captions: --judge-url)"
+    elif headline not in metrics:
+        why = f"no {headline}: needs --sam2 and true masks"
+    return headline, why
 
 
 # ---- Numbers with their intervals, the table, the report
@@ -685,13 +681,14 @@ def interval(value, draws, **more):
 
 def metrics_of(name, lines, failed=0):
     """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}; n: how many records
-    (or questions, or sequences) count. failed: how many records have no line."""
+    (or questions) count. failed: how many records have no line."""
     columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
     values, draws = resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
-    return cells | dict(failed=interval(failed / n, [failed / n], n=n))
+    share = (failed + sum(line["accuracy"] is None for line in lines)) / n
+    return cells | {"no grade": interval(share, [share], n=n)}
 
 
 def mean_of(values):
@@ -715,7 +712,7 @@ def table_of(results, headlines):
     for name, metrics in results.items():
         title, (headline, why) = name, headlines[name]
         for metric, cell in metrics.items():
-            if cell["value"] or metric not in (*TROUBLES, *UNKNOWN):
+            if cell["value"] or metric not in (*TROUBLES, "no grade"):
                 paper = paper_numbers(name).get(metric, ("", ""))
                 cells = [title, metric + "*" * (metric == headline), str(cell["n"]), percent(cell)]
                 rows.append(cells + [str(number) for number in paper] * papers)

@@ -136,13 +136,13 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
     """The release counts segmentation as 0 in its mean; a caption set without a judge must not count
     either, while one missing verdict of many does not take it out."""
     cell = lambda value, n=40: dict(value=value, low=value, high=value, n=n)
-    clean = {"not judged": cell(0.0), "failed": cell(0.0)}
+    clean = {"no grade": cell(0.0)}
     results = {
         "eval_charades": {"accuracy": cell(0.1), "mIoU": cell(0.6), **clean},
         "eval_seg_mevis": {"accuracy": cell(0.9), **clean},  # of the prompts: no masks yet
-        "Video_MMLU_CAP": {"accuracy": cell(0.4, 39)} | clean | {"not judged": cell(0.025)},
-        "MMT-Caption": {"accuracy": cell(0.4, 20)} | clean | {"not judged": cell(0.5)},
-        "mine": {"accuracy": cell(0.4), **clean, "failed": cell(0.1)},
+        "Video_MMLU_CAP": {"accuracy": cell(0.4, 39), "no grade": cell(0.025)},
+        "MMT-Caption": {"accuracy": cell(0.4, 20), "no grade": cell(0.5)},
+        "mine": {"accuracy": cell(0.4), "no grade": cell(0.1)},
     }
     tasks = "temporal grounding", "segmentation-video", "open-ended", "open-ended", "math"
     headlines = {
@@ -153,10 +153,10 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
     assert said == [
         "mean over 2 benchmarks, each by its headline metric *: 50.0",
         "not in the mean: eval_seg_mevis: no J&F: needs --sam2 and true masks",
-        "not in the mean: MMT-Caption: 20 not judged (see --judge-url)",
-        "not in the mean: mine: 4 failed (the next run tries again)",
+        "not in the mean: MMT-Caption: 20 have no grade: run again (captions: --judge-url)",
+        "not in the mean: mine: 4 have no grade: run again (captions: --judge-url)",
     ]
-    assert ["", "not judged", "40", "  2.5 [  2.5,   2.5]", "", ""] in rows
+    assert ["", "no grade", "40", "  2.5 [  2.5,   2.5]", "", ""] in rows
     assert ["", "mIoU*", "40", " 60.0 [ 60.0,  60.0]", "59.9", "36.7"] in rows
     assert len(evaluate.table_of({"mine": results["mine"]}, headlines)[0][0]) == 4  # no paper
 
@@ -547,7 +547,7 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, capsy
     said = capsys.readouterr().out
     assert said.count("judge: record") == 1 and "3 of 3 answers have no verdict" in said
     found = values(name, list(stored(out, name).values()))
-    assert found["not judged"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
+    assert found["no grade"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 6
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 6  # nothing left to ask
     changed = stored(out, name)
@@ -761,10 +761,10 @@ def test_failed_generations_are_no_answers_and_missing_media_are_zeros(monkeypat
     assert lines[2]["trouble"][0] == "cut off" and lines[4]["trouble"] == ["unreadable"]
     assert lines[3]["trouble"] == ["skipped", "missing_media"] and lines[3]["response"] is None
     metrics = evaluate.metrics_of("a", list(lines.values()), failed=1)
-    assert metrics["accuracy"]["n"] == 4 and metrics["failed"]["value"] == pytest.approx(1 / 5)
+    assert metrics["accuracy"]["n"] == 4 and metrics["no grade"]["value"] == pytest.approx(1 / 5)
     troubles = {"unreadable": 0.5, "cut off": 0.25, "skipped": 0.25}
     assert {trouble: metrics[trouble]["value"] for trouble in troubles} == troubles
-    assert evaluate.headline_metric("a", list(lines.values()), metrics)[1].startswith("1 failed")
+    assert evaluate.headline_metric("a", list(lines.values()), metrics)[1].startswith("1 have no")
 
 
 def test_masks_of_what_was_read_as_the_answer_before_are_dropped(tmp_path):
@@ -1050,6 +1050,6 @@ def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name: metrics["unreadable"]["n"] for name, metrics in results.items()} == counts
     for metrics in results.values():
-        assert not metrics["skipped"]["value"] and not metrics["failed"]["value"]
+        assert not metrics["skipped"]["value"] and not metrics["no grade"]["value"]
     assert "not in the mean: eval_seg_refcoco: no cIoU: needs --sam2" in result.stdout
     assert (tmp_path / "report.html").exists()
