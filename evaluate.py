@@ -727,10 +727,10 @@ def table_of(results, headlines):
     return rows, said
 
 
-def aligned(rows, left=1):
-    """Rows of cells as text: the first `left` columns to the left, the others to the right."""
+def aligned(rows):
+    """Rows of cells as text: the first two columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    sides = "<<" + ">" * len(widths)
     lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -897,7 +897,7 @@ def sum_up(args, benchmarks):
             headlines[name] = headline_metric(name, each, results[name])
     path, (rows, said) = f"{args.out}/results.json", table_of(results, headlines)
     write_whole(path, json.dumps(read_object(path) | results, indent=1))
-    table = aligned(rows, left=2)
+    table = aligned(rows)
     print("", table, *said, sep="\n")
     write_report(args.out, table, said, benchmarks, lines)
     print(f"written to {args.out}: results.json, report.html")
@@ -910,10 +910,10 @@ def sum_up(args, benchmarks):
 def compare_models(outs):
     """{model: its --out folder} -> what --compare prints and writes: {"mean": row, "benchmarks":
     {name: row}, "left_out": [those that not all models have in their mean by the same metric]}. A
-    row: {"metric", "n", "models": {model: interval}, "differences": {model: interval and p, minus
-    the model before it}}. Differences are paired: records are drawn within each benchmark, the same
-    for all models, and of each draw the mean is taken. p: twice the share of draws beyond 0."""
-    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [(ids, columns (2, n))]
+    row: {"metric", "n", "models": {model: interval}, "differences": {model: interval, minus the
+    model before it}}. Differences are paired: records are drawn within each benchmark, the same for
+    all models, and of each draw the mean is taken."""
+    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [lines of each model]
     for out in outs.values():
         results = read_object(f"{out}/results.json")
         if not results:
@@ -922,15 +922,15 @@ def compare_models(outs):
             lines = [*read_lines(f"{out}/{name}.jsonl").values()]
             metric, why = headline_metric(name, lines, metrics)
             if not why:
-                each = [line["problem_id"] for line in lines], columns_of(name, lines)[metric]
-                found.setdefault((name, metric), []).append(each)
+                found.setdefault((name, metric), []).append(lines)
     for (name, metric), each in found.items():
         if len(each) == len(outs):
-            ids, columns = zip(*each)
+            ids = [[line["problem_id"] for line in lines] for lines in each]
             if any(other != ids[0] for other in ids):
                 data.refuse(f"--compare: {name}: the models did not answer the same records")
+            columns = np.stack([columns_of(name, lines)[metric] for lines in each])
             rows[name] = dict(metric=metric, n=len(ids[0]))
-            values[name], draws[name] = resampled(np.stack(columns), name)  # one column per model
+            values[name], draws[name] = resampled(columns, name)  # one column per model
     if not rows:
         data.refuse("--compare: the models have no benchmark in common")
     left_out = sorted({name for name, _ in found} - {*rows})
@@ -938,12 +938,12 @@ def compare_models(outs):
     rows["mean"] = dict(metric="mean", n=len(rows))
     for name, row in rows.items():
         value, drawn = values[name], draws[name].T
-        row["models"] = {model: interval(value[i], drawn[i]) for i, model in enumerate(outs)}
-        row["differences"] = {}
-        for i, model in [*enumerate(outs)][1:]:
-            gap = drawn[i] - drawn[i - 1]
-            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
-            row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
+        row |= dict(models={}, differences={})
+        for i, model in enumerate(outs):
+            row["models"][model] = interval(value[i], drawn[i])
+            if i:
+                gap = interval(value[i] - value[i - 1], drawn[i] - drawn[i - 1])
+                row["differences"][model] = gap
     return dict(mean=rows.pop("mean"), benchmarks=rows, left_out=left_out)
 
 
@@ -952,23 +952,20 @@ def compare(args):
     if not len({*names}) == len(names) == len(args.compare):
         data.refuse(f"--names: expected {len(args.compare)} different ones, not {' '.join(names)}")
     report = compare_models(dict(zip(names, args.compare)))
-    sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
-    rows, mean = report["benchmarks"], report["mean"]
-    alike = all(row["metric"] == "accuracy" for row in rows.values())
-    what = "accuracy" if alike else "headline metric"
-    table = [[f"{what} in percent [95% interval]", "n", *(f"{name[:20]} " for name in names)]]
-    for name, row in rows.items():
-        signs = [" ", *map(sign, row["differences"].values())]
-        cells = [percent(cell) + mark for cell, mark in zip(row["models"].values(), signs)]
-        table.append([name if alike else f"{name}, {row['metric']}", str(row["n"]), *cells])
-    cells = [f"{percent(cell)} " for cell in mean["models"].values()]
-    print(aligned([*table, [f"mean over {len(rows)} benchmarks", "", *cells]]))
-    for before, (model, row) in zip(names, mean["differences"].items()):
-        says = {"+": "above", "-": "below", " ": "no clear difference"}[sign(row)]
-        p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
-        points = f"{percent(row, '+.1f')} points, {p}, paired over the records"
-        print(f"{model} - {before}: {points}: {says}")
-    print("+ and -: clearly above and below the model to the left, by the paired 95% interval")
+    table = [["benchmark", "metric", "n", *(f"{name[:20]} " for name in names)]]
+    for name, row in [*report["benchmarks"].items(), ("mean over benchmarks", report["mean"])]:
+        cells = [name, row["metric"], str(row["n"])]
+        for model, cell in row["models"].items():
+            gap = row["differences"].get(model, dict(low=0, high=0))  # the first model has none
+            mark = "+" if gap["low"] > 0 else "-" if gap["high"] < 0 else " "
+            cells.append(percent(cell) + mark)
+        table.append(cells)
+    print(aligned(table))
+    for before, (model, gap) in zip(names, report["mean"]["differences"].items()):
+        print(f"{model} - {before}: {percent(gap, '+.1f')} points, paired over the records")
+    print(
+        "percent [95% interval]; +, -: above, below the model to the left, by the paired interval"
+    )
     if report["left_out"]:
         print(f"left out, since not all models have them: {', '.join(report['left_out'])}")
     if args.out:
