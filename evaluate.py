@@ -37,7 +37,6 @@ import base64
 import csv
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -51,7 +50,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from string import Template, ascii_uppercase
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +62,7 @@ from tqdm import tqdm
 import data
 import rewards
 from data import marks_of, task_of
-from infer import ask_server, iter_frames, load_sam2, segment_video
+from infer import ask_server, in_base64, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
 # ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
@@ -735,19 +734,15 @@ def aligned(rows):
     return "\n".join(line.rstrip() for line in lines)
 
 
-PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
-<meta name="viewport" content="width=device-width"><style>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
-.small { color: #666; font-size: .85rem } .table, .card { border: 1px solid #ddd; padding: .8rem }
-.table { max-height: 50vh; overflow: auto } .wide { grid-column: 1 / -1 }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
-.card { overflow-wrap: anywhere; min-width: 0 } .card pre { white-space: pre-wrap }
-.card p { margin: .4rem 0; white-space: pre-wrap; max-height: 9rem; overflow: auto }
-.card img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
+p { white-space: pre-wrap; max-height: 12rem; overflow: auto; margin: .4rem 0 }
+pre { border: 1px solid #ddd; padding: .8rem; max-height: 50vh; overflow: auto }
+section { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
+article { border: 1px solid #ddd; padding: .8rem; overflow-wrap: anywhere; min-width: 0 }
+.wide { grid-column: 1 / -1 } img { max-width: 100%; max-height: 26rem }
 .answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
-</style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
-<pre class="table">$table</pre><p class="small">Below, answers of each benchmark from the worst to
-the best: orange is the answer, green the truth, beneath it and wider.</p>$sections</html>""")
+</style>"""
 
 
 def image_of(record, line):
@@ -775,40 +770,41 @@ def image_of(record, line):
 
 def card(record, line, score):
     """One answer of the report as HTML. All that a model or a record says is escaped."""
-    parts, kind = [], "card" if record["data_type"] in ("image", "text") else "card wide"
+    parts, kind = [], "" if record["data_type"] in ("image", "text") else "wide"
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
-        image_of(record, line).save(buffer := io.BytesIO(), "JPEG", quality=85)
-        code = base64.b64encode(buffer.getvalue()).decode()
+        code = in_base64(image_of(record, line), "jpeg")
         parts.append(f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">')
-    question = "\n".join([re.sub("<(image|video)>", "", record["problem"]), *record["options"]])
-    where = f"{score:.2f}, record {line['position']}, id {line['problem_id']}"
-    texts = dict(question=question, answer=line["answer"] or "(none)", truth=record["answer"])
-    for name, text in (texts | dict(small="; ".join([where, *line["trouble"]]))).items():
-        parts.append(f'<p class="{name}">{html.escape(text[:2000].strip())}</p>')
-    response = html.escape((line["response"] or "")[:20000].strip())
-    parts.append(f"<details><summary>response</summary><pre>{response}</pre></details>")
+    question = re.sub("<(image|video)>", "", record["problem"]).strip()
+    where = f"score {score:.2f}, record {line['position']}, id {line['problem_id']}"
+    texts = dict(
+        question="\n".join([question, *record["options"]]), answer=line["answer"] or "(none)"
+    )
+    texts |= dict(truth=record["answer"], where="; ".join([where, *line["trouble"]]))
+    for name, text in texts.items():
+        parts.append(f'<p class="{name}">{html.escape(text[:2000])}</p>')
+    response = html.escape((line["response"] or "")[:20000])
+    parts.append(f"<details><summary>response</summary><p>{response}</p></details>")
     return f'<article class="{kind}">{"".join(parts)}</article>'
 
 
 def write_report(out, table, said, benchmarks, lines, count=9):
     """report.html under `out`, which needs no other file: the table, and of each benchmark `count`
-    answers. A score: that of the masks if there are any, else the accuracy."""
-    args, sections = read_object(f"{out}/args.json"), []
+    answers, from the worst to the best by the masks' score if there is one, else the accuracy."""
+    args = read_object(f"{out}/args.json")
+    shown = ("model", "dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model")
+    settings = [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
+    texts = "; ".join([time.strftime("%d %B %Y %H:%M"), *settings]), "\n".join(said)
+    parts = [PAGE, *(f"<p>{html.escape(text)}</p>" for text in texts)]
+    parts.append(f"<pre>{html.escape(table)}</pre>Orange: the answer; green: the truth, beneath it")
     for name, each in lines.items():
         scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
         ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
-        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">')
+        parts.append(f"<h2>{html.escape(name)}</h2><section>")
         for place in np.linspace(0, len(ranked) - 1, min(count, len(ranked)), dtype=int):
             score, i = ranked[place]
-            sections.append(card(benchmarks[name][each[i]["position"]], each[i], score))
-        sections.append("</div>")
-    shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model")
-    settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
-    settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
-    title = f"Evaluation of {os.path.basename(os.path.abspath(out))}"
-    texts = dict(title=title, settings="; ".join(settings), said="; ".join(said), table=table)
-    texts = {key: html.escape(text) for key, text in texts.items()}
-    write_whole(f"{out}/report.html", PAGE.substitute(texts, sections="\n".join(sections)))
+            parts.append(card(benchmarks[name][each[i]["position"]], each[i], score))
+        parts.append("</section>")
+    write_whole(f"{out}/report.html", "\n".join(parts))
 
 
 # ---- Running

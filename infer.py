@@ -190,9 +190,9 @@ def stream_model(prompt, model, tokenizer, max_tokens):
     yield "", "length"
 
 
-def png(pixels):
-    """uint8 (H, W, 3) -> PNG in base64, without loss."""
-    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+def in_base64(image, form="png"):
+    """A PIL image -> the bytes of a file (png: without loss) in base64."""
+    image.save(file := io.BytesIO(), form)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -203,13 +203,15 @@ def request_of(record, model, limits, max_tokens, prompts, system=None):
     problem = data.render_problem(record, prompts)
     for part in re.split("(<image>|<video>)", problem, maxsplit=len(record["media"])):
         if part == "<image>":
-            url = f"data:image/png;base64,{png(data.read_medium(next(media), limits))}"
+            image = Image.fromarray(data.read_medium(next(media), limits))
+            url = f"data:image/png;base64,{in_base64(image)}"
             content.append(dict(type="image_url", image_url=dict(url=url)))
         elif part == "<video>":
             if more:
                 raise ValueError("--base-url: one video per question, vLLM takes the times of one")
             video = data.read_medium(next(media), limits, record.get("fps"))
-            url = f"data:video/jpeg;base64,{','.join(map(png, video.frames))}"
+            frames = [in_base64(Image.fromarray(frame)) for frame in video.frames]
+            url = f"data:video/jpeg;base64,{','.join(frames)}"
             content.append(dict(type="video_url", video_url=dict(url=url)))
             times = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
             more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
