@@ -62,7 +62,7 @@ from tqdm import tqdm
 import data
 import rewards
 from data import marks_of, task_of
-from infer import ask_server, in_base64, iter_frames, load_sam2, segment_video
+from infer import ask_server, check_sam2, in_base64, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
 # ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
@@ -191,29 +191,24 @@ def load_benchmark(path, media_root, out):
 
 def load_rows(path, benchmark, media_root, out):
     """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> records. The position is the
-    row, the problem_id the row's index; rows of another split are no records. A cell of images is
-    base64, a list of base64, or the index of the row that has them; they go to `out`/media."""
-    csv.field_size_limit(2**31 - 1)
+    row, the problem_id the row's index. A cell of images is base64, a list of base64, or the index
+    of the row that has them; they go to `out`/media."""
     if path.endswith(".tsv"):
+        csv.field_size_limit(2**31 - 1)
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     else:
         rows = data.read_values(path)
-    if not all(isinstance(row, dict) and len(row) > 1 for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, one per question")
-    for i, row in enumerate(rows):  # columns: A, B, ..., and names in lower case
-        row = {k if len(k) == 1 else k.lower(): v for k, v in row.items() if k}
-        rows[i] = row | dict(index=str(row.get("index", i)))
-    cells = {row["index"]: row.get("image") or "" for row in rows}
+    cells = {row.get("index"): row.get("image") or "" for row in rows}
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
     out, records = os.path.abspath(f"{out}/media"), []
     for i, row in enumerate(rows):
         if benchmark.split in ("", row.get("split")):
             try:
-                cell = cells[row["index"]]
+                cell = row.get("image") or ""
                 cell = cells[cell] if 0 < len(cell) <= 64 else cell
                 images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
-                raw = record_of_row(row, benchmark, images)
+                raw = record_of_row(row, i, benchmark, images)
             except (ValueError, SyntaxError, LookupError, TypeError) as error:
                 raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
             records.append(data.normalise(raw, path, i, out if images else root))
@@ -232,28 +227,28 @@ def literal(cell):
 def save_image(code, folder):
     """Base64 -> the name of a file with its content, which names it: ranks may all write it."""
     content = base64.b64decode(code, validate=True)
-    end = "png" if content.startswith(b"\x89") else "jpg"
-    path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
+    path = Path(folder, hashlib.sha256(content).hexdigest()[:24])
     if not path.exists() or path.stat().st_size < len(content):  # a kill has torn it
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return path.name
 
 
-def record_of_row(row, benchmark, images):
-    """A row of a TSV, and its images' names -> a record in the release's RL form. Options: columns
+def record_of_row(row, i, benchmark, images):
+    """Row i of a TSV, and its images' names -> a record in the release's RL form. Options: columns
     A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
     the question. Options, or an answer that is a letter: a multiple choice. A number is numerical,
     a list of numbers is math; the rest is the benchmark's `free` task."""
+    row = {key if len(key) == 1 else key.lower(): value for key, value in row.items() if key}
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
-    listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
     options = options or literal(row.get("choices") or row.get("candidates") or row.get("options"))
-    options = dict(zip(ascii_uppercase, options)) if isinstance(options, list) else options
-    options = options or (listed if [*listed] == [*ascii_uppercase[: len(listed)]] else {})
-    options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
-    question = asked if options else question
+    options = options or dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))
+    if isinstance(options, list):
+        options = dict(zip(ascii_uppercase, options))
+    if options:
+        question, options = asked, [f"{letter}. {text}" for letter, text in options.items()]
     if "correct_choice" in row:  # LongVideoBench
         answer = ascii_uppercase[int(row["correct_choice"])]
     elif options and row.get("answer_option"):  # MathVista: `answer` is an option's text
@@ -274,38 +269,39 @@ def record_of_row(row, benchmark, images):
         texts = [re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options]]
         question, *options = texts
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
+    raw = dict(problem_id=row.get("index", i), problem=question, problem_type=kind, options=options)
+    raw |= dict(answer=answer, images=images)
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
-        video = os.path.join(benchmark.media, name if "." in name else f"{name}.mp4")
-    raw = dict(problem_id=row["index"], problem=question, problem_type=kind, options=options)
-    return raw | dict(answer=answer, images=images, videos=[video] if video else [])
+        raw["videos"] = os.path.join(benchmark.media, name if "." in name else f"{name}.mp4")
+    return raw
 
 
 def check(args):
     """Refuses wrong input before a model is loaded -> {benchmark: {position: record}}, the settings
     of the answers, and, without --regrade, the arguments of prompt_of."""
-    benchmarks, settings, encode, sam2 = {}, {}, {}, args.sam2 or ""
-    if not (args.data and args.out and (args.model or args.regrade)):
-        data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
-    if os.path.isdir(f"{args.out}/checkpoints"):
-        data.refuse(f"--out {args.out} is the folder of a training run: name another")
-    if bool(args.judge_url) != bool(args.judge_model):
-        data.refuse("--judge-url and --judge-model go together")
-    local = os.path.isdir(os.path.dirname(sam2) or ".") or sam2.count("/") != 1
-    kind = read_object(f"{sam2}/config.json").get("model_type", "")
-    if sam2 and local and not kind.startswith("sam2"):
-        data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
+    benchmarks, settings, encode = {}, {}, {}
     try:
+        if not (args.data and args.out and (args.model or args.regrade)):
+            raise ValueError(
+                "--model, --data and --out are needed (or --list, --compare, --regrade)"
+            )
+        if os.path.isdir(f"{args.out}/checkpoints"):
+            raise ValueError(f"--out {args.out} is the folder of a training run: name another")
+        if bool(args.judge_url) != bool(args.judge_model):
+            raise ValueError("--judge-url and --judge-model go together")
+        if args.sam2:
+            check_sam2(args.sam2)
+            settings["sam2"] = args.sam2
         if not args.regrade:
             system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
             limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
             processor = data.load_processor(args.model)
             encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
-            weights = [np.memmap(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
-            middles = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]
-            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
+            weights = sorted(Path(args.model).glob("*.safetensors"))
+            settings["model"] = [path.stat().st_mtime for path in weights] or args.model
+            settings |= dict(prompts=prompts, system=system, limits=limits._asdict())
             settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
-            settings |= dict(model=middles or args.model) | (dict(sam2=sam2) if sam2 else {})
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:

@@ -117,12 +117,18 @@ def save_drawing(path, record, answer, limits, sam2=None):
     save_video(path, drawn(frames), length)
 
 
+def check_sam2(path):
+    """Raises ValueError for what is neither a folder with a model nor looks like a hub id."""
+    hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
+    if not hub_id and not os.path.exists(f"{path}/config.json"):
+        raise ValueError(f"--sam2 {path}: no folder of a SAM2, and no hub id: owner/name")
+
+
 def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
-    if not os.path.isdir(path) and str(path).count("/") != 1:
-        raise ValueError(f"--sam2 {path}: no such folder, and no hub id of the form owner/name")
+    check_sam2(str(path))
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
 

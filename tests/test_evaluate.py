@@ -846,7 +846,9 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     assert "the folder of a training run" in said(out=str(tmp_path / "run"))
     for sam2 in ("nowhere", str(tmp_path), f"{tmp_path}/sam2"):
         assert f"--sam2 {sam2}: no folder of a SAM2" in said(sam2=sam2)
-    assert "expected a list of objects" in said(data=[file("Video_Holmes.json", '{"a": 1}')])
+    assert "record 0: cannot be read: KeyError('question')" in said(
+        data=[file("Video_Holmes.json", '{"a": 1}')]
+    )
     choice = f"index\tquestion\tanswer\timage\tA\tB\n1\t?\tD\t{100 * 'A'}\tx\ty\n"
     assert "record 0: answer 'D' is none of the options" in said(data=[file("c.tsv", choice)])
     for row, sentence in (
