@@ -175,8 +175,9 @@ VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; re
 
 
 def load_benchmark(path, media_root, out):
-    """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
-    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE)."""
+    """{position: record} of a benchmark, as data.load_records has them, each with `benchmark`,
+    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE), and
+    `masked`: whether it has true masks."""
     stem, end = os.path.splitext(os.path.basename(path))
     benchmark = BENCHMARKS.get(stem, B())
     if end == ".tsv" or benchmark.media:
@@ -186,6 +187,7 @@ def load_benchmark(path, media_root, out):
     for record in records:
         record["benchmark"] = stem
         record["judged"] = benchmark.judged and record["problem_type"] == TEXT
+        record["masked"] = "segmentation_rle" in (record.get("segmentation_output") or {})
     return {record["index"]: record for record in records}
 
 
@@ -497,8 +499,7 @@ def grade(benchmarks, out, judge=None):
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
             pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
-            ruled = [(r, None if r["judged"] else answer) for r, answer in pairs]
-            for (record, answer), accuracy in zip(pairs, grader.accuracies(ruled)):
+            for (record, answer), accuracy in zip(pairs, grader.accuracies(pairs)):
                 line, task = lines[record["index"]], task_of(record)
                 for key in ("masks", "verdict"):
                     stored = line.get(key, {})
@@ -821,25 +822,23 @@ def evaluate(args):
     rank, world, device = init_distributed()
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # ranks end far apart
 
-    def joined():
-        """All ranks call this -> all records, each with what any rank has written, or None."""
-        dist.barrier(group=patient)
-        if rank == 0:
-            join_parts(args.out)
-        dist.barrier(group=patient)
-        stored = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
-        records = [record for name in benchmarks for record in benchmarks[name].values()]
-        return [(record, stored[record["benchmark"]].get(record["index"])) for record in records]
-
-    # 1 What is there already? Records whose media could not be used are tried again.
+    # 1 What is to do? Again, too: records whose media could not be used, or that lack their masks.
     start_run(args)
     if rank == 0:
         write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-    pairs = joined()
-    todo = [record for record, line in pairs if not line or "skipped" in line["trouble"]]
+        join_parts(args.out)
+    dist.barrier(group=patient)
+    todo = []
+    for name, records in benchmarks.items():
+        lines = read_lines(f"{args.out}/{name}.jsonl")
+        for record in records.values():
+            line, masked = lines.get(record["index"]), args.sam2 and record["masked"]
+            if not line or "skipped" in line["trouble"] or masked and "masks" not in line:
+                todo.append(record)
     mine = todo[rank::world]
     if rank == 0:
-        print(f"{len(pairs)} records, {len(todo)} to answer on {world} ranks", flush=True)
+        count = sum(map(len, benchmarks.values()))
+        print(f"{count} records, {len(todo)} to answer on {world} ranks", flush=True)
 
     # 2 Each rank answers its share, and writes after each chunk.
     if todo:
@@ -847,24 +846,18 @@ def evaluate(args):
         most = {kind: max(each.count(kind) for each in media) for kind in ("image", "video")}
         length = args.max_prompt_tokens + args.max_response_tokens
         llm = make_engine(args.model, args.dtype, length, most, seed=0)
+        sam2 = load_sam2(args.sam2, device) if args.sam2 else None
         stream = data.prefetch(mine, partial(prompt_of, **encode), range(len(mine)), args.workers)
         asked = zip(tqdm(mine, disable=rank > 0, unit="record", desc="rank 0's share"), stream)
         tokenizer = encode["processor"].tokenizer
         for record, text, trouble in answers(asked, llm, tokenizer, args.max_response_tokens):
             line = dict(problem_id=record["problem_id"], position=record["index"])
-            append(args.out, rank, record["benchmark"], line | dict(response=text, trouble=trouble))
+            line |= dict(response=text, trouble=trouble)
+            if sam2 and record["masked"]:
+                line["masks"] = masks_of(record, answer_of(record, text), sam2)
+            append(args.out, rank, record["benchmark"], line)
 
-    # 3 Masks, each rank its share.
-    if args.sam2:
-        masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
-        pairs = joined()[rank::world]
-        pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
-        sam2 = load_sam2(args.sam2, device) if pairs else None
-        for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
-            masks = masks_of(record, answer_of(record, line["response"]), sam2)
-            append(args.out, rank, record["benchmark"], line | dict(masks=masks))
-
-    # 4 Grades and numbers.
+    # 3 Grades and numbers.
     dist.barrier(group=patient)
     code = sum_up(args, benchmarks) if rank == 0 else 0
     dist.barrier(group=patient)
