@@ -153,22 +153,20 @@ def print_list():
     """The table of benchmarks, each with where it comes from."""
     for stem, row in BENCHMARKS.items():
         notes = [f"{m} {a}" + f" ({b})" * bool(b) for m, (a, b) in paper_numbers(stem).items()]
-        notes += [f"split {row.split}"] * bool(row.split) + ["judge"] * row.judged
+        notes += ["judge"] * row.judged + ["system"] * (row.source != HUB)
         notes += [f"{row.frames} frames"] * (row.spread or row.frames != 128)
-        notes += ["system"] * (row.source != HUB) + ["--sam2"] * row.task.startswith("segmentation")
+        notes += ["--sam2"] * row.task.startswith("segmentation")
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: PROMPTS in
-data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the length. judge:
-needs --judge-url. system: the release asks these through VLMEvalKit with a system prompt; --system
-FILE gives it to these and to files of your own.
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most 128;
+"128 frames": so many whatever the length. judge: needs --judge-url. system: the release asks these
+with a system prompt; --system FILE gives it to these and to files of your own.
 
-Each file is called by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
+Call each file by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
 or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
-Unpack the media there; those of Video-Holmes, LongVideoBench and VideoMMLU into the folder video,
-videos, youtube_videos beside Video_Holmes.json, LongVideoBench.json, Video_MMLU_CAP.tsv (or
-VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; records of your own.""")
+Unpack the media there; those of Video_Holmes.json, LongVideoBench.json and Video_MMLU_CAP.tsv into
+video, videos and youtube_videos. The release names no file of MMT-Caption.""")
 
 
 # ---- Reading records, settings and stored outputs
@@ -733,12 +731,11 @@ def aligned(rows):
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
-p { white-space: pre-wrap; max-height: 12rem; overflow: auto; margin: .4rem 0 }
+p { white-space: pre-wrap; max-height: 24rem; overflow: auto }
 pre { border: 1px solid #ddd; padding: .8rem; max-height: 50vh; overflow: auto }
 section { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
 article { border: 1px solid #ddd; padding: .8rem; overflow-wrap: anywhere; min-width: 0 }
 .wide { grid-column: 1 / -1 } img { max-width: 100%; max-height: 26rem }
-.answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
 </style>"""
 
 
@@ -767,21 +764,17 @@ def image_of(record, line):
 
 def card(record, line, score):
     """One answer of the report as HTML. All that a model or a record says is escaped."""
-    parts, kind = [], "" if record["data_type"] in ("image", "text") else "wide"
+    kind, image = "" if record["data_type"] in ("image", "text") else "wide", ""
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
         code = in_base64(image_of(record, line), "jpeg")
-        parts.append(f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">')
-    question = re.sub("<(image|video)>", "", record["problem"]).strip()
-    where = f"score {score:.2f}, record {line['position']}, id {line['problem_id']}"
-    texts = dict(
-        question="\n".join([question, *record["options"]]), answer=line["answer"] or "(none)"
-    )
-    texts |= dict(truth=record["answer"], where="; ".join([where, *line["trouble"]]))
-    for name, text in texts.items():
-        parts.append(f'<p class="{name}">{html.escape(text[:2000])}</p>')
+        image = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">'
+    said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
+    said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]
+    where = [f"score {score:.2f}, record {line['position']}, id {line['problem_id']}"]
+    text = html.escape("\n".join([*said, "; ".join(where + line["trouble"])])[:5000])
     response = html.escape((line["response"] or "")[:20000])
-    parts.append(f"<details><summary>response</summary><p>{response}</p></details>")
-    return f'<article class="{kind}">{"".join(parts)}</article>'
+    details = f"<details><summary>response</summary><p>{response}</p></details>"
+    return f'<article class="{kind}">{image}<p>{text}</p>{details}</article>'
 
 
 def write_report(out, table, said, benchmarks, lines, count=9):
