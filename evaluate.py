@@ -23,11 +23,11 @@ points into masks, a judge grades captions, all else goes by rules. Under --out:
 The same command goes on where it was, with any number of ranks. Grading is that of training; only
 the reading is more lenient (rewards.answer_of). An answer that cannot be read counts 0, and so does
 a record whose media cannot be opened (the next run tries it again). A generation that failed in
-vLLM is no answer: it is not stored, and its benchmark is not in the mean.
+vLLM is not stored. A benchmark of which more than 5% have no grade is not in the mean.
 
-Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU; of tracks AO is the mean IoU,
-R@t counts sequences and SR@t frames. tIoU is that of times, sIoU that of boxes over the seconds
-that both sides have (the paper's), vIoU over the true seconds. Of masks cIoU is the sum of
+Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU, AO that of tracks, with and
+without the box that the question gives. tIoU is that of times, sIoU that of boxes over the seconds
+that both sides have (the paper's), vIoU over the true ones. Of masks cIoU is the sum of
 intersections by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure,
 by the paper's rules and by those of DAVIS. The headline metric (*) is the one in the mean.
 """
@@ -37,7 +37,6 @@ import base64
 import csv
 import hashlib
 import html
-import io
 import json
 import math
 import os
@@ -51,7 +50,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from string import Template, ascii_uppercase
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import numpy as np
@@ -62,12 +61,11 @@ from tqdm import tqdm
 
 import data
 import rewards
-from data import draw, draw_strip, marks_of, task_of
-from infer import ask_server, iter_frames, load_sam2, segment_video
+from data import marks_of, task_of
+from infer import ask_server, check_sam2, in_base64, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
-# --------------------------------------------------------------------------------------------------
-# The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
+# ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
 
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
@@ -155,31 +153,29 @@ def print_list():
     """The table of benchmarks, each with where it comes from."""
     for stem, row in BENCHMARKS.items():
         notes = [f"{m} {a}" + f" ({b})" * bool(b) for m, (a, b) in paper_numbers(stem).items()]
-        notes += [f"split {row.split}"] * bool(row.split) + ["judge"] * row.judged
+        notes += ["judge"] * row.judged + ["system"] * (row.source != HUB)
         notes += [f"{row.frames} frames"] * (row.spread or row.frames != 128)
-        notes += ["system"] * (row.source != HUB) + ["--sam2"] * row.task.startswith("segmentation")
+        notes += ["--sam2"] * row.task.startswith("segmentation")
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. How a task is answered: PROMPTS in
-data.py. Videos: 2 frames a second, at most 128; "128 frames": so many whatever the length. judge:
-needs --judge-url. system: the release asks these through VLMEvalKit with a system prompt; --system
-FILE gives it to these and to files of your own.
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most 128;
+"128 frames": so many whatever the length. judge: needs --judge-url. system: the release asks these
+with a system prompt; --system FILE gives it to these and to files of your own.
 
-Each file is called by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
+Call each file by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
 or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
-Unpack the media there; those of Video-Holmes, LongVideoBench and VideoMMLU into the folder video,
-videos, youtube_videos beside Video_Holmes.json, LongVideoBench.json, Video_MMLU_CAP.tsv (or
-VLMEvalKit's TSV files of the three). MMT-Caption: the release names no file; records of your own.""")
+Unpack the media there; those of Video_Holmes.json, LongVideoBench.json and Video_MMLU_CAP.tsv into
+video, videos and youtube_videos. The release names no file of MMT-Caption.""")
 
 
-# --------------------------------------------------------------------------------------------------
-# Reading records, settings and stored outputs
+# ---- Reading records, settings and stored outputs
 
 
 def load_benchmark(path, media_root, out):
-    """{position: record} of a benchmark, as data.load_records has them, each with `benchmark` and
-    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE)."""
+    """{position: record} of a benchmark, as data.load_records has them, each with `benchmark`,
+    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE), and
+    `masked`: whether it has true masks."""
     stem, end = os.path.splitext(os.path.basename(path))
     benchmark = BENCHMARKS.get(stem, B())
     if end == ".tsv" or benchmark.media:
@@ -189,34 +185,30 @@ def load_benchmark(path, media_root, out):
     for record in records:
         record["benchmark"] = stem
         record["judged"] = benchmark.judged and record["problem_type"] == TEXT
+        record["masked"] = "segmentation_rle" in (record.get("segmentation_output") or {})
     return {record["index"]: record for record in records}
 
 
 def load_rows(path, benchmark, media_root, out):
     """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> records. The position is the
-    row, the problem_id the row's index; rows of another split are no records. A cell of images is
-    base64, a list of base64, or the index of the row that has them; they go to `out`/media."""
-    csv.field_size_limit(2**31 - 1)
+    row, the problem_id the row's index. A cell of images is base64, a list of base64, or the index
+    of the row that has them; they go to `out`/media."""
     if path.endswith(".tsv"):
+        csv.field_size_limit(2**31 - 1)
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file, delimiter="\t"))
     else:
         rows = data.read_values(path)
-    if not all(isinstance(row, dict) and len(row) > 1 for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, one per question")
-    for i, row in enumerate(rows):  # columns: A, B, ..., and names in lower case
-        row = {k if len(k) == 1 else k.lower(): v for k, v in row.items() if k}
-        rows[i] = row | dict(index=str(row.get("index", i)))
-    cells = {row["index"]: row.get("image") or "" for row in rows}
+    cells = {row.get("index"): row.get("image") or "" for row in rows}
     root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
     out, records = os.path.abspath(f"{out}/media"), []
     for i, row in enumerate(rows):
         if benchmark.split in ("", row.get("split")):
             try:
-                cell = cells[row["index"]]
+                cell = row.get("image") or ""
                 cell = cells[cell] if 0 < len(cell) <= 64 else cell
                 images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
-                raw = record_of_row(row, benchmark, images)
+                raw = record_of_row(row, i, benchmark, images)
             except (ValueError, SyntaxError, LookupError, TypeError) as error:
                 raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
             records.append(data.normalise(raw, path, i, out if images else root))
@@ -235,28 +227,28 @@ def literal(cell):
 def save_image(code, folder):
     """Base64 -> the name of a file with its content, which names it: ranks may all write it."""
     content = base64.b64decode(code, validate=True)
-    end = "png" if content.startswith(b"\x89") else "jpg"
-    path = Path(folder, f"{hashlib.sha256(content).hexdigest()[:24]}.{end}")
+    path = Path(folder, hashlib.sha256(content).hexdigest()[:24])
     if not path.exists() or path.stat().st_size < len(content):  # a kill has torn it
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return path.name
 
 
-def record_of_row(row, benchmark, images):
-    """A row of a TSV, and its images' names -> a record in the release's RL form. Options: columns
+def record_of_row(row, i, benchmark, images):
+    """Row i of a TSV, and its images' names -> a record in the release's RL form. Options: columns
     A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
     the question. Options, or an answer that is a letter: a multiple choice. A number is numerical,
     a list of numbers is math; the rest is the benchmark's `free` task."""
+    row = {key if len(key) == 1 else key.lower(): value for key, value in row.items() if key}
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
-    listed = dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))  # MathVerse
     options = {letter: row[letter] for letter in ascii_uppercase if row.get(letter)}
     options = options or literal(row.get("choices") or row.get("candidates") or row.get("options"))
-    options = dict(zip(ascii_uppercase, options)) if isinstance(options, list) else options
-    options = options or (listed if [*listed] == [*ascii_uppercase[: len(listed)]] else {})
-    options = [str(v) if str(v).startswith(f"{k}.") else f"{k}. {v}" for k, v in options.items()]
-    question = asked if options else question
+    options = options or dict(re.findall(r"^\(?([A-Z])\s*[:.)]\s*(.+)$", choices, re.MULTILINE))
+    if isinstance(options, list):
+        options = dict(zip(ascii_uppercase, options))
+    if options:
+        question, options = asked, [f"{letter}. {text}" for letter, text in options.items()]
     if "correct_choice" in row:  # LongVideoBench
         answer = ascii_uppercase[int(row["correct_choice"])]
     elif options and row.get("answer_option"):  # MathVista: `answer` is an option's text
@@ -277,38 +269,39 @@ def record_of_row(row, benchmark, images):
         texts = [re.sub(r"<image (\d+)>", r"image \1", text) for text in [question, *options]]
         question, *options = texts
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
+    raw = dict(problem_id=row.get("index", i), problem=question, problem_type=kind, options=options)
+    raw |= dict(answer=answer, images=images)
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
-        video = os.path.join(benchmark.media, name if "." in name else f"{name}.mp4")
-    raw = dict(problem_id=row["index"], problem=question, problem_type=kind, options=options)
-    return raw | dict(answer=answer, images=images, videos=[video] if video else [])
+        raw["videos"] = os.path.join(benchmark.media, name if "." in name else f"{name}.mp4")
+    return raw
 
 
 def check(args):
     """Refuses wrong input before a model is loaded -> {benchmark: {position: record}}, the settings
     of the answers, and, without --regrade, the arguments of prompt_of."""
-    benchmarks, settings, encode, sam2 = {}, {}, {}, args.sam2 or ""
-    if not (args.data and args.out and (args.model or args.regrade)):
-        data.refuse("--model, --data and --out are needed (or --list, --compare, --regrade)")
-    if os.path.isdir(f"{args.out}/checkpoints"):
-        data.refuse(f"--out {args.out} is the folder of a training run: name another")
-    if bool(args.judge_url) != bool(args.judge_model):
-        data.refuse("--judge-url and --judge-model go together")
-    local = os.path.isdir(os.path.dirname(sam2) or ".") or sam2.count("/") != 1
-    kind = read_object(f"{sam2}/config.json").get("model_type", "")
-    if sam2 and local and not kind.startswith("sam2"):
-        data.refuse(f"--sam2 {sam2}: no folder of a SAM2, and no hub id of the form owner/name")
+    benchmarks, settings, encode = {}, {}, {}
     try:
+        if not (args.data and args.out and (args.model or args.regrade)):
+            raise ValueError(
+                "--model, --data and --out are needed (or --list, --compare, --regrade)"
+            )
+        if os.path.isdir(f"{args.out}/checkpoints"):
+            raise ValueError(f"--out {args.out} is the folder of a training run: name another")
+        if bool(args.judge_url) != bool(args.judge_model):
+            raise ValueError("--judge-url and --judge-model go together")
+        if args.sam2:
+            check_sam2(args.sam2)
+            settings["sam2"] = args.sam2
         if not args.regrade:
             system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
             limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
             processor = data.load_processor(args.model)
             encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
-            weights = [np.memmap(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
-            middles = [zlib.crc32(each[len(each) // 2 :][: 2**20]) for each in weights]
-            settings = dict(prompts=prompts, system=system, limits=limits._asdict())
+            weights = sorted(Path(args.model).glob("*.safetensors"))
+            settings["model"] = [path.stat().st_mtime for path in weights] or args.model
+            settings |= dict(prompts=prompts, system=system, limits=limits._asdict())
             settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
-            settings |= dict(model=middles or args.model) | (dict(sam2=sam2) if sam2 else {})
         for path in args.data:
             name = os.path.splitext(os.path.basename(path))[0]
             if name in benchmarks:
@@ -328,8 +321,6 @@ def check(args):
             raise ValueError(f"{what}: name another --out, or remove that folder")
     except (OSError, ValueError, csv.Error) as error:
         data.refuse(error)
-    if args.judge_model:  # a new judge grades all captions anew, and only its verdicts count
-        settings["judge"] = args.judge_model
     return benchmarks, old | settings, encode
 
 
@@ -372,8 +363,7 @@ def join_parts(out):
         part.unlink()
 
 
-# --------------------------------------------------------------------------------------------------
-# Answers, masks, verdicts and grades
+# ---- Answers, masks, verdicts and grades
 
 
 def prompt_of(record, processor, limits, prompts, system):
@@ -412,8 +402,8 @@ def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
 
 
 def masks_of(record, answer, sam2):
-    """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, "frames": {place:
-    RLE} for the report}. An answer that prompts nothing has empty masks."""
+    """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, and for the report
+    "place", the frame with the prompt, and its "mask", RLE}. Without a prompt masks are empty."""
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
     size, image = next(iter(truths.values())).shape, record["data_type"] == "image"
     count = 1 if image else len(record["segmentation_output"]["frames"])
@@ -431,10 +421,9 @@ def masks_of(record, answer, sam2):
             j = iou(empty=int(davis))  # of two empty masks: 1 by DAVIS, 0 in the paper's figures
             f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
             parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
-    shown = sorted({place, *np.linspace(0, count - 1, 7).round().astype(int).tolist()})
-    codes = coco.encode(np.asfortranarray(np.stack([masks[k] for k in shown], -1), dtype=np.uint8))
-    frames = {str(k): c | dict(counts=c["counts"].decode()) for k, c in zip(shown, codes)}
-    return dict(answer=answer, parts=parts, frames=frames)
+    rle = coco.encode(np.asfortranarray(masks[place], dtype=np.uint8))
+    mask = dict(size=rle["size"], counts=rle["counts"].decode())
+    return dict(answer=answer, parts=parts, place=place, mask=mask)
 
 
 def true_masks(record):
@@ -485,43 +474,38 @@ def read_score(text):
     return int(score[1]) / 10 if score else None
 
 
-def ask_judge(url, model, record, line, tries=3, silence=120.0, pause=1.0):
-    """One question to an OpenAI server -> its score in [0, 1], or None and what went wrong."""
+def ask_judge(url, model, record, line, silence=120.0):
+    """One question to an OpenAI server -> its score in [0, 1] or None, and what it replied."""
     said = dict(problem=record["problem"], options=record["options"], reference=record["answer"])
     content = JUDGE + json.dumps(said | dict(answer=line["answer"][:20000]))
     request = dict(model=model, temperature=0, messages=[dict(role="user", content=content)])
-    url = f"{url.rstrip('/')}/chat/completions"
-    for attempt in range(tries):
-        time.sleep(pause * attempt)
-        try:
-            reply = json.loads(b"".join(ask_server(url, request, silence)))
-            text = str(reply["choices"][0]["message"]["content"])
-            if (score := read_score(text)) is not None:
-                return score, ""
-            wrong = f"it replied {text[:200]!r}"
-        except OSError as error:
-            wrong = str(error)
-        except (ValueError, LookupError, TypeError) as error:
-            wrong = f"it replied no chat completion: {error!r}"
-    return None, wrong
+    try:
+        pieces = ask_server(f"{url.rstrip('/')}/chat/completions", request, silence)
+        text = str(json.loads(b"".join(pieces))["choices"][0]["message"]["content"])
+    except OSError as error:
+        return None, str(error)
+    except (ValueError, LookupError, TypeError) as error:
+        return None, f"it replied no chat completion: {error!r}"
+    return read_score(text), f"it replied {text[:200]!r}"
 
 
-def grade(benchmarks, out, judge):
-    """Grades all stored responses anew. accuracy is None where the judge (a model's name) has given
-    no verdict. Masks and verdicts of an answer that is read otherwise now are dropped."""
+def grade(benchmarks, out, judge=None):
+    """Grades all stored responses anew. accuracy is None where the judge has given no verdict. What
+    no longer holds is dropped: masks and verdicts of an answer that is read otherwise now, and, with
+    a judge (a model's name), the verdicts of another one."""
     with rewards.Grader() as grader:
         for name, records in benchmarks.items():
             lines = read_lines(f"{out}/{name}.jsonl")
             pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
-            ruled = [(r, None if r["judged"] else answer) for r, answer in pairs]
-            for (record, answer), accuracy in zip(pairs, grader.accuracies(ruled)):
+            for (record, answer), accuracy in zip(pairs, grader.accuracies(pairs)):
                 line, task = lines[record["index"]], task_of(record)
                 for key in ("masks", "verdict"):
-                    if key in line and line[key]["answer"] != answer:
-                        del line[key]
+                    stored = line.get(key, {})
+                    other_judge = judge and stored.get("judge", judge) != judge
+                    if stored.get("answer") != answer or other_judge:
+                        line.pop(key, None)
                 if record["judged"] and answer is not None:
-                    verdict = line.get("verdict", {})
-                    accuracy = verdict.get("score") if verdict.get("judge") == judge else None
+                    accuracy = line.get("verdict", {}).get("score")
                 trouble = [what for what in line["trouble"] if what != "unreadable"]
                 if line["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
@@ -538,26 +522,25 @@ def judge_answers(benchmarks, out, url, model):
     first failure is printed at once; the next run asks again."""
     waiting, failed = [], 0
     for name, records in benchmarks.items():
-        for position, line in read_lines(f"{out}/{name}.jsonl").items():
-            if line["accuracy"] is None:
-                waiting.append((records[position], line))
+        lines = read_lines(f"{out}/{name}.jsonl").values()
+        waiting += [(records[x["position"]], x) for x in lines if x["accuracy"] is None]
     with ThreadPoolExecutor(8) as pool:
         asked = pool.map(lambda each: ask_judge(url, model, *each), waiting)
-        for (record, line), (score, wrong) in zip(waiting, asked):
-            if score is not None:
-                verdict = dict(judge=model, answer=line["answer"], score=score)
-                line |= dict(accuracy=score, verdict=verdict)
-                append(out, "judge", record["benchmark"], line)
-            elif not failed:
-                print(f"judge: record {record['index']}: {wrong}", flush=True)
-            failed += score is None
+        for (record, line), (score, reply) in zip(waiting, asked):
+            if score is None:
+                failed += 1
+                if failed == 1:
+                    print(f"judge: record {record['index']}: {reply}", flush=True)
+                continue
+            verdict = dict(judge=model, answer=line["answer"], score=score)
+            line |= dict(accuracy=score, verdict=verdict)
+            append(out, "judge", record["benchmark"], line)
     join_parts(out)
     if failed:
         print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
 
 
-# --------------------------------------------------------------------------------------------------
-# Metrics, first of masks, then of answers: each is the ratio of two sums over records
+# ---- Metrics, first of masks, then of answers: each is the ratio of two sums over records
 
 
 def boundary(mask, davis):
@@ -617,24 +600,15 @@ def parts_of(task, record, answer):
         parts = {"tIoU@0.5": t >= 0.5, "m_tIoU": t, "sIoU@0.5": s >= 0.5, "m_sIoU": s}
         return parts | {"m_tIoU&m_sIoU": (t + s) / 2, "vIoU@0.5": v >= 0.5, "m_vIoU": v}
     if task == TRACK:
-        p, y = (side if isinstance(side, dict) else {} for side in boxes)
-        ious = {k: rewards.iou_box(p.get(k), box) for k, box in y.items()}
-        later, parts = [iou for k, iou in ious.items() if k != "1"], {}
-        for title, each in (("", [*ious.values()]), (", given box left out", later)):
-            n, one = len(each), min(1, len(each))  # R@t counts sequences, SR@t frames
-            iou = sum(each) / max(1, n)
-            parts |= {f"AO{title}": (iou, one)}
-            parts |= {f"R@{t}{title}": (iou >= t, one) for t in (0.3, 0.5, 0.7)}
-            parts |= {f"SR@{t}{title}": (sum(v >= t for v in each), n) for t in (0.5, 0.75)}
-        return parts
+        iou = rewards.mean_box_iou(*boxes)  # over a sequence
+        later = {k: box for k, box in (boxes[1] or {}).items() if k != "1"}
+        left_out = rewards.mean_box_iou(boxes[0], later), bool(later)
+        parts = {"AO": iou, "AO, given box left out": left_out}
+        return parts | {f"R@{t}": iou >= t for t in (0.3, 0.5, 0.7)}
     return {"box_mIoU": rewards.iou_box(*boxes)} if task in (IMAGE, VIDEO) else {}
 
 
 TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
-UNKNOWN = {  # no grade: the largest share with which a benchmark enters the mean, and what helps
-    "not judged": (0.05, "see --judge-url"),
-    "failed": (0.0, "the next run tries again"),
-}
 
 
 def columns_of(name, lines):
@@ -662,7 +636,6 @@ def columns_of(name, lines):
                 add(title, [parts.get(metric) for parts in own])
     for trouble in TROUBLES:
         add(trouble, [trouble in line["trouble"] for line in lines])
-    add("not judged", [line["accuracy"] is None for line in lines])
     return {metric: column for metric, column in columns.items() if column[1].any()}
 
 
@@ -672,15 +645,15 @@ def headline_metric(name, lines, metrics):
     headline = BENCHMARKS.get(name, B()).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
     if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
         headline = "accuracy"
-    for what, (most, hint) in UNKNOWN.items():
-        cell = metrics[what]
-        if cell["value"] > most:
-            return headline, f"{cell['value'] * cell['n']:.0f} {what} ({hint})"
-    return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
+    cell, why = metrics["no grade"], ""
+    if cell["value"] > 0.05:
+        why = f"{cell['value'] * cell['n']:.0f} have no grade: run again (captions: --judge-url)"
+    elif headline not in metrics:
+        why = f"no {headline}: needs --sam2 and true masks"
+    return headline, why
 
 
-# --------------------------------------------------------------------------------------------------
-# Numbers with their intervals, the table, the report
+# ---- Numbers with their intervals, the table, the report
 
 
 def resampled(columns, name, resamples=2000):
@@ -702,13 +675,14 @@ def interval(value, draws, **more):
 
 def metrics_of(name, lines, failed=0):
     """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}; n: how many records
-    (or questions, or sequences) count. failed: how many records have no line."""
+    (or questions) count. failed: how many records have no line."""
     columns, n = columns_of(name, lines), len(lines) + failed
     stacked = np.stack(list(columns.values()))  # (metrics, 2, n)
     values, draws = resampled(stacked, name)
     counts = (stacked[:, 1] > 0).sum(1).tolist()
     cells = {m: interval(values[i], draws[:, i], n=counts[i]) for i, m in enumerate(columns)}
-    return cells | dict(failed=interval(failed / n, [failed / n], n=n))
+    share = (failed + sum(line["accuracy"] is None for line in lines)) / n
+    return cells | {"no grade": interval(share, [share], n=n)}
 
 
 def mean_of(values):
@@ -732,7 +706,7 @@ def table_of(results, headlines):
     for name, metrics in results.items():
         title, (headline, why) = name, headlines[name]
         for metric, cell in metrics.items():
-            if cell["value"] or metric not in (*TROUBLES, *UNKNOWN):
+            if cell["value"] or metric not in (*TROUBLES, "no grade"):
                 paper = paper_numbers(name).get(metric, ("", ""))
                 cells = [title, metric + "*" * (metric == headline), str(cell["n"]), percent(cell)]
                 rows.append(cells + [str(number) for number in paper] * papers)
@@ -747,95 +721,83 @@ def table_of(results, headlines):
     return rows, said
 
 
-def aligned(rows, left=1):
-    """Rows of cells as text: the first `left` columns to the left, the others to the right."""
+def aligned(rows):
+    """Rows of cells as text: the first two columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = ["<" if i < left else ">" for i in range(len(widths))]
+    sides = "<<" + ">" * len(widths)
     lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths)) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
-PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8"><title>$title</title>
-<meta name="viewport" content="width=device-width"><style>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
-.small { color: #666; font-size: .85rem } .table, .card { border: 1px solid #ddd; padding: .8rem }
-.table { max-height: 50vh; overflow: auto } .wide { grid-column: 1 / -1 }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
-.card { overflow-wrap: anywhere; min-width: 0 } .card pre { white-space: pre-wrap }
-.card p { margin: .4rem 0; white-space: pre-wrap; max-height: 9rem; overflow: auto }
-.card img { max-width: 100%; max-height: 26rem } .answer, .truth { padding-left: .5rem }
-.answer { border-left: 4px solid orange } .truth { border-left: 4px solid limegreen }
-</style><h1>$title</h1><p class="small">$settings</p><p>$said</p>
-<pre class="table">$table</pre><p class="small">Below, answers of each benchmark from the worst to
-the best: orange is the answer, green the truth, beneath it and wider.</p>$sections</html>""")
+p { white-space: pre-wrap; max-height: 24rem; overflow: auto }
+pre { border: 1px solid #ddd; padding: .8rem; max-height: 50vh; overflow: auto }
+section { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
+article { border: 1px solid #ddd; padding: .8rem; overflow-wrap: anywhere; min-width: 0 }
+.wide { grid-column: 1 / -1 } img { max-width: 100%; max-height: 26rem }
+</style>"""
 
 
 def image_of(record, line):
     """An answer over its truth, drawn on the record's first video, as a strip of frames, or else on
-    its first image -> PIL.Image."""
+    its first image -> PIL.Image. With masks: on the frame of the prompt."""
     task, masks = task_of(record), {}
     truth, answer = marks_of(task, record["answer"]), marks_of(task, line["answer"])
     wide = {t: [x1 - 8, y1 - 8, x2 + 8, y2 + 8] for t, (x1, y1, x2, y2) in truth.boxes.items()}
     marks = {"limegreen": data.Marks(boxes=wide), "lime": truth, "orange": answer}
-    if "masks" in line:
-        truths, places = true_masks(record), [int(k) for k in line["masks"]["frames"]]
-        drawn = np.stack([coco.decode(rle) for rle in line["masks"]["frames"].values()]) > 0
-        true = np.stack([truths.get(k, np.zeros_like(drawn[0])) for k in places])
-        masks = {"lime": true, "orange": drawn}
     medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
-    if masks and medium["type"] == "video":
-        frames = frames_at(record, places[-1] + 1, drawn.shape[1:])[places]
-        return draw_strip(frames, np.array(places) / record["fps"], marks, masks)
-    limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
-    pixels = data.read_medium(medium, limits, record.get("fps"))
-    if medium["type"] == "video":
-        return draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
+    if "masks" in line:
+        place, mask = line["masks"]["place"], coco.decode(line["masks"]["mask"]) > 0
+        masks = {"lime": true_masks(record).get(place), "orange": mask}
+        pixels = frames_at(record, place + 1, mask.shape)[place]
+    else:
+        limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
+        pixels = data.read_medium(medium, limits, record.get("fps"))
+        if medium["type"] == "video":
+            return data.draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
     image = data.enlarged(Image.fromarray(pixels))
     for colour, each in marks.items():
-        image = draw(image, each, None, colour, masks[colour][0] if colour in masks else None)
+        image = data.draw(image, each, answer.time, colour, masks.get(colour))
     return image
 
 
 def card(record, line, score):
     """One answer of the report as HTML. All that a model or a record says is escaped."""
-    parts, kind = [], "card" if record["data_type"] in ("image", "text") else "card wide"
+    kind, image = "" if record["data_type"] in ("image", "text") else "wide", ""
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
-        image_of(record, line).save(buffer := io.BytesIO(), "JPEG", quality=85)
-        code = base64.b64encode(buffer.getvalue()).decode()
-        parts.append(f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">')
-    question = "\n".join([re.sub("<(image|video)>", "", record["problem"]), *record["options"]])
-    where = f"{score:.2f}, record {line['position']}, id {line['problem_id']}"
-    texts = dict(question=question, answer=line["answer"] or "(none)", truth=record["answer"])
-    for name, text in (texts | dict(small="; ".join([where, *line["trouble"]]))).items():
-        parts.append(f'<p class="{name}">{html.escape(text[:2000].strip())}</p>')
-    response = html.escape((line["response"] or "")[:20000].strip())
-    parts.append(f"<details><summary>response</summary><pre>{response}</pre></details>")
-    return f'<article class="{kind}">{"".join(parts)}</article>'
+        code = in_base64(image_of(record, line), "jpeg")
+        image = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">'
+    said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
+    said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]
+    where = [f"score {score:.2f}, record {line['position']}, id {line['problem_id']}"]
+    text = html.escape("\n".join([*said, "; ".join(where + line["trouble"])])[:5000])
+    response = html.escape((line["response"] or "")[:20000])
+    details = f"<details><summary>response</summary><p>{response}</p></details>"
+    return f'<article class="{kind}">{image}<p>{text}</p>{details}</article>'
 
 
 def write_report(out, table, said, benchmarks, lines, count=9):
     """report.html under `out`, which needs no other file: the table, and of each benchmark `count`
-    answers. A score: that of the masks if there are any, else the accuracy."""
-    args, sections = read_object(f"{out}/args.json"), []
+    answers, from the worst to the best by the masks' score if there is one, else the accuracy."""
+    args = read_object(f"{out}/args.json")
+    shown = ("model", "dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model")
+    settings = [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
+    texts = "; ".join([time.strftime("%d %B %Y %H:%M"), *settings]), "\n".join(said)
+    parts = [PAGE, *(f"<p>{html.escape(text)}</p>" for text in texts)]
+    parts.append(f"<pre>{html.escape(table)}</pre>Orange: the answer; green: the truth, beneath it")
     for name, each in lines.items():
         scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
         ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
-        sections.append(f'<h2>{html.escape(name)}</h2><div class="cards">')
+        parts.append(f"<h2>{html.escape(name)}</h2><section>")
         for place in np.linspace(0, len(ranked) - 1, min(count, len(ranked)), dtype=int):
             score, i = ranked[place]
-            sections.append(card(benchmarks[name][each[i]["position"]], each[i], score))
-        sections.append("</div>")
-    shown = ("dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model")
-    settings = [f"model {args.get('model')}", time.strftime("%d %B %Y %H:%M")]
-    settings += [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
-    title = f"Evaluation of {os.path.basename(os.path.abspath(out))}"
-    texts = dict(title=title, settings="; ".join(settings), said="; ".join(said), table=table)
-    texts = {key: html.escape(text) for key, text in texts.items()}
-    write_whole(f"{out}/report.html", PAGE.substitute(texts, sections="\n".join(sections)))
+            parts.append(card(benchmarks[name][each[i]["position"]], each[i], score))
+        parts.append("</section>")
+    write_whole(f"{out}/report.html", "\n".join(parts))
 
 
-# --------------------------------------------------------------------------------------------------
-# Running
+# ---- Running
 
 
 def evaluate(args):
@@ -853,25 +815,23 @@ def evaluate(args):
     rank, world, device = init_distributed()
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # ranks end far apart
 
-    def joined():
-        """All ranks call this -> all records, each with what any rank has written, or None."""
-        dist.barrier(group=patient)
-        if rank == 0:
-            join_parts(args.out)
-        dist.barrier(group=patient)
-        stored = {name: read_lines(f"{args.out}/{name}.jsonl") for name in benchmarks}
-        records = [record for name in benchmarks for record in benchmarks[name].values()]
-        return [(record, stored[record["benchmark"]].get(record["index"])) for record in records]
-
-    # 1 What is there already? Records whose media could not be used are tried again.
+    # 1 What is to do? Again, too: records whose media could not be used, or that lack their masks.
     start_run(args)
     if rank == 0:
         write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-    pairs = joined()
-    todo = [record for record, line in pairs if not line or "skipped" in line["trouble"]]
+        join_parts(args.out)
+    dist.barrier(group=patient)
+    todo = []
+    for name, records in benchmarks.items():
+        lines = read_lines(f"{args.out}/{name}.jsonl")
+        for record in records.values():
+            line, masked = lines.get(record["index"]), args.sam2 and record["masked"]
+            if not line or "skipped" in line["trouble"] or masked and "masks" not in line:
+                todo.append(record)
     mine = todo[rank::world]
     if rank == 0:
-        print(f"{len(pairs)} records, {len(todo)} to answer on {world} ranks", flush=True)
+        count = sum(map(len, benchmarks.values()))
+        print(f"{count} records, {len(todo)} to answer on {world} ranks", flush=True)
 
     # 2 Each rank answers its share, and writes after each chunk.
     if todo:
@@ -879,39 +839,32 @@ def evaluate(args):
         most = {kind: max(each.count(kind) for each in media) for kind in ("image", "video")}
         length = args.max_prompt_tokens + args.max_response_tokens
         llm = make_engine(args.model, args.dtype, length, most, seed=0)
+        sam2 = load_sam2(args.sam2, device) if args.sam2 else None
         stream = data.prefetch(mine, partial(prompt_of, **encode), range(len(mine)), args.workers)
         asked = zip(tqdm(mine, disable=rank > 0, unit="record", desc="rank 0's share"), stream)
         tokenizer = encode["processor"].tokenizer
         for record, text, trouble in answers(asked, llm, tokenizer, args.max_response_tokens):
             line = dict(problem_id=record["problem_id"], position=record["index"])
-            append(args.out, rank, record["benchmark"], line | dict(response=text, trouble=trouble))
+            line |= dict(response=text, trouble=trouble)
+            if sam2 and record["masked"]:
+                line["masks"] = masks_of(record, answer_of(record, text), sam2)
+            append(args.out, rank, record["benchmark"], line)
 
-    # 3 Masks, each rank its share.
-    if args.sam2:
-        masked = lambda record: (record.get("segmentation_output") or {}).get("segmentation_rle")
-        pairs = joined()[rank::world]
-        pairs = [(r, line) for r, line in pairs if line and "masks" not in line and masked(r)]
-        sam2 = load_sam2(args.sam2, device) if pairs else None
-        for record, line in tqdm(pairs, disable=rank > 0 or not pairs, desc="rank 0's masks"):
-            masks = masks_of(record, answer_of(record, line["response"]), sam2)
-            append(args.out, rank, record["benchmark"], line | dict(masks=masks))
-
-    # 4 Grades and numbers.
+    # 3 Grades and numbers.
     dist.barrier(group=patient)
-    code = sum_up(args, benchmarks, settings) if rank == 0 else 0
+    code = sum_up(args, benchmarks) if rank == 0 else 0
     dist.barrier(group=patient)
     if todo:
         llm.llm_engine.engine_core.shutdown()  # takes the process group with it
     sys.exit(code)
 
 
-def sum_up(args, benchmarks, settings):
+def sum_up(args, benchmarks):
     """Stored responses -> grades, verdicts, metrics, report; exit code 1 if some are missing."""
     join_parts(args.out)
     if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
         data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
-    write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-    grade(benchmarks, args.out, settings.get("judge"))
+    grade(benchmarks, args.out, args.judge_model)
     if args.judge_url:
         judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
     lines, results, headlines = {}, {}, {}
@@ -922,24 +875,23 @@ def sum_up(args, benchmarks, settings):
             headlines[name] = headline_metric(name, each, results[name])
     path, (rows, said) = f"{args.out}/results.json", table_of(results, headlines)
     write_whole(path, json.dumps(read_object(path) | results, indent=1))
-    table = aligned(rows, left=2)
+    table = aligned(rows)
     print("", table, *said, sep="\n")
     write_report(args.out, table, said, benchmarks, lines)
     print(f"written to {args.out}: results.json, report.html")
     return int(sum(map(len, lines.values())) < sum(map(len, benchmarks.values())))
 
 
-# --------------------------------------------------------------------------------------------------
-# Comparing models that answered the same records
+# ---- Comparing models that answered the same records
 
 
 def compare_models(outs):
     """{model: its --out folder} -> what --compare prints and writes: {"mean": row, "benchmarks":
     {name: row}, "left_out": [those that not all models have in their mean by the same metric]}. A
-    row: {"metric", "n", "models": {model: interval}, "differences": {model: interval and p, minus
-    the model before it}}. Differences are paired: records are drawn within each benchmark, the same
-    for all models, and of each draw the mean is taken. p: twice the share of draws beyond 0."""
-    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [(ids, columns (2, n))]
+    row: {"metric", "n", "models": {model: interval}, "differences": {model: interval, minus the
+    model before it}}. Differences are paired: records are drawn within each benchmark, the same for
+    all models, and of each draw the mean is taken."""
+    found, rows, values, draws = {}, {}, {}, {}  # found: (name, metric) -> [lines of each model]
     for out in outs.values():
         results = read_object(f"{out}/results.json")
         if not results:
@@ -948,15 +900,15 @@ def compare_models(outs):
             lines = [*read_lines(f"{out}/{name}.jsonl").values()]
             metric, why = headline_metric(name, lines, metrics)
             if not why:
-                each = [line["problem_id"] for line in lines], columns_of(name, lines)[metric]
-                found.setdefault((name, metric), []).append(each)
+                found.setdefault((name, metric), []).append(lines)
     for (name, metric), each in found.items():
         if len(each) == len(outs):
-            ids, columns = zip(*each)
+            ids = [[line["problem_id"] for line in lines] for lines in each]
             if any(other != ids[0] for other in ids):
                 data.refuse(f"--compare: {name}: the models did not answer the same records")
+            columns = np.stack([columns_of(name, lines)[metric] for lines in each])
             rows[name] = dict(metric=metric, n=len(ids[0]))
-            values[name], draws[name] = resampled(np.stack(columns), name)  # one column per model
+            values[name], draws[name] = resampled(columns, name)  # one column per model
     if not rows:
         data.refuse("--compare: the models have no benchmark in common")
     left_out = sorted({name for name, _ in found} - {*rows})
@@ -964,12 +916,12 @@ def compare_models(outs):
     rows["mean"] = dict(metric="mean", n=len(rows))
     for name, row in rows.items():
         value, drawn = values[name], draws[name].T
-        row["models"] = {model: interval(value[i], drawn[i]) for i, model in enumerate(outs)}
-        row["differences"] = {}
-        for i, model in [*enumerate(outs)][1:]:
-            gap = drawn[i] - drawn[i - 1]
-            p = float(min(1.0, 2 * min((gap <= 0).mean(), (gap >= 0).mean())))
-            row["differences"][model] = interval(value[i] - value[i - 1], gap, p=p)
+        row |= dict(models={}, differences={})
+        for i, model in enumerate(outs):
+            row["models"][model] = interval(value[i], drawn[i])
+            if i:
+                gap = interval(value[i] - value[i - 1], drawn[i] - drawn[i - 1])
+                row["differences"][model] = gap
     return dict(mean=rows.pop("mean"), benchmarks=rows, left_out=left_out)
 
 
@@ -978,23 +930,20 @@ def compare(args):
     if not len({*names}) == len(names) == len(args.compare):
         data.refuse(f"--names: expected {len(args.compare)} different ones, not {' '.join(names)}")
     report = compare_models(dict(zip(names, args.compare)))
-    sign = lambda row: "+" if row["low"] > 0 else "-" if row["high"] < 0 else " "
-    rows, mean = report["benchmarks"], report["mean"]
-    alike = all(row["metric"] == "accuracy" for row in rows.values())
-    what = "accuracy" if alike else "headline metric"
-    table = [[f"{what} in percent [95% interval]", "n", *(f"{name[:20]} " for name in names)]]
-    for name, row in rows.items():
-        signs = [" ", *map(sign, row["differences"].values())]
-        cells = [percent(cell) + mark for cell, mark in zip(row["models"].values(), signs)]
-        table.append([name if alike else f"{name}, {row['metric']}", str(row["n"]), *cells])
-    cells = [f"{percent(cell)} " for cell in mean["models"].values()]
-    print(aligned([*table, [f"mean over {len(rows)} benchmarks", "", *cells]]))
-    for before, (model, row) in zip(names, mean["differences"].items()):
-        says = {"+": "above", "-": "below", " ": "no clear difference"}[sign(row)]
-        p = f"p = {row['p']:.3f}" if row["p"] >= 0.001 else "p < 0.001"
-        points = f"{percent(row, '+.1f')} points, {p}, paired over the records"
-        print(f"{model} - {before}: {points}: {says}")
-    print("+ and -: clearly above and below the model to the left, by the paired 95% interval")
+    table = [["benchmark", "metric", "n", *(f"{name[:20]} " for name in names)]]
+    for name, row in [*report["benchmarks"].items(), ("mean over benchmarks", report["mean"])]:
+        cells = [name, row["metric"], str(row["n"])]
+        for model, cell in row["models"].items():
+            gap = row["differences"].get(model, dict(low=0, high=0))  # the first model has none
+            mark = "+" if gap["low"] > 0 else "-" if gap["high"] < 0 else " "
+            cells.append(percent(cell) + mark)
+        table.append(cells)
+    print(aligned(table))
+    for before, (model, gap) in zip(names, report["mean"]["differences"].items()):
+        print(f"{model} - {before}: {percent(gap, '+.1f')} points, paired over the records")
+    print(
+        "percent [95% interval]; +, -: above, below the model to the left, by the paired interval"
+    )
     if report["left_out"]:
         print(f"left out, since not all models have them: {', '.join(report['left_out'])}")
     if args.out:
@@ -1039,6 +988,6 @@ if __name__ == "__main__":
         except (OSError, ValueError) as error:
             data.refuse(error)
     elif args.regrade:
-        sys.exit(sum_up(args, *check(args)[:2]))
+        sys.exit(sum_up(args, check(args)[0]))
     else:
         evaluate(args)

@@ -37,8 +37,7 @@ from rewards import PROBLEM_TYPES
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
 
-# --------------------------------------------------------------------------------------------------
-# Drawing
+# ---- Drawing
 
 
 def iter_frames(path, folder_fps):
@@ -118,12 +117,18 @@ def save_drawing(path, record, answer, limits, sam2=None):
     save_video(path, drawn(frames), length)
 
 
+def check_sam2(path):
+    """Raises ValueError for what is neither a folder with a model nor looks like a hub id."""
+    hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
+    if not hub_id and not os.path.exists(f"{path}/config.json"):
+        raise ValueError(f"--sam2 {path}: no folder of a SAM2, and no hub id: owner/name")
+
+
 def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
-    if not os.path.isdir(path) and str(path).count("/") != 1:
-        raise ValueError(f"--sam2 {path}: no such folder, and no hub id of the form owner/name")
+    check_sam2(str(path))
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
 
@@ -157,8 +162,7 @@ def segment_video(sam2, frames, index, marks):
     return masks
 
 
-# --------------------------------------------------------------------------------------------------
-# Responses, as streams of (piece of text, None or at the end "stop" or "length")
+# ---- Responses, as streams of (piece of text, None or at the end "stop" or "length")
 
 
 @torch.no_grad()
@@ -192,9 +196,9 @@ def stream_model(prompt, model, tokenizer, max_tokens):
     yield "", "length"
 
 
-def png(pixels):
-    """uint8 (H, W, 3) -> PNG in base64, without loss."""
-    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+def in_base64(image, form="png"):
+    """A PIL image -> the bytes of a file (png: without loss) in base64."""
+    image.save(file := io.BytesIO(), form)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -205,13 +209,15 @@ def request_of(record, model, limits, max_tokens, prompts, system=None):
     problem = data.render_problem(record, prompts)
     for part in re.split("(<image>|<video>)", problem, maxsplit=len(record["media"])):
         if part == "<image>":
-            url = f"data:image/png;base64,{png(data.read_medium(next(media), limits))}"
+            image = Image.fromarray(data.read_medium(next(media), limits))
+            url = f"data:image/png;base64,{in_base64(image)}"
             content.append(dict(type="image_url", image_url=dict(url=url)))
         elif part == "<video>":
             if more:
                 raise ValueError("--base-url: one video per question, vLLM takes the times of one")
             video = data.read_medium(next(media), limits, record.get("fps"))
-            url = f"data:video/jpeg;base64,{','.join(map(png, video.frames))}"
+            frames = [in_base64(Image.fromarray(frame)) for frame in video.frames]
+            url = f"data:video/jpeg;base64,{','.join(frames)}"
             content.append(dict(type="video_url", video_url=dict(url=url)))
             times = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
             more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
@@ -251,8 +257,7 @@ def stream_server(request, url):
                 yield choice["delta"].get("content") or "", choice["finish_reason"]
 
 
-# --------------------------------------------------------------------------------------------------
-# The script
+# ---- The script
 
 
 # fmt: off

@@ -77,8 +77,8 @@ def test_spatial_temporal_boxes_over_true_and_over_shared_seconds():
     assert found["m_tIoU"] == 0.5 and found["tIoU@0.5"] == 1.0 and found["accuracy"] == 0.35
 
 
-def test_tracking_counts_sequences_and_success_counts_frames():
-    """R@t over frames instead of sequences, SR@t over sequences; the given box as a success."""
+def test_tracking_counts_sequences():
+    """R@t over frames instead of sequences; the given box as a success."""
     box, off = [0, 0, 10, 10], [50, 50, 60, 60]
     long = {"boxes": {str(k): box for k in range(1, 5)}}  # 4 frames, of which the last is missed
     short = {"boxes": {"1": box, "2": box}}  # 2 frames, of which the second is missed
@@ -86,7 +86,6 @@ def test_tracking_counts_sequences_and_success_counts_frames():
     lines = [line_of("tracking", y, p) for y, p in zip((long, short), answers)]
     given_alone = line_of("tracking", {"boxes": {"1": box}}, {"boxes": {"1": box}})
     found, left = values("got10k", lines), ", given box left out"
-    assert found["SR@0.5"] == pytest.approx(4 / 6) and found["SR@0.5" + left] == pytest.approx(0.5)
     assert found["AO"] == pytest.approx(5 / 8) and found["AO" + left] == pytest.approx(1 / 3)
     assert (found["R@0.3"], found["R@0.5"], found["R@0.7"]) == (1.0, 1.0, 0.5)
     cells = evaluate.metrics_of("got10k", [*lines, given_alone])
@@ -137,13 +136,13 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
     """The release counts segmentation as 0 in its mean; a caption set without a judge must not count
     either, while one missing verdict of many does not take it out."""
     cell = lambda value, n=40: dict(value=value, low=value, high=value, n=n)
-    clean = {"not judged": cell(0.0), "failed": cell(0.0)}
+    clean = {"no grade": cell(0.0)}
     results = {
         "eval_charades": {"accuracy": cell(0.1), "mIoU": cell(0.6), **clean},
         "eval_seg_mevis": {"accuracy": cell(0.9), **clean},  # of the prompts: no masks yet
-        "Video_MMLU_CAP": {"accuracy": cell(0.4, 39)} | clean | {"not judged": cell(0.025)},
-        "MMT-Caption": {"accuracy": cell(0.4, 20)} | clean | {"not judged": cell(0.5)},
-        "mine": {"accuracy": cell(0.4), **clean, "failed": cell(0.1)},
+        "Video_MMLU_CAP": {"accuracy": cell(0.4, 39), "no grade": cell(0.025)},
+        "MMT-Caption": {"accuracy": cell(0.4, 20), "no grade": cell(0.5)},
+        "mine": {"accuracy": cell(0.4), "no grade": cell(0.1)},
     }
     tasks = "temporal grounding", "segmentation-video", "open-ended", "open-ended", "math"
     headlines = {
@@ -154,10 +153,10 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
     assert said == [
         "mean over 2 benchmarks, each by its headline metric *: 50.0",
         "not in the mean: eval_seg_mevis: no J&F: needs --sam2 and true masks",
-        "not in the mean: MMT-Caption: 20 not judged (see --judge-url)",
-        "not in the mean: mine: 4 failed (the next run tries again)",
+        "not in the mean: MMT-Caption: 20 have no grade: run again (captions: --judge-url)",
+        "not in the mean: mine: 4 have no grade: run again (captions: --judge-url)",
     ]
-    assert ["", "not judged", "40", "  2.5 [  2.5,   2.5]", "", ""] in rows
+    assert ["", "no grade", "40", "  2.5 [  2.5,   2.5]", "", ""] in rows
     assert ["", "mIoU*", "40", " 60.0 [ 60.0,  60.0]", "59.9", "36.7"] in rows
     assert len(evaluate.table_of({"mine": results["mine"]}, headlines)[0][0]) == 4  # no paper
 
@@ -282,8 +281,8 @@ def test_masks_meet_the_truth_in_its_own_size_and_at_its_own_frames(toy, monkeyp
         absent, parts = np.mean([not mask.any() for mask in truths.values()]), masks["parts"]
         assert parts["J (DAVIS)"] == parts["F (DAVIS)"] == parts["F"] == 1.0
         assert 0 < absent < 1 and parts["J"] == pytest.approx(1 - absent)
-        for place, rle in masks["frames"].items():
-            assert (evaluate.coco.decode(rle) == truths[int(place)]).all()
+        place, mask = masks["place"], evaluate.coco.decode(masks["mask"])
+        assert place == prompts[-1] and (mask == truths[place]).all()
 
 
 def test_frames_of_a_segmentation_are_those_of_its_seconds(toy):
@@ -487,7 +486,7 @@ def server():
 
 CAPTION = dict(problem="<image>Describe it.", options=[], answer="a red fox", judged=True)
 CAPTION |= dict(problem_type="open-ended", data_type="image")
-NOTHING = [(200, text) for text in ("[]", '{"choices": []}', '{"choices": [{"message": {}}]}')]
+NOTHING = "[]", '{"choices": []}', '{"choices": [{}]}'
 
 
 @pytest.mark.parametrize(
@@ -510,28 +509,27 @@ def test_a_judges_reply_is_read_or_not(text, score):
 
 
 @pytest.mark.parametrize(
-    "replies, score, wrong",
+    "reply, score, wrong",
     [
-        (["8"], 0.8, ""),
-        ([(500, "busy"), (200, "no JSON"), "0"], 0.0, ""),
-        (["too late", "too late", "4"], 0.4, ""),
-        (["11", "NaN", "great: 9"], None, "'great: 9'"),
-        (["NaN", "NaN", (401, "no such key")], None, "401: Unauthorized no such key"),
-        (NOTHING, None, "no chat completion"),
+        ("8", 0.8, ""),
+        ("0", 0.0, ""),
+        ("too late", None, "timed out"),
+        ("great: 9", None, "'great: 9'"),
+        ((401, "no such key"), None, "401: Unauthorized no such key"),
+        *[((200, body), None, "no chat completion") for body in ("no JSON", *NOTHING)],
     ],
 )
-def test_judge_answers_fails_and_lies(server, replies, score, wrong):
+def test_judge_answers_fails_and_lies(server, reply, score, wrong):
     """A failing or babbling judge read as a score, or as 0, and nobody learns why."""
-    server.replies = list(replies)
-    found = evaluate.ask_judge(server.url, "m", CAPTION, dict(answer="a fox"), silence=0.2, pause=0)
-    assert found[0] == score and wrong in found[1] and len(server.asked) == len(replies)
+    server.replies = [reply]
+    found = evaluate.ask_judge(server.url, "m", CAPTION, dict(answer="a fox"), silence=0.2)
+    assert found[0] == score and wrong in found[1] and len(server.asked) == 1
     assert json.loads(server.asked[0].splitlines()[-1])["reference"] == "a red fox"
 
 
-def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monkeypatch, capsys):
+def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, capsys):
     """Paying twice for one verdict; an answer without a verdict as a 0; a verdict for other words of
     the model; verdicts of two judges in one table."""
-    monkeypatch.setattr(evaluate.time, "sleep", lambda seconds: None)
     name, out = "MMSci_DEV_Captioning_image_only", str(tmp_path)
     records = {i: CAPTION | dict(index=i, problem_id=str(i), benchmark=name) for i in range(4)}
     answers = ["a fox", "a cow", "a hen", None]
@@ -544,19 +542,19 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, monke
         evaluate.judge_answers({name: records}, out, server.url, model)
         return [line["accuracy"] for line in stored(out, name).values()]
 
-    server.replies = [(503, "asleep")] + ["no"] * 8
-    assert accuracies() == [None] * 3 + [0.0] and len(server.asked) == 9
+    server.replies = [(503, "asleep"), "no", "no"]
+    assert accuracies() == [None] * 3 + [0.0] and len(server.asked) == 3
     said = capsys.readouterr().out
     assert said.count("judge: record") == 1 and "3 of 3 answers have no verdict" in said
     found = values(name, list(stored(out, name).values()))
-    assert found["not judged"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
-    assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 12
-    assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 12  # nothing left to ask
+    assert found["no grade"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
+    assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 6
+    assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 6  # nothing left to ask
     changed = stored(out, name)
     changed[0]["response"] = "an owl"
     evaluate.write_whole(f"{out}/{name}.jsonl", changed)
-    assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 13
-    server.replies = ["5", "5", *["no"] * 3]  # another judge, which is silent about one answer
+    assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 7
+    server.replies = ["5", "5", "no"]  # another judge, which is silent about one answer
     assert sorted(map(str, accuracies("other"))) == ["0.0", "0.5", "0.5", "None"]
 
 
@@ -643,8 +641,8 @@ def test_difference_is_paired_over_the_records(tmp_path):
     better = {name: accuracies + 0.02 for name, accuracies in base.items()}
     report = compared(tmp_path, base=base, better=better)
     for row in (report["mean"], *report["benchmarks"].values()):
-        found = [row["differences"]["better"][key] for key in ("value", "low", "high", "p")]
-        assert found == pytest.approx([0.02, 0.02, 0.02, 0.0])
+        found = [row["differences"]["better"][key] for key in ("value", "low", "high")]
+        assert found == pytest.approx([0.02, 0.02, 0.02])
     assert list(report["benchmarks"]) == ["a", "b"]
     assert list(report["mean"]["differences"]) == ["better"]
     alone = report["mean"]["models"]["base"]
@@ -657,7 +655,6 @@ def test_difference_of_equal_models_with_different_luck_includes_zero(tmp_path):
     found = {f"m{i}": {str(k): row for k, row in enumerate(each)} for i, each in enumerate(luck)}
     rows = [row["differences"]["m1"] for row in compared(tmp_path, **found)["benchmarks"].values()]
     assert sum(row["low"] <= 0 <= row["high"] for row in rows) >= 52
-    assert sum(row["p"] < 0.05 for row in rows) <= 8
 
 
 def test_mean_weighs_benchmarks_not_records(tmp_path):
@@ -701,10 +698,10 @@ def test_compare_command_prints_and_writes(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    above = r"SFT - base: \+50.0 \[.*\] points, p < 0.001, paired over the records: above"
+    above = r"SFT - base: \+50.0 \[.*\] points, paired over the records"
     assert re.search(above, said) and "RL - SFT: +20.0 [" in said
-    assert re.search(r"^mean over 2 benchmarks +20.0 \[", said, re.MULTILINE)
-    ocr = r"^ocr +10 +20.0 \[[^]]+\] +70.0 \[[^]]+\]\+ +90.0 \[[^]]+\]\+$"  # constant: clear
+    assert re.search(r"^mean over benchmarks +mean +2 +20.0 \[", said, re.MULTILINE)
+    ocr = r"^ocr +accuracy +10 +20.0 \[[^]]+\] +70.0 \[[^]]+\]\+ +90.0 \[[^]]+\]\+$"  # constant: clear
     assert re.search(ocr, said, re.MULTILINE)
     report = json.loads((tmp_path / "report.json").read_text())
     alone = evaluate.read_object(f"{tmp_path}/rl/results.json")["math"]["accuracy"]
@@ -763,10 +760,10 @@ def test_failed_generations_are_no_answers_and_missing_media_are_zeros(monkeypat
     assert lines[2]["trouble"][0] == "cut off" and lines[4]["trouble"] == ["unreadable"]
     assert lines[3]["trouble"] == ["skipped", "missing_media"] and lines[3]["response"] is None
     metrics = evaluate.metrics_of("a", list(lines.values()), failed=1)
-    assert metrics["accuracy"]["n"] == 4 and metrics["failed"]["value"] == pytest.approx(1 / 5)
+    assert metrics["accuracy"]["n"] == 4 and metrics["no grade"]["value"] == pytest.approx(1 / 5)
     troubles = {"unreadable": 0.5, "cut off": 0.25, "skipped": 0.25}
     assert {trouble: metrics[trouble]["value"] for trouble in troubles} == troubles
-    assert evaluate.headline_metric("a", list(lines.values()), metrics)[1].startswith("1 failed")
+    assert evaluate.headline_metric("a", list(lines.values()), metrics)[1].startswith("1 have no")
 
 
 def test_masks_of_what_was_read_as_the_answer_before_are_dropped(tmp_path):
@@ -776,7 +773,7 @@ def test_masks_of_what_was_read_as_the_answer_before_are_dropped(tmp_path):
     )
     line = dict(problem_id="p", position=0, response="read", trouble=[])
     for name, said in (("same", "read"), ("other", "read otherwise")):
-        masks = dict(answer=said, parts=dict(gIoU=0.5), frames={})
+        masks = dict(answer=said, parts=dict(gIoU=0.5))
         evaluate.write_whole(f"{tmp_path}/{name}.jsonl", {0: line | dict(masks=masks)})
     evaluate.grade({"same": {0: record}, "other": {0: record}}, str(tmp_path), None)
     for name, kept in (("same", True), ("other", False)):
@@ -849,7 +846,9 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     assert "the folder of a training run" in said(out=str(tmp_path / "run"))
     for sam2 in ("nowhere", str(tmp_path), f"{tmp_path}/sam2"):
         assert f"--sam2 {sam2}: no folder of a SAM2" in said(sam2=sam2)
-    assert "expected a list of objects" in said(data=[file("Video_Holmes.json", '{"a": 1}')])
+    assert "record 0: cannot be read: KeyError('question')" in said(
+        data=[file("Video_Holmes.json", '{"a": 1}')]
+    )
     choice = f"index\tquestion\tanswer\timage\tA\tB\n1\t?\tD\t{100 * 'A'}\tx\ty\n"
     assert "record 0: answer 'D' is none of the options" in said(data=[file("c.tsv", choice)])
     for row, sentence in (
@@ -873,11 +872,7 @@ def test_a_folder_never_mixes_two_models_or_settings(request_of, tmp_path, capsy
     assert "other limits, max_response_tokens:" in refused(request_of(**changes), capsys)
     (tmp_path / "system.txt").write_text("Think.")
     assert "other system:" in refused(request_of(system=f"{tmp_path}/system.txt"), capsys)
-    judge = dict(judge_url="http://x/v1", judge_model="a")
-    note(evaluate.check(request_of(**judge))[1])  # a judge may come later,
-    assert evaluate.check(request_of())[1]["judge"] == "a"  # and go,
-    judge["judge_model"] = "b"  # and be another one, whose verdicts alone count then
-    assert evaluate.check(request_of(**judge, regrade=True))[1]["judge"] == "b"
+    evaluate.check(request_of(judge_url="http://x/v1", judge_model="a"))  # a judge may come later
     (tmp_path / "model" / "args.json").write_text("{}")  # which a training run rewrites
     evaluate.check(request_of())
     weights = tmp_path / "model" / "model.safetensors"
@@ -1026,7 +1021,7 @@ def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path, capsys)
     done = run("evaluate.py", "--regrade", "--data", *paths, "--out", out)
     assert outputs(out) == outputs(runs / "whole") and "mean over 17 benchmarks" in done.stdout
     with pytest.raises(SystemExit):
-        evaluate.sum_up(SimpleNamespace(out=str(tmp_path / "no")), {"a": {}}, {})
+        evaluate.sum_up(SimpleNamespace(out=str(tmp_path / "no")), {"a": {}})
     assert "no holds no answers to a\n" in capsys.readouterr().err
 
 
@@ -1040,7 +1035,7 @@ def test_nothing_in_the_report_is_code(runs):
     assert links and all(link.startswith("data:") for link in links) and "http" not in bare
     assert bare.count("<article") == bare.count("<details>") > 25
     assert bare.count("skipped; missing_media") == 1
-    assert re.search(r"/model; \d+ \w+ 20\d\d .*; dtype float32; max response tokens 8192", bare)
+    assert re.search(r"\d+ \w+ 20\d\d .*; model .*/model; dtype float32; max response tokens", bare)
 
 
 def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
@@ -1056,6 +1051,6 @@ def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name: metrics["unreadable"]["n"] for name, metrics in results.items()} == counts
     for metrics in results.values():
-        assert not metrics["skipped"]["value"] and not metrics["failed"]["value"]
+        assert not metrics["skipped"]["value"] and not metrics["no grade"]["value"]
     assert "not in the mean: eval_seg_refcoco: no cIoU: needs --sam2" in result.stdout
     assert (tmp_path / "report.html").exists()

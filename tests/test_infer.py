@@ -381,7 +381,7 @@ def test_masks_are_drawn(sam2, tmp_path):
         ("--image a.png what<image>is<image>this", "<image>"),
         ("--questions torn.jsonl", "torn.jsonl: line 1: not JSON"),
         ("--questions bad.jsonl", "bad.jsonl: record 1: problem_type is 'sums'"),
-        ("--image a.png what --sam2 none", "--sam2 none: no such folder"),
+        ("--image a.png what --sam2 none", "--sam2 none: no folder of a SAM2"),
         ("--image a.png what --system none.txt", "none.txt"),
         ("--image a.png what --model none", "none: no such folder, and no hub id"),
     ],
