@@ -8,11 +8,12 @@ std of its rewards.
 Every rank holds a shard of the trainer and a whole vLLM engine. A step, numbered as in main():
 
     1 sync        the engines get the trainer's weights
-    2 roll out    each rank samples n responses to each of its own prompts
-    3 grade       rewards; groups without a signal are dropped; 2 and 3 again until enough are kept
+    2 roll out    each rank samples a group of n responses to each of its own prompts
+    3 grade       a reward per response; groups that are all right or all wrong are dropped; 2 and 3
+                  again until enough are kept
     4 advantages  (reward - mean of its group) / moving std of its task
-    5 old logps   log-probabilities under the policy that sampled
-    6 update      a few clipped policy-gradient steps
+    5 old logps   the trainer's log-probabilities before its weights move
+    6 update      a few optimiser steps: tokens become likelier if A > 0, less likely if A < 0 (PPO)
     7 log, 8 save
 
 Where this departs from the paper (arXiv 2512.03043) and the release:
@@ -25,7 +26,7 @@ Where this departs from the paper (arXiv 2512.03043) and the release:
     released configuration switches it off).
  4. Groups that dynamic sampling finds beyond --prompts-per-step are trained on, not thrown away.
 
-Letters of dimensions: n responses in a group, R response tokens of a mini-batch, and those of sft.py.
+Letters of dimensions: n responses in a group, R response tokens at hand, and those of sft.py.
 """
 
 import itertools
@@ -59,7 +60,7 @@ from sft import DUMMY, gather, microbatches, pack, peak_gb
 
 
 class EMAStd:
-    """Moving mean and second moment of each task's rewards, and their std (paper, EMA-GRPO).
+    """Moving mean and second moment of the rewards of each task's kept groups, and their std (paper).
 
     >>> ema = EMAStd()
     >>> ema.update("QA", [0.0, 1.0])        # the first batch of a task is taken as it is
@@ -98,8 +99,8 @@ class EMAStd:
 def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
     """A = (reward - mean of its group) / scale, clipped to [-clip, clip]; one float per response.
 
-    rewards, groups, tasks: parallel lists, one entry per response in any order: reward, name of its
-    prompt, task. The moments in `ema` take in this batch first. The scale is
+    rewards, groups, tasks: parallel lists, one entry per response in any order: reward, key of its
+    group, task. The moments in `ema` take in this batch first. The scale is
         ema_grpo  the task's moving std: one divisor for a task, so tasks get advantages of like size
         grpo      the group's own std (unbiased) + 1e-6: inflates groups whose rewards hardly differ
         dr_grpo   1: tasks with small rewards have small advantages
@@ -137,16 +138,16 @@ def policy_loss(
 ):  # fmt: skip
     """The loss of each response token, to be averaged over all response tokens of the mini-batch.
 
-    All tensors are (R,) float32. old_logps: the trainer's, with the weights that sampled; if no update
-    came since, pass logps.detach(): the ratio is 1, the gradient that of A * logps. rollout_logps:
-    vLLM's, of the same weights.
+    All tensors are (R,) float32. logps: the trainer's now, with a gradient. old_logps: the trainer's
+    before this step's updates; in the first one logps.detach(): the ratio is 1, the gradient that of
+    A * logps. rollout_logps: vLLM's, of the same weights as the old ones.
     Returns losses (R,) and, for the log, a dict of (R,): clip_share; kl and capped_share where used.
     """
     ratio = torch.exp(logps - old_logps)
     gain = ratio * advantages
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    surrogate = torch.min(gain, bounded)  # PPO: nothing is gained beyond the clip range
-    # Dual clip: the loss of a bad token that became much more likely has no bound; this is one.
+    surrogate = torch.min(gain, bounded)  # PPO: beyond the clip range gains have no gradient
+    # Dual clip: where A < 0 a growing ratio has a loss without bound; at most dual_clip * |A|.
     dual = torch.max(surrogate, dual_clip * advantages)
     losses = -torch.where(advantages < 0, dual, surrogate)
     numbers = dict(clip_share=bounded < gain)
@@ -167,7 +168,7 @@ def policy_loss(
 
 @dataclass
 class RolloutGroup:
-    """One prompt and its n rollouts. Lists are parallel, one entry per response."""
+    """One prompt and its n rollouts, in parallel lists; of them sft.py reads prompt and responses."""
 
     prompt: Prompt
     responses: list  # n lists of token ids, with the end-of-turn token where the model wrote one
@@ -221,7 +222,7 @@ def sync_weights(llm, weights, compare=False):
     ones. All ranks call this. weights: iterator of (Hugging Face name, whole tensor). compare:
     RuntimeError unless the engines of all ranks then hold the same (10 to 40 s for an 8B)."""
     if torch.cuda.is_available():
-        llm.wake_up(tags=["kv_cache"])  # see release_kv_cache
+        llm.wake_up(tags=["kv_cache"])  # asleep but in the first step, see release_kv_cache
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not drop its prefix cache: a request is still running")
@@ -295,8 +296,8 @@ def grade(groups, grader, tokenizer):
 
 
 def has_signal(group):
-    """Dynamic sampling (DAPO): a group whose answers are all right or all wrong teaches nothing.
-    Bounds: the paper's. Tasks with partial credit, such as grounding, hardly ever reach them."""
+    """Dynamic sampling (DAPO) drops a group whose answers are all right or all wrong, though their
+    format may differ. Bounds: the paper's. With partial credit, as in grounding, few groups go."""
     accuracies = [score.accuracy for score in group.scores]
     return 0.01 < sum(accuracies) / len(accuracies) < 0.99
 
@@ -304,12 +305,13 @@ def has_signal(group):
 def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop):
     """Dynamic sampling: draws prompts, rolls them out and grades them, until all ranks together
     have kept enough groups. All ranks call this. Returns the kept groups of this rank, and all that
-    it has seen. Moves state["cursor"] (records drawn by all ranks) and state["keep_rate"]."""
+    it has seen. Moves state["cursor"] (records drawn by all ranks) and state["keep_rate"]; fills in
+    `row`, the line of the log, and `tally`, the counts of skipped records."""
     rank, world = dist.get_rank(), dist.get_world_size()
     kept, seen, rounds, all_kept, all_seen = [], [], 0, 0, 0
     while all_kept < args.prompts_per_step and rounds < args.max_rounds:
         if rounds >= 3 and (not all_kept or stop.now()):
-            break  # three rounds kept nothing, or a rank was asked to stop: alike on all ranks
+            break  # three rounds kept nothing, or a stop was asked for: all ranks break together
         # As many prompts as are missing, by the share kept lately; at most two steps' worth.
         missing = (args.prompts_per_step - all_kept) / max(state["keep_rate"], 0.1)
         size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
@@ -344,13 +346,13 @@ def set_advantages(kept, ema, args):
     so that all hold the same moments. Returns the root mean square of each task's, for the log."""
     own = []
     for i, group in enumerate(kept):
-        name, task = (dist.get_rank(), i), task_of(group.prompt.record)
-        own += [(score.reward, name, task) for score in group.scores]
+        key, task = (dist.get_rank(), i), task_of(group.prompt.record)
+        own += [(score.reward, key, task) for score in group.scores]
     everyone = gather(own)
     if not any(everyone):
         return {}
-    rewards, names, tasks = zip(*itertools.chain(*everyone))
-    result = advantages(rewards, names, tasks, ema, args.method, args.advantage_clip)
+    rewards, keys, tasks = zip(*itertools.chain(*everyone))
+    result = advantages(rewards, keys, tasks, ema, args.method, args.advantage_clip)
     rest = iter(result[sum(map(len, everyone[: dist.get_rank()])) :])
     for group in kept:
         group.advantages = list(itertools.islice(rest, len(group.scores)))
@@ -387,7 +389,7 @@ def current_logps(model, groups, tokens_per_microbatch, device):
 def update(model, optimizer, groups, old_logps, ref_logps, args, device):
     """One optimiser step on this rank's share of a mini-batch. All ranks call this.
 
-    old_logps: (R,), or None for those of this very forward. ref_logps: (R,), or None without a KL.
+    old_logps: (R,), or None: this forward's own, detached. ref_logps: (R,), or None without a KL.
     Returns a dict of numbers that hold for all ranks together.
     """
     tokens = []  # (advantage, vLLM's log-probability) of each response token
@@ -396,7 +398,7 @@ def update(model, optimizer, groups, old_logps, ref_logps, args, device):
             tokens += [(advantage, logp) for logp in logps]
     advantage, sampled = torch.tensor(tokens).reshape(-1, 2).T.to(device)  # (R,), (R,)
 
-    def loss_of(logps, at):
+    def loss_of(logps, at):  # at: their places among the R tokens
         old = logps.detach() if old_logps is None else old_logps[at].to(device)
         ref = None if ref_logps is None else ref_logps[at].to(device)
         losses, numbers = policy_loss(
@@ -406,7 +408,7 @@ def update(model, optimizer, groups, old_logps, ref_logps, args, device):
         return losses, numbers | dict(logp_gap=(old - sampled[at]).abs())
 
     numbers = sft.update(model, optimizer, groups, args, device, loss_of)
-    del numbers["loss"], numbers["tokens"]  # the loss says little: a group's advantages sum to 0
+    del numbers["loss"], numbers["tokens"]  # the loss says little: advantages sum to about 0
     return numbers
 
 
@@ -429,7 +431,7 @@ def parse_args():
     group.add_argument("--tis-cap", type=number, help="cap of the trainer / vLLM importance weight (default: no weight)")
     group = parser.add_argument_group("training")
     group.add_argument("--steps", type=positive, default=200, help="rollout batches (%(default)s)")
-    group.add_argument("--prompts-per-step", type=positive, default=128, help="kept groups per step, all ranks (%(default)s)")
+    group.add_argument("--prompts-per-step", type=positive, default=128, help="least kept groups per step, all ranks (%(default)s)")
     group.add_argument("--rollouts-per-prompt", type=data.at_least(2), default=8, help="responses per group (%(default)s)")
     group.add_argument("--updates-per-step", type=positive, default=4, help="optimiser steps per rollout batch (%(default)s)")
     group.add_argument("--max-rounds", type=positive, default=20, help="rounds of dynamic sampling per step (%(default)s)")
@@ -556,12 +558,12 @@ def main():
         # sampled, and update() uses its own forward. The others meet weights that have moved.
         dealt = deal_minibatches(gather(len(kept)), rank, updates)
         minibatches = [[kept[i] for i in indices] for indices in dealt]
-        sizes = args.tokens_per_microbatch, device
+        where = args.tokens_per_microbatch, device
         with phase(row, "old_logps"):
-            old_logps = [None, *(current_logps(model, each, *sizes) for each in minibatches[1:])]
+            old_logps = [None, *(current_logps(model, each, *where) for each in minibatches[1:])]
             ref_logps = [None] * len(minibatches)
             if reference:
-                ref_logps = [current_logps(reference, each, *sizes) for each in minibatches]
+                ref_logps = [current_logps(reference, each, *where) for each in minibatches]
 
         # 6 update
         with phase(row, "update"):
@@ -572,7 +574,7 @@ def main():
         # 7 log
         row["seconds/step"] = time.time() - start
         row |= summarise(seen, done, ema, row["seconds/step"])
-        tally["skipped/update"] += sum(math.isnan(u["grad_norm"]) for u in done) * (rank == 0)
+        tally["skipped_updates"] += sum(math.isnan(u["grad_norm"]) for u in done) * (rank == 0)
         graded = Counter({f"grader/{what}": count for what, count in grader.counts.items()})
         state["counts"] = sum(gather(tally + graded), Counter())
         row |= state["counts"]

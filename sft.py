@@ -621,7 +621,7 @@ def main():
         rate = learning_rate(step - 1, steps, args.lr, args.warmup_share)
         optimizer.param_groups[0]["lr"] = rate
         numbers = update(model, optimizer, groups, args, device)
-        tally["skipped/update"] += math.isnan(numbers["grad_norm"]) and rank == 0
+        tally["skipped_updates"] += math.isnan(numbers["grad_norm"]) and rank == 0
         counts, seconds = sum(gather(tally), Counter()), time.time() - begin
         row = dict(step=step, **numbers, lr=rate, gb=peak_gb()) | counts
         row |= {"seconds/step": seconds, "seconds/data": waited}
