@@ -303,8 +303,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(
     r"[(\[{]? ?([a-z])(?![\w'])(?:"
     r"(?:[^\w?/&+]|\b(?:is|was|would|be|the|most|likely|clearly|definitely|correct|right|best|true|"
-    r"answer|option|choice)\b)*(?:\b(?:because|since|as|for|rather)\b.*)?|"  # "B is right because ..."
-    r"(?:[)\]}:.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
+    r"answer|option|choice)\b)*(?:\b(?:because|since|as|for|rather)\b.*|not [a-z]\W*)?|"  # "B since ...", "B, not C"
+    r"(?:[)\]}:;.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
     r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)",
     re.IGNORECASE | re.DOTALL,
 )

@@ -707,6 +707,12 @@ def test_broken_media_are_skipped_with_their_reason(tmp_path, processor, name, r
     assert tally == {"records": 1, f"skipped/{reason}": 1}
 
 
+def test_skipped_updates_are_no_bad_records():
+    """Eleven updates that were not finite ended the run with "too many records cannot be used"."""
+    tally = Counter(records=20, skipped_updates=11)
+    assert data.next_items(iter(["item"]), 1, tally, 0.05) == ["item"]
+
+
 def test_too_many_unusable_records_stop_the_run():
     """A wrong media folder that trains on nothing."""
     stream = iter([data.Skipped("missing_media", "no file")] * 300)
