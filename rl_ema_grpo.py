@@ -513,11 +513,12 @@ def main():
     tokenizer, dtype = settings["processor"].tokenizer, getattr(torch, args.dtype)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.
-    model = sft.load_model(args.model, device, dtype, recompute=args.recompute)
+    shards = dict(shard_size=args.shard_size, recompute=args.recompute)
+    model = sft.load_model(args.model, device, dtype, **shards)
     optimizer = sft.adamw(model, args.lr, args.weight_decay)
     reference = None
     if args.kl_coef > 0:
-        reference = sft.load_model(args.model, device, dtype, trainable=False)
+        reference = sft.load_model(args.model, device, dtype, trainable=False, **shards)
     sft.load_checkpoint(args, model, optimizer)
     ema = EMAStd(args.ema_decay)
     ema.load_state_dict(state["moments"])

@@ -274,11 +274,12 @@ def gather(value):
     return everyone
 
 
-def load_model(path, device, dtype, trainable=True, recompute=False):
+def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=False):
     """A Hugging Face Qwen3-VL -> FSDP2-sharded model, float32 weights, that computes in `dtype`.
 
     Rank 0 reads the weights and broadcasts the shards: host memory holds one copy. trainable=False:
-    frozen, kept in `dtype` (the KL reference). recompute: layers are computed again in backward.
+    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer.
+    recompute: layers are computed again in backward.
     """
     if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values anyway
         torch.set_float32_matmul_precision("high")
@@ -293,7 +294,9 @@ def load_model(path, device, dtype, trainable=True, recompute=False):
     model.requires_grad_(trainable)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    world = dist.get_world_size()
+    shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
     # Inputs stay as they are: patches are uint8, and rotary tables stay in float32.
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
@@ -552,6 +555,7 @@ def new_parser(doc, lr, weight_decay, save_every):
     group = parser.add_argument_group("machine")
     group.add_argument("--tokens-per-microbatch", type=positive, default=16384, help="per forward and rank (%(default)s)")
     group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are float32")
+    group.add_argument("--shard-size", type=positive, help="ranks that share one copy of the trainer (default: all)")
     group.add_argument("--recompute", action=BooleanOptionalAction, default=True, help="layers again in backward: less memory")
     group.add_argument("--workers", type=data.at_least(0), default=data.WORKERS, help="decoding processes per rank (%(default)s)")
     group.add_argument("--max-bad-share", type=number, default=0.05, help="largest share of unusable records (%(default)s)")
@@ -575,6 +579,8 @@ def load_inputs(args, needed, refusal):
     """The records of all files, and the settings of data.encode. What is wrong with them ends the script
     here, before a model is loaded. needed(record): None where it lacks what the script trains on; the
     script then ends with the sentence `refusal`."""
+    if args.shard_size and dist.get_world_size() % args.shard_size:
+        data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
     try:
         records = []
         for path in args.data:
@@ -604,8 +610,8 @@ def main():
     if rank == 0:
         print(f"{len(records)} records; {steps} steps of {size} on {world} ranks, from {step}")
 
-    dtype = getattr(torch, args.dtype)
-    model = load_model(args.model, device, dtype, recompute=args.recompute)
+    shards = dict(shard_size=args.shard_size, recompute=args.recompute)
+    model = load_model(args.model, device, getattr(torch, args.dtype), **shards)
     model.model.visual.requires_grad_(args.train_vision)
     optimizer = adamw(model, args.lr, args.weight_decay)
     load_checkpoint(args, model, optimizer)

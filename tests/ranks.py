@@ -1,5 +1,5 @@
-"""Run by test_forward.py under torchrun with 1 and with 2 ranks: one SFT and one RL step on the same
-groups, dealt unevenly.
+"""Run by test_forward.py under torchrun with 1 and with 2 ranks, these as two shards and as two copies:
+one SFT and one RL step on the same groups, dealt unevenly.
 
 Saves what each step did to the weights (plain gradient descent with rate 1, so the difference is the gradient), and
 whether a saved checkpoint brings everything back.
@@ -21,7 +21,7 @@ import rl_ema_grpo
 import sft
 
 torch.set_num_threads(1)
-toy, out = sys.argv[1:]
+toy, out, shard_size = sys.argv[1:]
 rank, world, device = sft.init_distributed()
 processor = AutoProcessor.from_pretrained(f"{toy}/model")
 records = (
@@ -39,7 +39,7 @@ settings = argparse.Namespace(
     recompute=True, tokens_per_microbatch=300, grad_clip=1e9, clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.1, tis_cap=2.0
 )  # fmt: skip
 
-model = sft.load_model(f"{toy}/model", device, torch.float32)
+model = sft.load_model(f"{toy}/model", device, torch.float32, shard_size=int(shard_size))
 model.gradient_checkpointing_enable({"use_reentrant": False})
 optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 

@@ -307,24 +307,27 @@ def test_bfloat16_stays_near_float32(alone, toy, groups):
 
 
 def test_two_ranks_give_the_gradient_of_one(toy, tmp_path):
-    """Losses averaged per rank or per micro-batch; a rank with fewer micro-batches that falls out of step."""
-    worlds = []
-    for ranks in (1, 2):
-        out = tmp_path / str(ranks)
-        run("tests/ranks.py", toy, out, ranks=ranks)
-        worlds.append(torch.load(out / "steps.pt", weights_only=True))
-    one, two = worlds
+    """Losses averaged per rank or per micro-batch; a rank with fewer micro-batches that falls out of step; --shard-size."""
+    worlds = {}
+    for ranks, shard_size in ((1, 1), (2, 2), (2, 1)):
+        out = tmp_path / f"{ranks}-{shard_size}"
+        run("tests/ranks.py", toy, out, shard_size, ranks=ranks)
+        worlds[ranks, shard_size] = torch.load(out / "steps.pt", weights_only=True)
+    one = worlds.pop((1, 1))
     assert one["numbers"][0] == pytest.approx(
         one["mean"], rel=1e-5
     )  # over all tokens, not a mean of means
     assert one["resumed"]
-    # Losses, norms, token counts.
-    assert one["numbers"] == pytest.approx(two["numbers"], rel=1e-5)
-    for key in ("sft", "rl"):
-        for name, gradient in one[key].items():
-            error = (gradient - two[key][name]).norm()
-            assert error <= 1e-5 * gradient.norm() + 1e-7, f"{key} {name}"
-    assert two["resumed"] and len({*two["microbatches"]}) == 1 < len({*two["own"]})
+    for two in worlds.values():
+        assert one["numbers"] == pytest.approx(
+            two["numbers"], rel=1e-5
+        )  # losses, norms, token counts
+        for key in ("sft", "rl"):
+            for name, gradient in one[key].items():
+                assert (gradient - two[key][name]).norm() <= 1e-5 * gradient.norm() + 1e-7, (
+                    f"{key} {name}"
+                )
+        assert two["resumed"] and len({*two["microbatches"]}) == 1 < len({*two["own"]})
 
 
 def test_more_ranks_than_gpus_is_said_at_once(monkeypatch):
