@@ -145,12 +145,12 @@ def print_table(runs):
     def row(text, cells):
         print(f"{text:40}" + "".join(f"{cell:>24}" for cell in cells))
 
-    row("mean over 5 seeds [95%]", METHODS.values())
-    for kind, task in KINDS.items():
-        for metric, name in (("better", "better manner, %"), ("accuracy", "accuracy, %")):
+    row("percent, mean over 5 seeds [95%]", METHODS.values())
+    for kind in KINDS:
+        for metric, name in (("better", "better manner"), ("accuracy", "accuracy")):
             for when, steps in WINDOWS.items():
                 cells = [window(runs, method, metric, kind, steps) for method in METHODS]
-                row(f"{kind} ({task.split()[0]}): {name}, {when}"[:40], map(interval, cells))
+                row(f"{kind}: {name}, {when}", map(interval, cells))
         sizes = [values_of(runs, method, "advantage", kind) for method in METHODS]
         row(f"{kind}: size of advantages (rms)", [f"{np.nanmean(each):.2f}" for each in sizes])
     print()
@@ -184,7 +184,7 @@ def draw(runs, path):
         below.set(xlabel="step", ylim=(0.5, 1.01))
     axes[0][0].set(ylabel="share of the better manner")
     axes[1][0].set(ylabel="accuracy")
-    axes[0][0].legend(loc="lower right")
+    axes[1][2].legend(loc="lower right")
     for axis in axes.ravel():
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
