@@ -16,7 +16,6 @@ import argparse
 import ast
 import ctypes
 import gc
-import glob
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ import types
 from collections import Counter, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import av
@@ -158,12 +158,8 @@ def render_problem(record, prompts=PROMPTS):
 
 def load_prompts(path):
     """PROMPTS, or another wording from a JSON file {task: instruction}."""
-    if path is None:
-        return PROMPTS
-    with open(path, encoding="utf-8") as file:
-        prompts = json.load(file)
-    table = prompts if isinstance(prompts, dict) else {}
-    if lacking := [task for task in PROMPTS if not isinstance(table.get(task), str)]:
+    prompts = json.loads(Path(path).read_text("utf-8")) if path else PROMPTS
+    if lacking := [task for task in PROMPTS if task not in prompts]:
         raise ValueError(f"{path}: expected an object with an instruction for {lacking[0]!r}")
     return prompts
 
@@ -171,9 +167,8 @@ def load_prompts(path):
 def release_prompts(clone):
     """The released checkpoints' own instructions: two tables in the source of a clone, which is
     parsed and not run. QUESTION_TEMPLATE without the question comes before TYPE_TEMPLATE."""
-    for path in sorted(glob.glob(f"{clone}/**/*.py", recursive=True)) or [clone]:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
+    for path in sorted(Path(clone).rglob("*.py")):
+        text = path.read_text("utf-8")
         if "QUESTION_TEMPLATE = " in text and "TYPE_TEMPLATE = " in text:
             nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
             tables = {ast.unparse(node.targets[0]): node.value for node in nodes}
@@ -188,8 +183,6 @@ def release_prompts(clone):
 FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
 FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-DATA_TYPES = ("image", "video", "video-image", "text")
-KNOWN = {kinds: f"one of {', '.join(kinds)}" for kinds in (DATA_TYPES, PROBLEM_TYPES)}
 MEDIA_FIELDS = dict(images="image", image="image", videos="video", video="video")
 FIELDS = dict.fromkeys(("process", "path", "additional_path"), (str, "a text"))
 FIELDS |= dict(options=(list, "a list"), messages=(list, "a list"), fps=((int, float), "a number"))
@@ -233,18 +226,17 @@ def gradable(records, max_bad_share=0.0):
 
 def read_values(path):
     """The values of a JSON list, or of the lines of a JSONL file."""
-    line, values = "", []
+    where, values = path, []
     try:
-        with open(path, encoding="utf-8-sig") as file:  # with or without a byte order mark
-            text = file.read()
+        text = Path(path).read_text("utf-8-sig")  # with or without a byte order mark
         if text.lstrip().startswith("["):
             values = json.loads(text)
         else:
-            for i, content in enumerate(text.split("\n")):  # other line ends may be in a text
-                line = f"line {i + 1}: "
-                values += [json.loads(content)] if content.strip() else []
+            for number, line in enumerate(text.split("\n"), 1):  # other line ends may be in a text
+                where = f"{path}: line {number}"
+                values += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {line}not JSON in UTF-8: {error}") from error
+        raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
     if not values:
         raise ValueError(f"{path}: holds no records")
     return values
@@ -266,10 +258,8 @@ def normalise(raw, file, index, root):
     need((record.get("fps") or 1) > 0, "fps", "a number above 0")
     media = find_media(record, root, need)
     found = "-".join([kind for kind in ("video", "image") if media[kind]]) or "text"
-    kind, there = record.setdefault("data_type", found), "none" if found == "text" else found
-    need(kind in DATA_TYPES, "data_type", KNOWN[DATA_TYPES])
-    need(kind == found, "data_type", f"such media in images, videos or path, not {there}")
-
+    matches = record.setdefault("data_type", found) == found
+    need(matches, "data_type", f"{found!r} by the media that stand in images, videos or path")
     if "messages" in record:
         field, turns, record["answer"] = "messages", record["messages"] or [], None
         for turn in turns:
@@ -283,7 +273,7 @@ def normalise(raw, file, index, root):
     else:
         field, text, kind = "problem", record.get("problem"), record.get("problem_type")
         need(isinstance(text, str), field, "a text" if field in record else FORMS)
-        need(kind in PROBLEM_TYPES, "problem_type", KNOWN[PROBLEM_TYPES])
+        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
         seen = found != "text" or kind not in JSON_TYPES
         need(seen, "images", "an image or a video for this problem_type")
         record["answer"] = read_truth(record, need)
@@ -303,16 +293,16 @@ def normalise(raw, file, index, root):
     return record
 
 
-def find_media(raw, root, need):
-    """The paths of a raw record's media: {"image": list, "video": list}."""
-    media, root = {"image": [], "video": []}, root.rstrip(os.sep) + os.sep
-    kinds = {field: kind for field, kind in MEDIA_FIELDS.items() if raw.get(field)}
-    if not kinds:  # the evaluation form
-        guess = "image" if str(raw.get("path")).lower().endswith(IMAGE_ENDINGS) else "video"
-        kind = "image" if raw.get("data_type", guess) == "image" else "video"
-        kinds = {"path": kind, "additional_path": "image"}
+def find_media(record, root, need):
+    """The paths of a record's media: {"image": list, "video": list}."""
+    media, root = {"image": [], "video": []}, os.path.join(root, "")
+    kinds = MEDIA_FIELDS
+    if not any(map(record.get, kinds)):  # the evaluation form
+        is_image = str(record.get("path")).lower().endswith(IMAGE_ENDINGS)
+        kind = record.get("data_type", "image" if is_image else "video")
+        kinds = {"path": "image" if kind == "image" else "video", "additional_path": "image"}
     for field, kind in kinds.items():
-        paths = raw.get(field) or []
+        paths = record.get(field) or []
         paths = [paths] if isinstance(paths, str) else paths
         need(isinstance(paths, list), field, "a list of paths")
         for path in paths:
@@ -321,25 +311,25 @@ def find_media(raw, root, need):
             path = os.path.normpath(os.path.join(root, path))
             need(path.startswith(root), field, f"none that is outside the media folder {root}")
             media[kind].append(path)
-    for field in raw if not any(media.values()) and "data_type" not in raw else ():
-        other = re.search("image|img|video|media|frames", field)
-        need(not other, field, "media under images, videos or path, or data_type 'text'")
+    if not any(media.values()) and "data_type" not in record:
+        for field in record:
+            other = re.search("image|img|video|media|frames", field)
+            need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
 
 
-def read_truth(raw, need):
+def read_truth(record, need):
     """The true answer as text without tags, of a choice its letter; "" where masks are the truth."""
-    field = "answer" if "answer" in raw or "solution" not in raw else "solution"
-    answer, kind, text = raw.get(field), raw["problem_type"], rewards.truth_of(raw)
-    if not answer and raw.get("segmentation_output"):
+    field = "answer" if "answer" in record or "solution" not in record else "solution"
+    answer, kind, text = record.get(field), record["problem_type"], rewards.truth_of(record)
+    if not answer and record.get("segmentation_output"):
         return ""
-    nested = isinstance(answer, (dict, list))
-    need(kind in JSON_TYPES or not nested, field, "a text or a number")
+    need(kind in JSON_TYPES or not isinstance(answer, (dict, list)), field, "a text or a number")
     need(answer == answer and text, field, "the true answer")  # NaN is not itself
     if kind in JSON_TYPES:
         need(rewards.read_json(text) or text == "{}", field, "JSON, an object of finite numbers")
     if kind == "multiple choice":
-        return rewards.read_choice(text, raw.get("options")) or text
+        return rewards.read_choice(text, record.get("options")) or text
     return text
 
 
@@ -500,15 +490,16 @@ def read_video(
             bounds = min_pixels, max_pixels, total_pixels / len(positions)
             scaler = VideoReformatter()  # one for all frames: it keeps its tables
             pixels_of = lambda frame: resize(frame, scaler, *bounds)
-            wanted, found = pts[positions], None
+            wanted, found = pts[positions], {}
             with suppress(MediaError, av.FFmpegError):
                 found = seek_frames(container, stream, wanted, keys, pixels_of)
-        found = found or walk_frames(path, pts, wanted, pixels_of)
+        if not found.keys() >= {*wanted}:
+            found = walk_frames(path, pts, wanted, pixels_of)
         frames = np.stack([found[stamp] for stamp in wanted])
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise MediaError("unreadable_video", f"{path}: {error}") from error
     except MediaError as error:
         raise MediaError(error.reason, f"{path}: {error}") from error
+    except (av.FFmpegError, OSError, ValueError, KeyError) as error:
+        raise MediaError("unreadable_video", f"{path}: {error}") from error
     return Video(frames, indices.tolist(), float(rate), total)
 
 
@@ -555,7 +546,8 @@ def list_frames(container, stream):
 
 
 def seek_frames(container, stream, wanted, keys, pixels_of):
-    """{time stamp: pixels} of the wanted frames, decoded from the key frame before each."""
+    """{time stamp: pixels} of the wanted frames, decoded from the key frame before each. Some are
+    missing where the time stamps of decoded frames are not in order."""
     found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
     by_time = container.format.name.startswith(("mov", "matroska"))
     for last in sorted({*groups.tolist()}) if len(keys) else ():
@@ -566,14 +558,12 @@ def seek_frames(container, stream, wanted, keys, pixels_of):
         container.seek(place, stream=stream)
         for frame in container.decode(stream):
             if frame.pts is None or frame.pts <= reached:
-                raise MediaError("unreadable_video", "its time stamps are not in order")
+                return {}
             reached = frame.pts
             if reached in targets:
                 found[reached] = pixels_of(frame)
             if reached >= max(targets):
                 break
-        if not targets <= found.keys():
-            raise MediaError("unreadable_video", "a frame cannot be decoded")
     return found
 
 

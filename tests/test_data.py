@@ -203,7 +203,7 @@ def test_no_frame_stands_in_for_another(tmp_path, monkeypatch):
 
     monkeypatch.setattr(data, "list_frames", shifted)
     monkeypatch.setattr(data, "walk_frames", lambda *_: {})
-    with pytest.raises(KeyError):
+    with pytest.raises(data.MediaError):
         data.read_video(str(tmp_path / "a.mp4"))
 
 
@@ -491,12 +491,12 @@ def test_cases(tmp_path, case):
         (dict(images=[{"bytes": "x"}]), "images is .*, expected a list of paths"),
         (dict(images=["data:image/png;base64," + "x" * 9999]), "images is .{100,120}, expected"),
         (dict(images=[], path=["a.png"]), "path is .*, expected a text"),
-        (dict(images=[], path=None), "data_type is 'image', expected such media .* not none"),
+        (dict(images=[], path=None), "data_type is 'image', expected 'text' by the media"),
         (dict(images=None, data_type=None, image_path="a.png"), "image_path is 'a.png', expected"),
         (dict(BOX, images=None, data_type="text", problem="?"), "expected an image or a video"),
-        (dict(data_type="video"), "data_type is 'video', expected such media .* not image"),
-        (dict(data_type="text"), "data_type is 'text', expected such media"),
-        (dict(data_type="sound"), "data_type is 'sound', expected one of image, video"),
+        (dict(data_type="video"), "data_type is 'video', expected 'image' by the media"),
+        (dict(data_type="text"), "data_type is 'text', expected 'image' by the media"),
+        (dict(data_type="sound"), "data_type is 'sound', expected 'image' by the media"),
         (dict(options="A. x"), "options is 'A. x', expected a list"),
         (dict(fps="fast"), "fps is 'fast', expected a number"),
         (dict(fps=-1), "fps is '-1', expected a number above 0"),
