@@ -26,7 +26,7 @@ import time
 from argparse import BooleanOptionalAction
 from collections import Counter
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
@@ -62,44 +63,49 @@ class Group(NamedTuple):
 def pack(groups, device):
     """Groups -> one sequence of T tokens, [prompt | R1 | ... | Rn] one group after the other, a dict:
     ids (T,), positions (3, T), patches uint8 (P, 1536), grids (M, 3); rows (R,): the row that
-    predicts each response token; targets (R,): that token; sequences: what attention treats as one
-    causal sequence, a tuple of (begin, end) spans of keys, the last of which has the queries.
-    [prompt | R1] is one such span. Every other response has two, its prompt and itself."""
-    ids, positions, rows, targets, sequences = [], [], [], [], []
+    predicts each response token; targets (R,): that token; plan: for attention, see below.
+
+    Attention has one sequence per response, S in all. Its keys are the prompt and the response, its
+    queries the response, of R1 the prompt too. plan: rows of all keys; where the queries and where
+    the keys of each sequence end, int32 (S + 1,) each; the most queries and the most keys of one."""
+    ids, positions, rows, targets, key_rows, lengths = [], [], [], [], [], []
     for prompt, responses in groups:
         start, end = len(ids), len(ids) + len(prompt.token_ids)
         ids += prompt.token_ids
         positions.append(torch.from_numpy(prompt.positions))
         first = int(prompt.positions.max()) + 1  # every response begins right after the prompt
         for i, response in enumerate(responses):
-            own = len(ids), len(ids) + len(response)
-            sequences.append(((start, end), own) if i > 0 else ((start, own[1]),))
-            rows += [end - 1, *range(own[0], own[1] - 1)]  # token k is predicted by token k - 1
+            own = range(len(ids), len(ids) + len(response))
+            key_rows += [*range(start, end), *own]
+            lengths.append((own.stop - (start if i == 0 else own.start), end - start + len(own)))
+            rows += [end - 1, *own[:-1]]  # token k is predicted by token k - 1
             ids += response
             targets += response
             positions.append((first + torch.arange(len(response))).expand(3, -1))
-    batch = dict(ids=ids, rows=rows, targets=targets)
+    batch = dict(ids=ids, rows=rows, targets=targets, key_rows=key_rows)
     batch = {name: torch.tensor(values) for name, values in batch.items()}
     batch["positions"] = torch.cat(positions, dim=1)
+    batch["ends"] = torch.tensor([(0, 0), *lengths]).cumsum(0).int().T.contiguous()  # (2, S + 1)
     for name in ("patches", "grids"):
         batch[name] = torch.cat([getattr(prompt, name) for prompt, _ in groups])
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    return batch | dict(sequences=tuple(sequences))
+    batch["plan"] = batch.pop("key_rows"), *batch.pop("ends"), *map(max, zip(*lengths))
+    return batch
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling, sequences, **_):
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling, plan, **_):
     """Causal attention in which the responses of a group see their prompt and themselves only.
 
-    query (1, H, T, D); key, value (1, Hkv, T, D); sequences: see `pack`. Returns (1, T, H, D), None.
+    query (1, H, T, D); key, value (1, Hkv, T, D); plan: see `pack`. Returns (1, T, H, D), None.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
-    key_rows, *plan = attention_plan(sequences, query.device)
+    key_rows, *ends = plan
     key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
     fast = query.is_cuda and query.dtype != torch.float32  # the kernel takes 16 bits only
     attend = varlen_attn if fast else attend_one_by_one
     # Queries are in the order of the sequences already. (-1, 0): causal from the bottom right.
     settings = dict(scale=scaling, window_size=(-1, 0), enable_gqa=True)
-    return attend(query, key, value, *plan, **settings)[None], None
+    return attend(query, key, value, *ends, **settings)[None], None
 
 
 def attend_one_by_one(query, key, value, query_ends, key_ends, *_, scale, **__):
@@ -118,17 +124,6 @@ def attend_one_by_one(query, key, value, query_ends, key_ends, *_, scale, **__):
     return torch.cat(out)
 
 
-@lru_cache(2)  # all layers of a micro-batch ask for the same plan
-def attention_plan(sequences, device):
-    """Rows of all keys; where the queries, and the keys, of each sequence end; the most of each."""
-    key_rows = torch.cat([torch.arange(begin, end) for spans in sequences for begin, end in spans])
-    queries = [spans[-1][1] - spans[-1][0] for spans in sequences]
-    keys = [sum(end - begin for begin, end in spans) for spans in sequences]
-    ends = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (queries, keys)]
-    query_ends, key_ends = (each.to(device, torch.int32) for each in ends)
-    return key_rows.to(device), query_ends, key_ends, max(queries), max(keys)
-
-
 def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max_length_q, **_):
     """The vision tower's on CUDA: each frame attends to itself, all frames in one call.
     query, key, value (1, H, P, D); cu_seq_lens_q (frames + 1,). Returns (1, P, H, D), None."""
@@ -138,44 +133,20 @@ def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # sequences say it
+AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # the plan says it
 AttentionInterface.register("flash_frames", frame_attention)  # "flash": all frames in one call
-
-
-class ChunkedLogps(torch.autograd.Function):
-    """See `chunked_logps`. The backward pass computes the logits again, and turns them in place into
-    -d log p(token) / d logits = softmax(logits) - onehot(token)."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk):
-        wide = weight.float()
-        logps, normalisers = [], []
-        for rows, tokens in zip(hidden.split(chunk), targets.split(chunk)):
-            logits = rows.float() @ wide.T  # (chunk, V)
-            normalisers.append(logits.logsumexp(-1))  # (chunk,)
-            logps.append(logits.gather(-1, tokens[:, None])[:, 0] - normalisers[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(normalisers))
-        ctx.chunk = chunk
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, normalisers = ctx.saved_tensors
-        wide = weight.float()
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(wide)
-        columns = (hidden, targets, normalisers, grad, grad_hidden)
-        for rows, tokens, normaliser, scale, out in zip(*(x.split(ctx.chunk) for x in columns)):
-            slope = torch.addmm(-normaliser[:, None], rows.float(), wide.T).exp_()  # softmax
-            slope.scatter_add_(1, tokens[:, None], slope.new_full((len(tokens), 1), -1.0))
-            out.copy_((slope @ wide) * -scale[:, None])
-            grad_weight.addmm_(slope.T, rows.float() * -scale[:, None])  # sums up in float32
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def chunked_logps(hidden, weight, targets, chunk=1024):
     """Log-probability of each target token in float32, with `chunk` rows of logits in memory at a
-    time, forward and backward. hidden (R, E), weight (V, E), targets (R,). Returns (R,)."""
-    return ChunkedLogps.apply(hidden, weight, targets, chunk)
+    time: backward computes them again. hidden (R, E), weight (V, E), targets (R,). Returns (R,)."""
+    wide = weight.float()  # also sums up the gradients of all chunks in float32
+
+    def logps_of(rows, tokens):
+        return -F.cross_entropy(rows.float() @ wide.T, tokens, reduction="none")
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk))
+    return torch.cat([checkpoint(logps_of, *piece, use_reentrant=False) for piece in pieces])
 
 
 def response_logps(model, batch):
@@ -197,7 +168,7 @@ def response_logps(model, batch):
         position_ids=batch["positions"][:, None],
         visual_pos_masks=is_vision[None],
         deepstack_visual_embeds=features.deepstack_features,
-        sequences=batch["sequences"],
+        plan=batch["plan"],
         use_cache=False,
     )
     rows = hidden.last_hidden_state[0, batch["rows"]]  # (R, E)

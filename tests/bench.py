@@ -69,9 +69,8 @@ def training_flops(model, batch, recompute):
     """
     text, vision = model.config.text_config, model.config.vision_config
     visual, language = model.model.visual, model.model.language_model
-    # The queries of a sequence are its last span.
-    sequences = [[end - begin for begin, end in spans] for spans in batch["sequences"]]
-    pairs = sum(attended_pairs(lengths[-1], sum(lengths)) for lengths in sequences)
+    queries, keys = (ends.diff().tolist() for ends in batch["plan"][1:3])
+    pairs = sum(map(attended_pairs, queries, keys))
     body = 2 * count_parameters(language.layers) * len(batch["ids"])
     body += 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * pairs
     grids = batch["grids"].tolist()

@@ -150,12 +150,12 @@ def attention():
     sizes = [(700, [5, 300, 64]), (33, [1, 17]), (1500, [512, 3, 100])]
     sizes = sizes if CUDA else [(20, [5, 30]), (3, [1, 17])]
     batch = sft.pack([make_group("image", [], *size) for size in sizes], "cpu")
-    sequences, length = batch["sequences"], len(batch["ids"])
-    pairs = torch.zeros(length, length, dtype=torch.bool)
-    for spans in sequences:
-        for begin, end in spans:
-            pairs[slice(*spans[-1]), begin:end] = True
-    text = lambda q, k, v, scale: sft.shared_prefix_attention(None, q, k, v, None, scale, sequences)
+    sft_plan, length = batch["plan"], len(batch["ids"])
+    pairs, (key_rows, query_ends, key_ends, *_) = torch.zeros(length, length).bool(), sft_plan
+    for queries, keys in zip(query_ends.unfold(0, 2, 1), key_ends.unfold(0, 2, 1)):
+        pairs[slice(*queries), key_rows[slice(*keys)]] = True
+    sft_plan = [x.to(DEVICE) if torch.is_tensor(x) else x for x in sft_plan]
+    text = lambda q, k, v, scale: sft.shared_prefix_attention(None, q, k, v, None, scale, sft_plan)
     frames = torch.tensor([1024, 256, 4, 516])
     plan = torch.cat([torch.zeros(1), frames.cumsum(0)]).to(DEVICE, torch.int32), 1024
     vision = lambda q, k, v, scale: sft.frame_attention(None, q, k, v, None, scale, *plan)

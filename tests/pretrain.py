@@ -199,7 +199,7 @@ def main():
     optimizers.append(torch.optim.Muon([named[name] for name in inside], **settings))
 
     batches = Batches(tokenizer, args.scenes, args.seed)
-    as_it_is = lambda batch: batch  # the default would make lists of the tuples in `sequences`
+    as_it_is = lambda batch: batch  # the default would change the tuples inside
     loader = torch.utils.data.DataLoader(
         batches, None, num_workers=1, collate_fn=as_it_is, multiprocessing_context="fork"
     )

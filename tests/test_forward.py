@@ -98,12 +98,12 @@ def test_the_gpu_attention_reads_the_same_rows(groups, monkeypatch):
         return torch.cat(out)
 
     batch = sft.pack(groups, "cpu")
-    length, sequences = len(batch["ids"]), batch["sequences"]
+    length, plan = len(batch["ids"]), batch["plan"]
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, length, 8, generator=generator) for heads in (4, 2, 2)
     )
-    attention = lambda: sft.shared_prefix_attention(None, query, key, value, None, 0.3, sequences)
+    attention = lambda: sft.shared_prefix_attention(None, query, key, value, None, 0.3, plan)
     expected, _ = attention()
     monkeypatch.setattr(sft, "attend_one_by_one", kernel)
     assert torch.allclose(attention()[0], expected, atol=1e-6)

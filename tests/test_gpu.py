@@ -42,11 +42,12 @@ def test_a_wrong_mask_fails(monkeypatch):
     right = sft.shared_prefix_attention
 
     def leaking(*args):
-        *rest, sequences = args
-        joined = [
-            ((0, spans[-1][0]), spans[-1]) if len(spans) > 1 else spans for spans in sequences
-        ]
-        return right(*rest, tuple(joined))
+        *rest, (key_rows, query_ends, key_ends, *most) = args
+        keys = key_rows.split(key_ends.diff().tolist())
+        later = query_ends.diff() < key_ends.diff()
+        keys = [torch.arange(end) if far else k for k, end, far in zip(keys, query_ends[1:], later)]
+        key_ends = torch.tensor([0, *map(len, keys)]).cumsum(0)
+        return right(*rest, (torch.cat(keys), query_ends, key_ends, *most))
 
     assert next(gpu.attention())[1]
     monkeypatch.setattr(sft, "shared_prefix_attention", leaking)
@@ -107,8 +108,9 @@ def test_flops_are_those_that_torch_counts():
     # By hand: a causal sequence of 110 has 110 * 111 / 2 pairs; two of 55 have 3,025 fewer.
     fake = dict(ids=torch.zeros(110), rows=torch.zeros(10), grids=torch.zeros(0, 3).long())
     flops = []
-    for sequences in ((((0, 110),),), (((0, 55),), ((55, 110),))):
-        flops.append(bench.training_flops(model, fake | dict(sequences=sequences), recompute=False))
+    for ends in (torch.tensor([0, 110]), torch.tensor([0, 55, 110])):
+        fake["plan"] = None, ends, ends
+        flops.append(bench.training_flops(model, fake, recompute=False))
     # Forward and two backward, two products, a multiply and an add; 2 layers of 2 heads of 128.
     assert flops[0] - flops[1] == 3 * 2 * 2 * (2 * 2 * 128) * 3025
     # Torch counts a masked product in full, the formula the half that a causal kernel executes.
