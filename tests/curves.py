@@ -1,8 +1,6 @@
 """Draws the curves of a run, SFT or RL: python tests/curves.py RUN... -> RUN/curves.png for each.
 
 RUN is a run folder, or one that has sft/ and rl/ below it, such as runs/demo: both are then drawn.
-Faint lines are the steps, full ones the mean of the last eighth of the run, dots the level of the
-SFT model: the mean of RL's first three steps.
 """
 
 import json
@@ -81,6 +79,8 @@ def draw(sft, rl, path):
         axis.set_xlabel("step")
     for axis in free:
         axis.remove()
+    dots = "; dots: the mean of RL's first three steps" * bool(tasks)
+    figure.supxlabel(f"faint: each step; full: running mean over an eighth of the run{dots}", fontsize=10)
     figure.savefig(path, dpi=80)
     plt.close(figure)
     print(f"{path}: {len(sft)} SFT steps, {len(rl)} RL steps, {len(tasks)} tasks")
