@@ -8,19 +8,19 @@
 Prompts are those of training, decoding is greedy, answers are read as in evaluation. Exit code 1:
 the answer cannot be read, 2: the request cannot be used. A server gets the same pixels and times.
 It writes the prompt by its own chat template (transformers 5 puts one more pair of vision tokens
-around a whole video), may answer with vision tokens, and for videos needs --trust-request-mm-kwargs.
+around a whole video) and may answer with vision tokens. Videos need --trust-request-mm-kwargs.
 """
 
 import base64
 import io
 import json
 import os
-import re
 import sys
 import urllib.request
 from fractions import Fraction
 from functools import cache
 from http.client import HTTPException
+from string import ascii_uppercase
 
 import av
 import numpy as np
@@ -203,9 +203,10 @@ def request_of(record, model, limits, max_tokens, prompts):
         times = dict(fps=pixels.fps, frames_indices=pixels.indices, total_num_frames=pixels.total)
         more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
         more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
-    seen = {"type": f"{kind}_url", f"{kind}_url": dict(url=url)}
     before, after = data.render_problem(record, prompts).split(f"<{kind}>", maxsplit=1)
-    content = [dict(type="text", text=before), seen, dict(type="text", text=after)]
+    content = [{"type": f"{kind}_url", f"{kind}_url": dict(url=url)}, dict(type="text", text=after)]
+    if before:
+        content.insert(0, dict(type="text", text=before))
     turn = dict(role="user", content=content)
     settings = dict(stream=True, temperature=0.0, max_tokens=max_tokens, skip_special_tokens=False)
     return dict(model=model, messages=[turn], **settings, **more)
@@ -248,7 +249,9 @@ def parse_args():
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
     group.add_argument("--task", choices=PROBLEM_TYPES, default="open-ended", help="(%(default)s)")
-    group.add_argument("--options", nargs="+", default=[], help="of a multiple choice")
+    group.add_argument(
+        "--options", nargs="+", default=[], help="of a multiple choice, without letters"
+    )
     group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif")
     group.add_argument("--json", action="store_true", help="print a JSON object")
     group = parser.add_argument_group("model")
@@ -271,8 +274,7 @@ def record_of(question, kind, path, task, options):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
-    if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
-        options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)]
     raw = dict(problem=question, problem_type=task, options=options, answer="{}")
     raw |= dict(data_type=kind, path=os.path.abspath(path))
     return data.normalise(raw, "this question", index=0, root="/")
