@@ -20,7 +20,6 @@ import urllib.request
 from fractions import Fraction
 from functools import cache
 from http.client import HTTPException
-from string import ascii_uppercase
 
 import av
 import numpy as np
@@ -249,9 +248,7 @@ def parse_args():
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
     group.add_argument("--task", choices=PROBLEM_TYPES, default="open-ended", help="(%(default)s)")
-    group.add_argument(
-        "--options", nargs="+", default=[], help="of a multiple choice, without letters"
-    )
+    group.add_argument("--options", nargs="+", default=[], help="of a choice, without A, B, ...")
     group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif")
     group.add_argument("--json", action="store_true", help="print a JSON object")
     group = parser.add_argument_group("model")
@@ -274,7 +271,7 @@ def record_of(question, kind, path, task, options):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
-    options = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options)]
+    options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     raw = dict(problem=question, problem_type=task, options=options, answer="{}")
     raw |= dict(data_type=kind, path=os.path.abspath(path))
     return data.normalise(raw, "this question", index=0, root="/")
