@@ -549,7 +549,7 @@ def main():
         with phase(row, "update"):
             batches = zip(minibatches, old_logps, ref_logps)
             done = [update(model, optimizer, *batch, args, device) for batch in batches]
-        row["gb"] = peak_gb() - pool  # PyTorch goes on counting the freed pool
+        row["gb"] = peak_gb() - pool  # PyTorch counts the pool even while it is freed
 
         # 7 log
         row["seconds/step"] = time.time() - start
