@@ -444,7 +444,7 @@ def frames_at(record, count, size):
     if record["data_type"] == "image":
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         return np.array(image.resize(size[::-1]))[None]
-    for second, image in iter_frames(path, fps)[1]:
+    for second, image in iter_frames(path, fps):
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
         if len(frames) == count:

@@ -2,21 +2,19 @@
 
     python infer.py --model runs/rl --image a.jpg --task "spatial grounding" "the cat" --save out.png
     python infer.py --model runs/rl --video a.mp4 --task "multiple choice" "Who?" --options dog man
-    python infer.py --model runs/rl --questions file.jsonl --json    # one JSON object per question
     python infer.py --model runs/rl --video a.mp4                    # asks for questions
     python infer.py --base-url http://127.0.0.1:8000/v1 --image a.jpg "..."    # a `vllm serve`
 
-Prompts are those of training, decoding is greedy, answers are read as in evaluation. Exit code 1: an
-answer cannot be read, 2: the request cannot be used. A server gets the same pixels and times. It
-writes the prompt by its own chat template (transformers 5 puts one more pair of vision tokens around
-a whole video), may answer with vision tokens, and for videos needs --trust-request-mm-kwargs.
+Prompts are those of training, decoding is greedy, answers are read as in evaluation. Exit code 1:
+the answer cannot be read, 2: the request cannot be used. A server gets the same pixels and times.
+It writes the prompt by its own chat template (transformers 5 puts one more pair of vision tokens
+around a whole video) and may answer with vision tokens. Videos need --trust-request-mm-kwargs.
 """
 
 import base64
 import io
 import json
 import os
-import re
 import sys
 import urllib.request
 from fractions import Fraction
@@ -41,26 +39,22 @@ UNUSABLE = (OSError, ValueError, data.MediaError)
 
 
 def iter_frames(path, folder_fps):
-    """The length of a video (file, or folder of numbered images) in seconds, and an iterator of
-    (second, PIL image) of all its frames, upright and in their own size."""
+    """Yields (second, PIL image) of all frames of a video (file, or folder of numbered images),
+    upright and in their own size."""
     if os.path.isdir(path):
-        paths = data.list_frame_folder(path)
-        images = (ImageOps.exif_transpose(Image.open(name)) for name in paths)
-        return len(paths) / folder_fps, ((i / folder_fps, image) for i, image in enumerate(images))
+        for i, name in enumerate(data.list_frame_folder(path)):
+            yield i / folder_fps, ImageOps.exif_transpose(Image.open(name))
+        return
     with data.open_video(path) as container:
         stream = container.streams.best("video")
         pts, _ = data.list_frames(container, stream)
         seconds = (pts - pts[0]) * float(stream.time_base)
-
-    def frames():
-        with data.open_video(path) as container:
-            decoded = container.decode(container.streams.best("video"))
-            shown = (frame for frame in decoded if frame.pts is None or frame.pts >= pts[0])
-            for second, frame in zip(seconds.tolist(), shown):
-                pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
-                yield second, Image.fromarray(np.ascontiguousarray(pixels))
-
-    return seconds[-1] * len(pts) / max(1, len(pts) - 1), frames()
+    with data.open_video(path) as container:
+        decoded = container.decode(container.streams.best("video"))
+        shown = (frame for frame in decoded if frame.pts is None or frame.pts >= pts[0])
+        for second, frame in zip(seconds.tolist(), shown):
+            pixels = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+            yield second, Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def save_video(path, frames, length):
@@ -89,11 +83,12 @@ def save_drawing(path, record, answer, limits, sam2=None):
     marks = data.marks_of(task, answer)
     has_marks = task not in rewards.TEXT_TYPES and rewards.readable(record, answer)
     caption = "" if has_marks else answer or "(no answer)"
-    medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
+    (medium,) = record["media"]
     if medium["type"] == "image":
         with Image.open(medium["path"]) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
-        mask = segment_images(sam2, [(image, marks)])[0] if sam2 else None
+        # To SAM2 an image is a video of one frame.
+        mask = segment_video(sam2, np.array(image)[None], 0, marks)[0] if sam2 else None
         return data.captioned(data.draw(data.enlarged(image), marks, mask=mask), caption).save(path)
 
     fps, masks = record.get("fps") or limits.fps, None
@@ -113,8 +108,8 @@ def save_drawing(path, record, answer, limits, sam2=None):
             bar = data.timeline(image.width, [(marks.span, "orange")], *scale, now=second)
             yield second, data.captioned(data.stack(image, bar), caption)
 
-    length, frames = iter_frames(medium["path"], fps)
-    save_video(path, drawn(frames), length)
+    length = video.total / video.fps
+    save_video(path, drawn(iter_frames(medium["path"], fps)), length)
 
 
 def check_sam2(path):
@@ -131,12 +126,6 @@ def load_sam2(path, device):
     check_sam2(str(path))
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
-
-
-def segment_images(sam2, items):
-    """(PIL image, Marks) pairs -> masks, bool (H, W) each. An image is a video of one frame."""
-    images = [(np.array(image.convert("RGB")), marks) for image, marks in items]
-    return [segment_video(sam2, pixels[None], 0, marks)[0] for pixels, marks in images]
 
 
 @torch.no_grad()
@@ -171,13 +160,11 @@ def stream_model(prompt, model, tokenizer, max_tokens):
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
     banned = tokenizer.convert_tokens_to_ids(data.BANNED)
-    pixels = (prompt.patches.to(model.device) / 127.5 - 1).split(prompt.grids.prod(1).tolist())
-    media = {}
-    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        which = [i for i, m in enumerate(prompt.record["media"]) if m["type"] == kind]
-        if which:
-            media[name] = torch.cat([pixels[i] for i in which])
-            media[f"{kind}_grid_thw"] = prompt.grids[which].to(model.device)
+    pixels, grids = prompt.patches.to(model.device) / 127.5 - 1, prompt.grids.to(model.device)
+    if prompt.record["data_type"] == "image":
+        media = dict(pixel_values=pixels, image_grid_thw=grids)
+    else:
+        media = dict(pixel_values_videos=pixels, video_grid_thw=grids)
 
     yield prompt.opened, None
     ids, positions = torch.tensor([prompt.token_ids]), torch.tensor(prompt.positions)[:, None]
@@ -202,32 +189,26 @@ def in_base64(image, form="png"):
     return base64.b64encode(file.getvalue()).decode()
 
 
-def request_of(record, model, limits, max_tokens, prompts, system=None):
-    """A record -> the JSON of a chat request to a vLLM server, which takes the sampled frames of one
+def request_of(record, model, limits, max_tokens, prompts):
+    """A record -> the JSON of a chat request to a vLLM server, which takes the sampled frames of a
     video as "video/jpeg", whatever their format, with their times beside them."""
-    content, more, media = [], {}, iter(record["media"])
-    problem = data.render_problem(record, prompts)
-    for part in re.split("(<image>|<video>)", problem, maxsplit=len(record["media"])):
-        if part == "<image>":
-            image = Image.fromarray(data.read_medium(next(media), limits))
-            url = f"data:image/png;base64,{in_base64(image)}"
-            content.append(dict(type="image_url", image_url=dict(url=url)))
-        elif part == "<video>":
-            if more:
-                raise ValueError("--base-url: one video per question, vLLM takes the times of one")
-            video = data.read_medium(next(media), limits, record.get("fps"))
-            frames = [in_base64(Image.fromarray(frame)) for frame in video.frames]
-            url = f"data:video/jpeg;base64,{','.join(frames)}"
-            content.append(dict(type="video_url", video_url=dict(url=url)))
-            times = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
-            more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
-            more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
-        elif part:
-            content.append(dict(type="text", text=part))
-    turns = [dict(role="system", content=system)] if system else []
-    turns.append(dict(role="user", content=content))
+    kind, more = record["data_type"], {}
+    pixels = data.read_medium(record["media"][0], limits, record.get("fps"))
+    if kind == "image":
+        url = f"data:image/png;base64,{in_base64(Image.fromarray(pixels))}"
+    else:
+        frames = [in_base64(Image.fromarray(frame)) for frame in pixels.frames]
+        url = f"data:video/jpeg;base64,{','.join(frames)}"
+        times = dict(fps=pixels.fps, frames_indices=pixels.indices, total_num_frames=pixels.total)
+        more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
+        more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
+    before, after = data.render_problem(record, prompts).split(f"<{kind}>", maxsplit=1)
+    content = [{"type": f"{kind}_url", f"{kind}_url": dict(url=url)}, dict(type="text", text=after)]
+    if before:
+        content.insert(0, dict(type="text", text=before))
+    turn = dict(role="user", content=content)
     settings = dict(stream=True, temperature=0.0, max_tokens=max_tokens, skip_special_tokens=False)
-    return dict(model=model, messages=turns, **settings, **more)
+    return dict(model=model, messages=[turn], **settings, **more)
 
 
 def ask_server(url, request=None, silence=30):
@@ -242,8 +223,7 @@ def ask_server(url, request=None, silence=30):
             yield from reply
     except (OSError, HTTPException) as error:
         reason = error.read(1000) if isinstance(error, urllib.error.HTTPError) else b""
-        hint = " (see --max-response-tokens)" if b"max_tokens" in reason else ""
-        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}{hint}") from error
+        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}") from error
 
 
 def stream_server(request, url):
@@ -260,38 +240,27 @@ def stream_server(request, url):
 # ---- The script
 
 
-# fmt: off
 def parse_args():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("question", nargs="?", help="without it, and without --questions: a prompt for questions")
+    group.add_argument("question", nargs="?", help="without it: a prompt for questions")
     medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
-    group.add_argument("--task", choices=PROBLEM_TYPES, metavar="TASK", default="open-ended", help=", ".join(PROBLEM_TYPES))
-    group.add_argument("--options", nargs="+", default=[], help="of a multiple choice, after the question")
-    group.add_argument("--questions", metavar="FILE",
-                       help='lines of {"problem": "What is it?", "problem_type": "OCR", "images": ["a.jpg"]}')
-    group.add_argument("--save", help=".png, .mp4 or .gif file; with --questions a folder for 0.png, 1.png, ...")
-    group.add_argument("--json", action="store_true", help="print one JSON object per question")
+    group.add_argument("--task", choices=PROBLEM_TYPES, default="open-ended", help="(%(default)s)")
+    group.add_argument("--options", nargs="+", default=[], help="of a choice, without A, B, ...")
+    group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif")
+    group.add_argument("--json", action="store_true", help="print a JSON object")
     group = parser.add_argument_group("model")
-    group.add_argument("--model", help="folder or hub id; with --base-url its name there (default: the first)")
-    group.add_argument("--base-url", metavar="URL", help="vLLM server, http://127.0.0.1:8000/v1; key: OPENAI_API_KEY")
+    group.add_argument("--model", help="folder or hub id; with --base-url its name there")
+    group.add_argument("--base-url", help="vLLM server, .../v1; its key is in OPENAI_API_KEY")
     group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks from box and points")
     group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
-    group.add_argument("--system", metavar="FILE", help="text file for a system turn before the question")
-    group.add_argument("--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)")
-    data.add_limits(parser, image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32,
-                    video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
+    group.add_argument("--max-response-tokens", type=int, default=8192, help="(%(default)s)")
+    limits = dict(image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32)
+    limits |= dict(video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
+    data.add_limits(parser, **limits)
     return parser.parse_args()
-# fmt: on
-
-
-def read_questions(path):
-    """A JSONL file of questions -> records; "{}" stands where an answer is missing."""
-    folder, raws = os.path.dirname(os.path.abspath(path)), data.read_values(path)
-    raws = [{"answer": "{}"} | raw if isinstance(raw, dict) else raw for raw in raws]
-    return [data.normalise(raw, path, index, folder) for index, raw in enumerate(raws)]
 
 
 def record_of(question, kind, path, task, options):
@@ -302,12 +271,10 @@ def record_of(question, kind, path, task, options):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
-    if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
-        options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
-    folder, name = os.path.split(os.path.abspath(path))
-    raw = dict(problem=question, problem_type=task, options=options, data_type=kind, answer="{}")
-    raw[f"{kind}s"] = name
-    return data.normalise(raw, "this question", 0, folder)
+    options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    raw = dict(problem=question, problem_type=task, options=options, answer="{}")
+    raw |= dict(data_type=kind, path=os.path.abspath(path))
+    return data.normalise(raw, "this question", index=0, root="/")
 
 
 def print_stream(record, pieces, as_json=False):
@@ -321,8 +288,8 @@ def print_stream(record, pieces, as_json=False):
     answer, task = rewards.answer_of(record, text), data.task_of(record)
     readable = rewards.readable(record, answer)
     if as_json:
-        line = dict(problem_id=record["problem_id"], task=task, response=text, answer=answer)
-        print(json.dumps(line | dict(readable=readable, finished=finished)), flush=True)
+        line = dict(task=task, response=text, answer=answer, readable=readable, finished=finished)
+        print(json.dumps(line))
     else:
         print(f"\nanswer: {answer or '(none)'}", flush=True)
     if not finished:
@@ -332,7 +299,7 @@ def print_stream(record, pieces, as_json=False):
     return answer, readable
 
 
-def converse(ask, kind, path, task, save):
+def converse(ask, kind, path, task):
     """Asks for questions until Ctrl-D. What cannot be used is named; Ctrl-C stops an answer."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
@@ -341,9 +308,7 @@ def converse(ask, kind, path, task, save):
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
-            if command == "/image" and rest.lower().endswith((".mp4", ".mkv", ".webm", ".mov")):
-                print("that is a video: use /video")
-            elif command in ("/image", "/video"):
+            if command in ("/image", "/video"):
                 kind, path = command[1:], os.path.expanduser(rest.strip())
             elif command == "/task" and rest in PROBLEM_TYPES:
                 task = rest
@@ -351,7 +316,7 @@ def converse(ask, kind, path, task, save):
                 print(f"no such task or command: {line}")
             elif line:
                 question, *options = (part.strip() for part in line.split("|"))
-                ask(record_of(question, kind, path, task, options), save)
+                ask(record_of(question, kind, path, task, options))
         except EOFError:
             return print()
         except KeyboardInterrupt:
@@ -378,23 +343,16 @@ def main():
     # 1 What can be refused is refused before a model is loaded
     if not (args.model or args.base_url):
         raise ValueError("--model or --base-url is needed")
-    if args.json and not (args.question or args.questions):
-        raise ValueError("--json: a question or --questions is needed")
-    if args.questions:
-        records, folder = read_questions(args.questions), args.save
-    else:
-        asked = [args.question] if args.question else []
-        records = [record_of(question, kind, path, args.task, args.options) for question in asked]
-        folder = args.save and os.path.dirname(os.path.abspath(args.save))
+    if args.json and not args.question:
+        raise ValueError("--json: a question is needed")
+    if args.question:
+        record = record_of(args.question, kind, path, args.task, args.options)
+    if args.save:
         endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
-        if args.save and not args.save.endswith(endings):
+        if not args.save.endswith(endings):
             raise ValueError(f"--save {args.save}: expected {' or '.join(endings)}")
-    if folder:
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"--save: {folder} cannot be written")
-    system = open(args.system, encoding="utf-8").read().strip() if args.system else None
-    texts = dict(prompts=data.load_prompts(args.prompts), system=system)
+        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
+    prompts = data.load_prompts(args.prompts)
 
     # 2 The model
     if args.base_url:
@@ -404,27 +362,22 @@ def main():
         processor = data.load_processor(args.model)
     sam2 = load_sam2(args.sam2, DEVICE) if args.sam2 else None
 
-    # 3 The answers
-    def ask(record, save):
+    # 3 The answer
+    def ask(record):
         if args.base_url:
-            stream = stream_server(request_of(record, name, limits, most, **texts), url)
+            stream = stream_server(request_of(record, name, limits, most, prompts), url)
         else:
-            prompt = data.encode(record, processor, limits, **texts)  # before a model is loaded
+            prompt = data.encode(record, processor, limits, prompts)  # before a model is loaded
             stream = stream_model(prompt, load_model(args.model), processor.tokenizer, most)
         answer, readable = print_stream(record, stream, args.json)
-        if save and record["media"]:
-            save_drawing(save, record, answer, limits, sam2)
+        if args.save:
+            save_drawing(args.save, record, answer, limits, sam2)
         return readable
 
-    if not records:
-        converse(ask, kind, path, args.task, args.save)
-    unread = 0
-    for i, record in enumerate(records):
-        if args.questions and not args.json:
-            print(f"--- {record['problem_id']}: {record['problem']}")
-        save = os.path.join(folder, f"{i}.png") if folder and args.questions else args.save
-        unread += not ask(record, save)
-    return int(unread > 0)
+    if not args.question:
+        converse(ask, kind, path, args.task)
+        return 0
+    return 0 if ask(record) else 1
 
 
 if __name__ == "__main__":

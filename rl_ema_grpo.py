@@ -32,8 +32,6 @@ Letters of dimensions: n responses in a group, R response tokens at hand, and th
 import itertools
 import json
 import math
-import os
-import random
 import sys
 import time
 from collections import Counter, defaultdict
@@ -41,7 +39,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
-from operator import itemgetter
 
 import cpu_compat  # before transformers
 import numpy as np
@@ -55,8 +52,7 @@ from data import Prompt, encode, next_items, task_of
 from rewards import Grader
 from sft import DUMMY, gather, microbatches, pack, peak_gb
 
-# --------------------------------------------------------------------------------------------------
-# The method
+# ---- The method
 
 
 class EMAStd:
@@ -162,8 +158,7 @@ def policy_loss(
     return losses, numbers
 
 
-# --------------------------------------------------------------------------------------------------
-# The vLLM engine in every rank
+# ---- The vLLM engine in every rank
 
 
 @dataclass
@@ -291,8 +286,7 @@ def grade(groups, grader, tokenizer):
         group.scores = [next(scores) for _ in group.responses]
 
 
-# --------------------------------------------------------------------------------------------------
-# The parts of a step
+# ---- The parts of a step
 
 
 def has_signal(group):
@@ -323,8 +317,6 @@ def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
         state["cursor"] += size * world
         with phase(row, "generate"):
             groups = generate(llm, prompts, seeds, n, args.max_response_tokens, tokenizer)
-        with phase(row, "wait"):  # for the rank that generates longest
-            dist.barrier()
         with phase(row, "grade"):
             grade(groups, grader, tokenizer)
         for group in groups:
@@ -412,35 +404,32 @@ def update(model, optimizer, groups, old_logps, ref_logps, args, device):
     return numbers
 
 
-# --------------------------------------------------------------------------------------------------
-# The run
+# ---- The run
 
 
-# fmt: off
 def parse_args():
-    parser, positive = sft.new_parser(__doc__, lr=2e-6, weight_decay=1e-2, save_every=20), data.at_least(1)
-    number = data.at_least(0, float)
-    group = parser.add_argument_group("method")
-    group.add_argument("--method", choices=["ema_grpo", "grpo", "dr_grpo"], default="ema_grpo")
-    group.add_argument("--ema-decay", type=number, default=0.99, help="of the moving reward moments, per step (%(default)s)")
-    group.add_argument("--advantage-clip", type=number, default=5.0, help="largest size of an advantage (%(default)s)")
-    group.add_argument("--clip-low", type=number, default=0.2, help="ratio above 1 - this (%(default)s)")
-    group.add_argument("--clip-high", type=number, default=0.3, help="ratio below 1 + this (%(default)s)")
-    group.add_argument("--dual-clip", type=number, default=3.0, help="largest ratio where the advantage is negative (%(default)s)")
-    group.add_argument("--kl-coef", type=number, default=0.0, help="weight of the KL to the starting model (%(default)s: none)")
-    group.add_argument("--tis-cap", type=number, help="cap of the trainer / vLLM importance weight (default: no weight)")
-    group = parser.add_argument_group("training")
-    group.add_argument("--steps", type=positive, default=200, help="rollout batches (%(default)s)")
-    group.add_argument("--prompts-per-step", type=positive, default=128, help="least kept groups per step, all ranks (%(default)s)")
-    group.add_argument("--rollouts-per-prompt", type=data.at_least(2), default=8, help="responses per group (%(default)s)")
-    group.add_argument("--updates-per-step", type=positive, default=4, help="optimiser steps per rollout batch (%(default)s)")
-    group.add_argument("--max-rounds", type=positive, default=20, help="rounds of dynamic sampling per step (%(default)s)")
-    group.add_argument("--max-response-tokens", type=positive, default=4096, help="(%(default)s)")
-    group.add_argument("--polar-url", help="vLLM server of POLAR, which grades open-ended answers (default: ROUGE)")
-    group.add_argument("--wandb", help="also log to this Weights & Biases project")
+    parser = sft.new_parser(__doc__, lr=2e-6, weight_decay=1e-2, save_every=20)
+    positive, number = data.at_least(1), data.at_least(0, float)
+    add = parser.add_argument_group("method").add_argument
+    add("--method", choices=["ema_grpo", "grpo", "dr_grpo"], default="ema_grpo")
+    add("--ema-decay", type=number, default=0.99, help="of the moments, per step (%(default)s)")
+    add("--advantage-clip", type=number, default=5.0, help="largest advantage (%(default)s)")
+    add("--clip-low", type=number, default=0.2, help="ratio above 1 - this (%(default)s)")
+    add("--clip-high", type=number, default=0.3, help="ratio below 1 + this (%(default)s)")
+    add("--dual-clip", type=number, default=3.0, help="largest ratio where A < 0 (%(default)s)")
+    add("--kl-coef", type=number, default=0.0, help="weight of the KL to --model (%(default)s)")
+    add("--tis-cap", type=number, help="cap of the trainer / vLLM importance weight (none)")
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive, default=200, help="rollout batches (%(default)s)")
+    add("--prompts-per-step", type=positive, default=128, help="groups, all ranks (%(default)s)")
+    add("--rollouts-per-prompt", type=data.at_least(2), default=8, help="responses (%(default)s)")
+    add("--updates-per-step", type=positive, default=4, help="optimiser steps (%(default)s)")
+    add("--max-rounds", type=positive, default=20, help="of dynamic sampling (%(default)s)")
+    add("--max-response-tokens", type=positive, default=4096, help="(%(default)s)")
+    add("--polar-url", help="vLLM server of POLAR, for open-ended answers (default: ROUGE)")
+    add("--wandb", help="also log to this Weights & Biases project")
     data.add_limits(parser)
     return parser.parse_args()
-# fmt: on
 
 
 @contextmanager
@@ -472,22 +461,16 @@ def summarise(seen, updates, ema, seconds):
     return result | {f"std/{task}": ema.std(task) for task in sorted(ema.moments)}
 
 
-def report(args, row, seen, tokenizer, seconds_left):
+def report(args, row, seen, tokenizer):
     """Rank 0: a line on the screen, and a response of three groups in rollouts.jsonl."""
-    print(
-        f"step {row['step']}/{args.steps}  reward {row['reward']:.3f}"
-        f"  accuracy {row['accuracy']:.3f}  kept {row['kept_share']:.2f}"
-        f"  tokens {row['response_tokens']:.0f}  {row['seconds/step']:.1f} s"
-        f"  {timedelta(seconds=round(seconds_left))} left",
-        flush=True,
-    )
-    if not row["groups"]:
-        print(f"WARNING: no group was kept in {row['rounds']} rounds: nothing to learn from")
+    numbers = "step {step}  reward {reward:.3f}  accuracy {accuracy:.3f}  kept {kept_share:.2f}"
+    numbers += "  tokens {response_tokens:.0f}  {seconds/step:.1f} s"
+    left = timedelta(seconds=round(row["seconds/step"] * (args.steps - row["step"])))
+    print(numbers.format_map(row), f" {left} left", flush=True)
     if row.get("logp_gap", 0) > 0.1:
-        gap = f"{row['logp_gap']:.2f} nats a token"
-        print(f"WARNING: trainer and vLLM differ by {gap}: other weights, pixels or positions?")
-    with open(os.path.join(args.out, "rollouts.jsonl"), "a") as file:
-        for group in random.Random(row["step"]).sample(seen, min(3, len(seen))):
+        print(f"WARNING: logp_gap {row['logp_gap']:.2f}: other weights, pixels or positions?")
+    with open(f"{args.out}/rollouts.jsonl", "a") as file:
+        for group in seen[:3]:
             record = group.prompt.record
             entry = dict(step=row["step"], file=record["file"], index=record["index"])
             entry |= dict(task=task_of(record), answer=record["answer"])
@@ -507,9 +490,8 @@ def main():
     stop = sft.Stop(args.minutes)
     rank, world, device = sft.init_distributed()
     refusal = "an SFT record (messages), where answers are needed"
-    records, settings = sft.load_inputs(args, itemgetter("answer"), refusal)
-    state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={})
-    state |= sft.start_run(args)
+    records, settings = sft.load_inputs(args, lambda record: record["answer"], refusal)
+    state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={}) | sft.start_run(args)
     tokenizer, dtype = settings["processor"].tokenizer, getattr(torch, args.dtype)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.
@@ -531,13 +513,11 @@ def main():
     stream = data.prefetch(records, partial(encode, **settings), order, args.workers)
     grader = Grader(polar_url=args.polar_url)
     tally = Counter(state["counts"] if rank == 0 else {})
-    first, begin, updates = state["step"], time.time(), args.updates_per_step
+    first, updates = state["step"], args.updates_per_step
     if rank == 0:
         g, n = args.prompts_per_step, args.rollouts_per_prompt
-        print(
-            f"{len(records)} records; {g} prompts x {n} rollouts = {g * n} responses a step on"
-            f" {world} ranks; {updates} updates of about {g // updates} prompts each; from {first}"
-        )
+        work = f"{g} prompts x {n} rollouts = {g * n} responses a step on {world} ranks"
+        print(f"{len(records)} records; {work}; {updates} updates of {g // updates}; from {first}")
 
     for step in range(first + 1, args.steps + 1):
         row, start = dict(step=step), time.time()
@@ -549,7 +529,6 @@ def main():
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
         kept, seen = sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
-        row["gb"] = peak_gb()
         pool = release_kv_cache(llm)
 
         # 4 advantages
@@ -570,7 +549,7 @@ def main():
         with phase(row, "update"):
             batches = zip(minibatches, old_logps, ref_logps)
             done = [update(model, optimizer, *batch, args, device) for batch in batches]
-        row["gb"] = max(row["gb"], peak_gb() - pool)  # PyTorch goes on counting the freed pool
+        row["gb"] = peak_gb() - pool  # PyTorch counts the pool even while it is freed
 
         # 7 log
         row["seconds/step"] = time.time() - start
@@ -581,8 +560,7 @@ def main():
         row |= state["counts"]
         sft.log_metrics(args.out, row)
         if rank == 0:
-            pace = (time.time() - begin) / (step - first)
-            report(args, row, seen, tokenizer, pace * (args.steps - step))
+            report(args, row, seen, tokenizer)
 
         # 8 save
         state |= dict(step=step, moments=ema.state_dict())

@@ -80,7 +80,7 @@ def test_answers_of_all_tasks_are_read(task, kind, said, good, marks, capsys):
 def test_a_response_is_printed_as_it_comes(capsys):
     """Words twice or never, a "stream" that appears at its end, JSON with other words around it."""
     record, text = (
-        dict(problem_id="7", problem_type="OCR", data_type="image"),
+        dict(problem_type="OCR", data_type="image"),
         "<think>Hm.</think>B",
     )
     parts = []
@@ -93,9 +93,7 @@ def test_a_response_is_printed_as_it_comes(capsys):
     infer.print_stream(record, pieces())
     assert parts == list(text) and capsys.readouterr().out == "\nanswer: B\n"
     infer.print_stream(record, [(text, "length")], as_json=True)
-    line = dict(
-        problem_id="7", task="OCR", response=text, answer="B", readable=True, finished=False
-    )
+    line = dict(task="OCR", response=text, answer="B", readable=True, finished=False)
     assert json.loads(capsys.readouterr().out) == line
 
 
@@ -233,9 +231,9 @@ def test_frames_are_turned_the_way_the_model_sees_them(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     turned(tmp_path / "a.mp4", tmp_path / "turned.mp4")
-    length, frames = infer.iter_frames(str(tmp_path / "turned.mp4"), None)
+    frames = infer.iter_frames(str(tmp_path / "turned.mp4"), None)
     shown = [image for _, image in frames]
-    assert length == pytest.approx(1) and len(shown) == 4 and shown[0].size == (200, 300)
+    assert len(shown) == 4 and shown[0].size == (200, 300)
     seen = Image.fromarray(data.read_video(tmp_path / "turned.mp4").frames[0]).resize((200, 300))
     assert outline(shown[0], BLUE, 60) == pytest.approx((100, 0, 200, 150), abs=2)
     assert outline(seen, BLUE, 60) == pytest.approx((100, 0, 200, 150), abs=4)
@@ -320,7 +318,7 @@ def test_sam2_is_prompted_with_box_and_points(sam2):
     expected = processor.post_process_masks(logits, inputs["original_sizes"])[0][0, 0].numpy()
     only_box = PROMPT._replace(positive=[], negative=[])
     items = [(image, PROMPT), (other, PROMPT), (image, Marks()), (image, only_box)]
-    masks = infer.segment_images(sam2[1], items)
+    masks = [infer.segment_video(sam2[1], np.array(im)[None], 0, marks)[0] for im, marks in items]
     assert [mask.shape for mask in masks] == [(50, 70), (90, 40), (50, 70), (50, 70)]
     assert masks[0].dtype == bool and (masks[0] == expected).all() and 0.05 < expected.mean() < 0.95
     assert not masks[2].any() and (masks[3] != masks[0]).mean() > 0.01
@@ -350,7 +348,7 @@ def test_masks_are_drawn(sam2, tmp_path):
         save(tmp_path / f"{name}.mp4", tmp_path / "a.mp4", *settings)
     marks = data.marks_of("segmentation-image", answer)
     with Image.open(tmp_path / "a.png") as image:
-        mask = infer.segment_images(sam2[1], [(image, marks)])[0]
+        mask = infer.segment_video(sam2[1], np.array(image)[None], 0, marks)[0]
     differs = (drawn["plain"] != drawn["masked"]).any(-1)
     assert (differs <= mask).all() and differs.sum() > 0.8 * mask.sum() > 0
 
@@ -374,15 +372,12 @@ def test_masks_are_drawn(sam2, tmp_path):
         ("--image a.png --task tracking follow", "--task 'tracking' does not go with --image"),
         ("--image a.png --save o.mp4 read", "--save o.mp4: expected .png"),
         ("--image a.png --save a.png/o.png", "File exists"),
-        ("--image a.png --json", "--json: a question or --questions is needed"),
+        ("--image a.png --json", "--json: a question is needed"),
         ("--image a.png which --options one two", "--options are needed for a multiple choice"),
         ("--image torn.png what", "torn.png: cannot identify image file"),
         ("what", "--image or --video is needed"),
         ("--image a.png what<image>is<image>this", "<image>"),
-        ("--questions torn.jsonl", "torn.jsonl: line 1: not JSON"),
-        ("--questions bad.jsonl", "bad.jsonl: record 1: problem_type is 'sums'"),
         ("--image a.png what --sam2 none", "--sam2 none: no folder of a SAM2"),
-        ("--image a.png what --system none.txt", "none.txt"),
         ("--image a.png what --model none", "none: no such folder, and no hub id"),
     ],
 )  # fmt: skip
@@ -392,10 +387,6 @@ def test_wrong_requests_are_refused_at_once(toy, tmp_path, monkeypatch, words, s
     Image.new("RGB", (64, 64)).save("a.png")
     (tmp_path / "a.mp4").write_text("no video")
     (tmp_path / "torn.png").write_text("no image")
-    (tmp_path / "torn.jsonl").write_text('{"problem": ')
-    good = dict(problem="?", problem_type="OCR", images="a.png")
-    lines = [json.dumps(raw) for raw in (good, good | dict(problem_type="sums"))]
-    (tmp_path / "bad.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(infer, "load_model", lambda *_: pytest.fail("the model is loaded"))
     monkeypatch.setattr(sys, "argv", ["infer.py", "--model", str(toy / "model"), *words.split()])
     with pytest.raises(infer.UNUSABLE) as error:
@@ -409,19 +400,15 @@ def test_wrong_requests_are_refused_at_once(toy, tmp_path, monkeypatch, words, s
 
 @pytest.fixture(scope="module")
 def questions(toy):
-    """A file of one held-out question of each task, and one on an uneven video -> file, records"""
-    lines = []
-    for path in sorted((toy / "eval").glob("*.json")):
-        raw = json.loads(path.read_text())[0]
-        kept = ("problem_id", "problem", "problem_type", "options", "data_type", "path")
-        lines.append({key: raw[key] for key in kept})
+    """Records: a held-out question of each task, and one on an uneven video."""
+    folder, records = toy / "eval", []
+    for path in sorted(folder.glob("*.json")):
+        records.append(data.load_records(path)[0])
     times = [0, 40, 80, 1000, 1040, 3000, 3100, 7000]
-    write_video(toy / "eval" / "media" / "uneven.mp4", 130, 50, times)
-    problem = dict(problem="Before <video> and after?", problem_type="OCR")
-    lines.append(problem | dict(videos=["media/uneven.mp4"]))
-    path = toy / "eval" / "questions.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path, infer.read_questions(path)
+    write_video(folder / "uneven.mp4", 130, 50, times)
+    uneven = folder / "uneven.mp4"
+    record = infer.record_of("Before <video> and after?", "video", uneven, "OCR", [])
+    return [*records, record]
 
 
 @pytest.fixture(scope="module")
@@ -443,7 +430,7 @@ def answers(record, processor, model, tokens=24):
 def test_ends_and_banned_tokens(processor, model, questions, monkeypatch):
     """<|endoftext|>, the second end of Qwen3-VL's generation_config.json, or a vision token is read
     as part of an answer."""
-    record, tokenizer = questions[1][0], processor.tokenizer
+    record, tokenizer = questions[0], processor.tokenizer
     first, end = answers(record, processor, model, tokens=1)
     assert first and end == "length"
     ids = [i for i in range(len(tokenizer)) if tokenizer.decode([i]) == first]
@@ -460,32 +447,23 @@ def test_what_the_template_opens_is_shown(processor, model, questions, monkeypat
     template = processor.tokenizer.chat_template
     opens = template.replace("assistant\n", "assistant\n<think>\n")
     monkeypatch.setattr(processor.tokenizer, "chat_template", opens)
-    assert answers(questions[1][0], processor, model)[0].startswith("<think>\n")
+    assert answers(questions[0], processor, model)[0].startswith("<think>\n")
 
 
-@pytest.fixture(scope="module")
-def by_script(toy, questions, tmp_path_factory):
-    """All questions through the script: the result, its lines, and the folder of drawings."""
-    out = tmp_path_factory.mktemp("drawings") / "new"
+def test_one_json_object(toy, questions, processor, model, tmp_path):
+    """A word on stdout that is not JSON, exit code 0 for an answer that says nothing, other pixels
+    than in evaluation, bfloat16 on a CPU."""
+    path, words = questions[-1]["media"][0]["path"], "Before <video> and after?"
     settings = "--max-response-tokens", 24, "--image-min-pixels", 4096
-    settings += "--questions", questions[0], "--json", "--save", out
-    result = run("infer.py", "--model", toy / "model", *settings, check=False)
-    return result, [json.loads(line) for line in result.stdout.splitlines()], out
-
-
-def test_questions_in_json_lines(by_script, questions, processor, model):
-    """A word on stdout that is not JSON, exit code 0 for answers that say nothing, a drawing of
-    another question, other pixels than in evaluation, bfloat16 on a CPU."""
-    result, lines, out = by_script
-    assert [line["problem_id"] for line in lines] == [r["problem_id"] for r in questions[1]]
-    assert [line["task"] for line in lines] == [data.task_of(record) for record in questions[1]]
-    assert not lines[1]["readable"] and result.returncode == 1, result.stderr[-2000:]
-    assert sorted(os.listdir(out)) == sorted(f"{i}.png" for i in range(len(lines)))
-    for i, (record, line) in enumerate(zip(questions[1], lines)):
-        said = answers(record, processor, model)
-        assert (line["answer"] or "", line["finished"]) == (said[0].strip(), said[1] == "stop")
-        with Image.open(out / f"{i}.png") as drawn:
-            assert (drawn.width > 2 * drawn.height) == (record["data_type"] == "video")
+    settings += "--json", "--save", tmp_path / "new" / "o.png"
+    command = "--model", toy / "model", "--video", path, "--task", "OCR", words, *settings
+    result = run("infer.py", *command, check=False)
+    line = json.loads(result.stdout)
+    said, end = answers(questions[-1], processor, model)
+    assert (line["response"], line["finished"]) == (said, end == "stop")
+    assert result.returncode == (0 if line["readable"] else 1) and line["task"] == "OCR"
+    with Image.open(tmp_path / "new" / "o.png") as drawn:
+        assert drawn.width > 2 * drawn.height  # a strip
 
 
 @pytest.fixture(scope="module")
@@ -516,15 +494,14 @@ def server(toy):
 
 def test_a_server_reads_the_same_prompt(server, processor, model, questions):
     """Times lost on the way (a video of 7 s read as 4 frames at 1 fps), frames blurred by JPEG, text
-    in another order, a system turn left out."""
-    for record in questions[1]:
-        request = infer.request_of(record, "toy", LIMITS, 24, data.PROMPTS, "Be short.")
+    in another order."""
+    for record in questions:
+        request = infer.request_of(record, "toy", LIMITS, 24, data.PROMPTS)
         at_once = request | dict(stream=False, return_token_ids=True)
         reply = json.loads(b"".join(infer.ask_server(f"{server}/chat/completions", at_once)))
-        prompt = data.encode(record, processor, LIMITS, system="Be short.")
+        prompt = data.encode(record, processor, LIMITS)
         assert reply["prompt_token_ids"] == prompt.token_ids, record["problem"]
 
-        request = infer.request_of(record, "toy", LIMITS, 24, data.PROMPTS)
         pieces = list(infer.stream_server(request, server))
         said, end = answers(record, processor, model)
         assert "".join(piece for piece, _ in pieces).rstrip("\ufffd") == said.rstrip("\ufffd")
@@ -533,7 +510,7 @@ def test_a_server_reads_the_same_prompt(server, processor, model, questions):
 
 def test_the_prompt_goes_on_after_a_mistake(server, questions, tmp_path):
     """A wrong path that ends a session with a large model; an answer that is not drawn."""
-    media = {m["type"]: m["path"] for record in questions[1] for m in record["media"]}
+    media = {m["type"]: m["path"] for record in questions for m in record["media"]}
     typed = f"""what?\n/image none.png\nwhat?\n/image {media["image"]}
         /task spotting\n/task OCR\nWhat is here?\n/dance\n/task multiple choice\nWhat?
         Which? | a | b\n"""
