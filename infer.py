@@ -15,6 +15,7 @@ import base64
 import io
 import json
 import os
+import re
 import sys
 import urllib.request
 from fractions import Fraction
@@ -223,7 +224,8 @@ def ask_server(url, request=None, silence=30):
             yield from reply
     except (OSError, HTTPException) as error:
         reason = error.read(1000) if isinstance(error, urllib.error.HTTPError) else b""
-        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}") from error
+        hint = " (see --max-response-tokens)" if b"max_tokens" in reason else ""
+        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}{hint}") from error
 
 
 def stream_server(request, url):
@@ -248,7 +250,9 @@ def parse_args():
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
     group.add_argument("--task", choices=PROBLEM_TYPES, default="open-ended", help="(%(default)s)")
-    group.add_argument("--options", nargs="+", default=[], help="of a choice, without A, B, ...")
+    group.add_argument(
+        "--options", nargs="+", default=[], help="of a multiple choice, after the question"
+    )
     group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif")
     group.add_argument("--json", action="store_true", help="print a JSON object")
     group = parser.add_argument_group("model")
@@ -256,7 +260,9 @@ def parse_args():
     group.add_argument("--base-url", help="vLLM server, .../v1; its key is in OPENAI_API_KEY")
     group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks from box and points")
     group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
-    group.add_argument("--max-response-tokens", type=int, default=8192, help="(%(default)s)")
+    group.add_argument(
+        "--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)"
+    )
     limits = dict(image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32)
     limits |= dict(video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
     data.add_limits(parser, **limits)
@@ -271,7 +277,8 @@ def record_of(question, kind, path, task, options):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
-    options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
+        options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     raw = dict(problem=question, problem_type=task, options=options, answer="{}")
     raw |= dict(data_type=kind, path=os.path.abspath(path))
     return data.normalise(raw, "this question", index=0, root="/")
@@ -308,7 +315,9 @@ def converse(ask, kind, path, task):
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
-            if command in ("/image", "/video"):
+            if command == "/image" and rest.lower().endswith((".mp4", ".mkv", ".webm", ".mov")):
+                print("that is a video: use /video")
+            elif command in ("/image", "/video"):
                 kind, path = command[1:], os.path.expanduser(rest.strip())
             elif command == "/task" and rest in PROBLEM_TYPES:
                 task = rest
@@ -351,7 +360,10 @@ def main():
         endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
         if not args.save.endswith(endings):
             raise ValueError(f"--save {args.save}: expected {' or '.join(endings)}")
-        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
+        folder = os.path.dirname(os.path.abspath(args.save))
+        os.makedirs(folder, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise OSError(f"--save: {folder} cannot be written")
     prompts = data.load_prompts(args.prompts)
 
     # 2 The model
