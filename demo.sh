@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source tests/venv.sh
 
-out=runs/demo toy="--sft 8000 --rl 5000 --eval 100" sft_steps=500 rl_steps=100 prompts=32
+out=runs/demo toy="--sft 8000 --rl 5000 --eval 100" sft_steps=300 rl_steps=40 prompts=32
 if [ "${1:-}" = --quick ]; then
     out=${2:-runs/demo-quick} toy="--sft 128 --rl 96 --eval 2" sft_steps=3 rl_steps=2 prompts=4
 fi
@@ -19,11 +19,11 @@ say "1 toy world: a tiny Qwen3-VL that can see, images, videos, records of all t
 
 say "2 supervised cold start, $sft_steps steps on 2 ranks"
 torchrun --standalone --nproc-per-node 2 sft.py --model $out/toy/model --data $out/toy/sft_*.json --out $out/sft \
-    --steps $sft_steps --lr 1e-3 --train-vision --dtype float32 --no-recompute --workers 1 $limits
+    --steps $sft_steps --lr 2e-3 --train-vision --dtype float32 --no-recompute --workers 1 $limits
 
 say "3 EMA-GRPO, $rl_steps steps on 2 ranks"
 torchrun --standalone --nproc-per-node 2 rl_ema_grpo.py --model $out/sft --data $out/toy/rl_train.json --out $out/rl \
-    --steps $rl_steps --prompts-per-step $prompts --updates-per-step 2 --lr 1.5e-4 --max-response-tokens 128 \
+    --steps $rl_steps --prompts-per-step $prompts --lr 3e-4 --max-response-tokens 128 \
     --dtype float32 --no-recompute --workers 1 $limits
 
 say "4 held-out records: after SFT, after RL"
