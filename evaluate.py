@@ -10,8 +10,8 @@
     python evaluate.py --compare runs/eval/base runs/eval/sft runs/eval/rl --names base SFT RL
 
 A benchmark is a record file (JSON, JSONL, VLMEvalKit's TSV), named by its file name without the
-ending. Each rank has its own vLLM engine and answers its share, greedily. SAM2 turns boxes and
-points into masks, a judge grades captions, all else goes by rules. Under --out:
+ending. Each rank answers its share, greedily, with its own vLLM engine. SAM2 turns boxes and points
+into masks, a judge grades captions, all else goes by rules. Under --out:
 
     <benchmark>.jsonl   one line per record: problem_id, position, task, response, trouble, answer,
                         accuracy, parts (of the metrics), masks, verdict (of the judge)
@@ -21,15 +21,15 @@ points into masks, a judge grades captions, all else goes by rules. Under --out:
     parts/, media/      what the ranks have written so far; the images out of TSV files
 
 The same command goes on where it was, with any number of ranks. Grading is that of training; only
-the reading is more lenient (rewards.answer_of). An answer that cannot be read counts 0, and so does
-a record whose media cannot be opened (the next run tries it again). A generation that failed in
-vLLM is not stored. A benchmark of which more than 5% have no grade is not in the mean.
+the reading is more lenient (rewards.answer_of). What cannot be read counts 0, be it an answer or a
+medium (the next run tries a medium again). A generation that failed in vLLM is not stored. A
+benchmark of which more than 5% have no grade is not in the mean.
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU, AO that of tracks, with and
-without the box that the question gives. tIoU is that of times, sIoU that of boxes over the seconds
-that both sides have (the paper's), vIoU over the true ones. Of masks cIoU is the sum of
-intersections by the sum of unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure,
-by the paper's rules and by those of DAVIS. The headline metric (*) is the one in the mean.
+without the given box. tIoU is that of times, sIoU that of boxes over the seconds that both sides
+have (the paper's), vIoU over the true ones. Of masks cIoU is the sum of intersections by the sum of
+unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the paper's rules and by
+those of DAVIS. The headline metric (*) is the one in the mean.
 """
 
 import ast
@@ -55,6 +55,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch.distributed as dist
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from tqdm import tqdm
@@ -160,9 +161,7 @@ def print_list():
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
 Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Videos: 2 frames a second, at most 128;
-"128 frames": so many whatever the length. judge: needs --judge-url. system: the release asks these
-with a system prompt; --system FILE gives it to these and to files of your own.
-
+"128 frames": so many whatever the length. judge: needs --judge-url. system: asked with --system.
 Call each file by the second name, with its ending:   curl -L -o eval/MMStar.tsv URL
 or, of the hub:   hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval
 Unpack the media there; those of Video_Holmes.json, LongVideoBench.json and Video_MMLU_CAP.tsv into
@@ -174,8 +173,7 @@ video, videos and youtube_videos. The release names no file of MMT-Caption.""")
 
 def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark, as data.load_records has them, each with `benchmark`,
-    `judged`: whether only a judge can grade it (other open-ended answers are graded by ROUGE), and
-    `masked`: whether it has true masks."""
+    `masked`: it has true masks, `judged`: only a judge can grade it, not ROUGE as elsewhere."""
     stem, end = os.path.splitext(os.path.basename(path))
     benchmark = BENCHMARKS.get(stem, B())
     if end == ".tsv" or benchmark.media:
@@ -184,8 +182,8 @@ def load_benchmark(path, media_root, out):
         records = data.load_records(path, media_root)
     for record in records:
         record["benchmark"] = stem
+        record["masked"] = "segmentation_rle" in record.get("segmentation_output", {})
         record["judged"] = benchmark.judged and record["problem_type"] == TEXT
-        record["masked"] = "segmentation_rle" in (record.get("segmentation_output") or {})
     return {record["index"]: record for record in records}
 
 
@@ -283,9 +281,7 @@ def check(args):
     benchmarks, settings, encode = {}, {}, {}
     try:
         if not (args.data and args.out and (args.model or args.regrade)):
-            raise ValueError(
-                "--model, --data and --out are needed (or --list, --compare, --regrade)"
-            )
+            raise ValueError("needed: --model, --data and --out; or --list, --compare, --regrade")
         if os.path.isdir(f"{args.out}/checkpoints"):
             raise ValueError(f"--out {args.out} is the folder of a training run: name another")
         if bool(args.judge_url) != bool(args.judge_model):
@@ -294,16 +290,16 @@ def check(args):
             check_sam2(args.sam2)
             settings["sam2"] = args.sam2
         if not args.regrade:
-            system = Path(args.system).read_text(encoding="utf-8") if args.system else ""
-            limits, prompts = data.limits_of(args), data.load_prompts(args.prompts)
-            processor = data.load_processor(args.model)
-            encode = dict(processor=processor, limits=limits, prompts=prompts, system=system)
+            prompts, limits = data.load_prompts(args.prompts), data.limits_of(args)
+            system = Path(args.system).read_text("utf-8") if args.system else ""
+            encode = dict(prompts=prompts, limits=limits, system=system)
+            settings |= encode | dict(limits=limits._asdict(), dtype=args.dtype)
+            settings["max_response_tokens"] = args.max_response_tokens
             weights = sorted(Path(args.model).glob("*.safetensors"))
             settings["model"] = [path.stat().st_mtime for path in weights] or args.model
-            settings |= dict(prompts=prompts, system=system, limits=limits._asdict())
-            settings |= dict(dtype=args.dtype, max_response_tokens=args.max_response_tokens)
+            encode["processor"] = data.load_processor(args.model)
         for path in args.data:
-            name = os.path.splitext(os.path.basename(path))[0]
+            name = Path(path).stem
             if name in benchmarks:
                 raise ValueError(f"--data: {path}: a second file of {name!r}: rename one")
             records = benchmarks[name] = load_benchmark(path, args.media_root, args.out)
@@ -402,28 +398,24 @@ def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
 
 
 def masks_of(record, answer, sam2):
-    """What SAM2 makes of an answer: {"answer", "parts" in the metrics of masks, and for the report
-    "place", the frame with the prompt, and its "mask", RLE}. Without a prompt masks are empty."""
+    """SAM2's masks of an answer, empty ones without a prompt -> {"answer", "parts" of metrics}."""
     truths, marks = true_masks(record), marks_of(task_of(record), answer)
     size, image = next(iter(truths.values())).shape, record["data_type"] == "image"
     count = 1 if image else len(record["segmentation_output"]["frames"])
-    place = 0 if image else round((marks.time or 0) * record["fps"])
-    place, masks = min(max(place, 0), count - 1), np.zeros((count, *size), dtype=bool)
+    masks = np.zeros((count, *size), dtype=bool)
     if marks.boxes or marks.positive:  # without an answer the media may not even be there
+        place = round(min(max(marks.time or 0, 0) * record.get("fps", 1), count - 1))
         masks = segment_video(sam2, frames_at(record, count, size), place, marks)
     areas = [[int((masks[k] & y).sum()), int((masks[k] | y).sum())] for k, y in truths.items()]
-    iou = lambda empty: np.mean([both / either if either else empty for both, either in areas])
+    ious = lambda empty: [both / either if either else empty for both, either in areas]
     if image:
-        parts = {"cIoU": areas[0], "gIoU": float(iou(empty=1))}
-    else:
-        parts = {}
-        for by, davis in (("", False), (" (DAVIS)", True)):
-            j = iou(empty=int(davis))  # of two empty masks: 1 by DAVIS, 0 in the paper's figures
-            f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
-            parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
-    rle = coco.encode(np.asfortranarray(masks[place], dtype=np.uint8))
-    mask = dict(size=rle["size"], counts=rle["counts"].decode())
-    return dict(answer=answer, parts=parts, place=place, mask=mask)
+        return dict(answer=answer, parts={"cIoU": areas[0], "gIoU": float(ious(empty=1)[0])})
+    parts = {}
+    for by, davis in (("", False), (" (DAVIS)", True)):
+        j = np.mean(ious(empty=int(davis)))  # of two empty masks: 1 by DAVIS, 0 in the paper's
+        f = np.mean([boundary_f(masks[k], y, davis) for k, y in truths.items()])
+        parts |= {"J" + by: float(j), "F" + by: float(f), "J&F" + by: float(j + f) / 2}
+    return dict(answer=answer, parts=parts)
 
 
 def true_masks(record):
@@ -447,8 +439,6 @@ def frames_at(record, count, size):
     for second, image in iter_frames(path, fps)[1]:
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
-        if len(frames) == count:
-            break
     return np.stack(frames + [frames[-1]] * (count - len(frames)))
 
 
@@ -482,10 +472,8 @@ def ask_judge(url, model, record, line, silence=120.0):
     try:
         pieces = ask_server(f"{url.rstrip('/')}/chat/completions", request, silence)
         text = str(json.loads(b"".join(pieces))["choices"][0]["message"]["content"])
-    except OSError as error:
-        return None, str(error)
-    except (ValueError, LookupError, TypeError) as error:
-        return None, f"it replied no chat completion: {error!r}"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return None, f"no chat completion: {error!r}"
     return read_score(text), f"it replied {text[:200]!r}"
 
 
@@ -498,19 +486,18 @@ def grade(benchmarks, out, judge=None):
             lines = read_lines(f"{out}/{name}.jsonl")
             pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
             for (record, answer), accuracy in zip(pairs, grader.accuracies(pairs)):
-                line, task = lines[record["index"]], task_of(record)
+                line = lines[record["index"]]
                 for key in ("masks", "verdict"):
-                    stored = line.get(key, {})
-                    other_judge = judge and stored.get("judge", judge) != judge
-                    if stored.get("answer") != answer or other_judge:
+                    made = line.get(key, {})
+                    if made.get("answer") != answer or judge and made.get("judge", judge) != judge:
                         line.pop(key, None)
                 if record["judged"] and answer is not None:
                     accuracy = line.get("verdict", {}).get("score")
                 trouble = [what for what in line["trouble"] if what != "unreadable"]
                 if line["response"] is not None and not readable(record, answer):
                     trouble.append("unreadable")
-                line |= dict(task=task, trouble=trouble, answer=answer, accuracy=accuracy)
-                line["parts"] = parts_of(task, record, answer)
+                line |= dict(task=task_of(record), trouble=trouble, answer=answer)
+                line |= dict(accuracy=accuracy, parts=parts_of(line["task"], record, answer))
                 line["parts"] |= line.get("masks", {}).get("parts", {})
             write_whole(f"{out}/{name}.jsonl", lines)
         if killed := sum(grader.counts.values()):
@@ -553,9 +540,7 @@ def boundary(mask, davis):
     if davis:
         wide = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
         return (mask ^ wide[:-1, 1:]) | (mask ^ wide[1:, :-1]) | (mask ^ wide[1:, 1:])
-    wide, (height, width) = np.pad(mask, 1), mask.shape
-    around = [wide[y : y + height, x : x + width] for y in range(3) for x in range(3)]
-    return mask & ~np.logical_and.reduce(around)
+    return mask & ~sliding_window_view(np.pad(mask, 1), (3, 3)).all((2, 3))
 
 
 def boundary_f(p, y, davis):
@@ -567,12 +552,11 @@ def boundary_f(p, y, davis):
         return float(p.any() == y.any())
     r = math.ceil(0.008 * diagonal) if davis else max(1, round(0.0075 * diagonal))
     rows, columns = np.mgrid[-r : r + 1, -r : r + 1]
-    near = np.argwhere(rows**2 + columns**2 <= r * r) if davis else np.argwhere(rows == rows)
+    near = rows**2 + columns**2 <= (r * r if davis else 2 * r * r)
 
-    def right(contour, other):  # the share of its pixels; near: offsets, plus r as in the padding
-        rows, columns = np.nonzero(contour)
-        wide = np.pad(other, r)
-        return np.any([wide[rows + dy, columns + dx] for dy, dx in near], axis=0).mean()
+    def right(contour, other):  # the share of its pixels
+        around = sliding_window_view(np.pad(other, r), near.shape)[contour]
+        return (around & near).any((1, 2)).mean()
 
     precision, recall = right(p, y), right(y, p)
     return float(2 * precision * recall / max(1e-9, precision + recall))
@@ -731,8 +715,7 @@ def aligned(rows):
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>
 body { font: 15px/1.5 sans-serif; max-width: 84rem; margin: auto; padding: 1rem; color: #222 }
-p { white-space: pre-wrap; max-height: 24rem; overflow: auto }
-pre { border: 1px solid #ddd; padding: .8rem; max-height: 50vh; overflow: auto }
+p { white-space: pre-wrap; max-height: 24rem } p, pre { overflow: auto }
 section { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(18rem, 1fr)) }
 article { border: 1px solid #ddd; padding: .8rem; overflow-wrap: anywhere; min-width: 0 }
 .wide { grid-column: 1 / -1 } img { max-width: 100%; max-height: 26rem }
@@ -741,28 +724,20 @@ article { border: 1px solid #ddd; padding: .8rem; overflow-wrap: anywhere; min-w
 
 def image_of(record, line):
     """An answer over its truth, drawn on the record's first video, as a strip of frames, or else on
-    its first image -> PIL.Image. With masks: on the frame of the prompt."""
-    task, masks = task_of(record), {}
-    truth, answer = marks_of(task, record["answer"]), marks_of(task, line["answer"])
-    wide = {t: [x1 - 8, y1 - 8, x2 + 8, y2 + 8] for t, (x1, y1, x2, y2) in truth.boxes.items()}
-    marks = {"limegreen": data.Marks(boxes=wide), "lime": truth, "orange": answer}
-    medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
-    if "masks" in line:
-        place, mask = line["masks"]["place"], coco.decode(line["masks"]["mask"]) > 0
-        masks = {"lime": true_masks(record).get(place), "orange": mask}
-        pixels = frames_at(record, place + 1, mask.shape)[place]
-    else:
-        limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
-        pixels = data.read_medium(medium, limits, record.get("fps"))
-        if medium["type"] == "video":
-            return data.draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
+    its first image -> PIL.Image."""
+    task, medium = task_of(record), max(record["media"], key=lambda medium: medium["type"])
+    marks = {"lime": marks_of(task, record["answer"]), "orange": marks_of(task, line["answer"])}
+    limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
+    pixels = data.read_medium(medium, limits, record.get("fps"))
+    if medium["type"] == "video":
+        return data.draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
     image = data.enlarged(Image.fromarray(pixels))
     for colour, each in marks.items():
-        image = data.draw(image, each, answer.time, colour, masks.get(colour))
+        image = data.draw(image, each, colour=colour)
     return image
 
 
-def card(record, line, score):
+def card(record, line):
     """One answer of the report as HTML. All that a model or a record says is escaped."""
     kind, image = "" if record["data_type"] in ("image", "text") else "wide", ""
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
@@ -770,8 +745,8 @@ def card(record, line, score):
         image = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">'
     said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
     said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]
-    where = [f"score {score:.2f}, record {line['position']}, id {line['problem_id']}"]
-    text = html.escape("\n".join([*said, "; ".join(where + line["trouble"])])[:5000])
+    where = f"accuracy {line['accuracy']:.2f}, record {line['position']}, id {line['problem_id']}"
+    text = html.escape("\n".join([*said, "; ".join([where, *line["trouble"]])])[:5000])
     response = html.escape((line["response"] or "")[:20000])
     details = f"<details><summary>response</summary><p>{response}</p></details>"
     return f'<article class="{kind}">{image}<p>{text}</p>{details}</article>'
@@ -779,20 +754,19 @@ def card(record, line, score):
 
 def write_report(out, table, said, benchmarks, lines, count=9):
     """report.html under `out`, which needs no other file: the table, and of each benchmark `count`
-    answers, from the worst to the best by the masks' score if there is one, else the accuracy."""
+    answers, from the worst to the best by their accuracy."""
     args = read_object(f"{out}/args.json")
     shown = ("model", "dtype", "max_response_tokens", "fps", "max_frames", "sam2", "judge_model")
     settings = [f"{key.replace('_', ' ')} {args[key]}" for key in shown if args.get(key)]
-    texts = "; ".join([time.strftime("%d %B %Y %H:%M"), *settings]), "\n".join(said)
-    parts = [PAGE, *(f"<p>{html.escape(text)}</p>" for text in texts)]
-    parts.append(f"<pre>{html.escape(table)}</pre>Orange: the answer; green: the truth, beneath it")
+    about = html.escape("\n".join(["; ".join([time.strftime("%d %B %Y %H:%M"), *settings]), *said]))
+    parts = [PAGE, f"<p>{about}</p><pre>{html.escape(table)}</pre>"]
+    parts.append("Orange: the answer; green: the truth, beneath it")
     for name, each in lines.items():
-        scores = [x["parts"].get("J&F", x["parts"].get("gIoU", x["accuracy"])) for x in each]
-        ranked = sorted((score, i) for i, score in enumerate(scores) if score is not None)
+        graded = [line for line in each if line["accuracy"] is not None]
+        graded.sort(key=lambda line: line["accuracy"])
         parts.append(f"<h2>{html.escape(name)}</h2><section>")
-        for place in np.linspace(0, len(ranked) - 1, min(count, len(ranked)), dtype=int):
-            score, i = ranked[place]
-            parts.append(card(benchmarks[name][each[i]["position"]], each[i], score))
+        for i in np.linspace(0, len(graded) - 1, min(count, len(graded)), dtype=int):
+            parts.append(card(benchmarks[name][graded[i]["position"]], graded[i]))
         parts.append("</section>")
     write_whole(f"{out}/report.html", "\n".join(parts))
 
@@ -916,17 +890,14 @@ def compare_models(outs):
     rows["mean"] = dict(metric="mean", n=len(rows))
     for name, row in rows.items():
         value, drawn = values[name], draws[name].T
-        row |= dict(models={}, differences={})
-        for i, model in enumerate(outs):
-            row["models"][model] = interval(value[i], drawn[i])
-            if i:
-                gap = interval(value[i] - value[i - 1], drawn[i] - drawn[i - 1])
-                row["differences"][model] = gap
+        row["models"] = dict(zip(outs, map(interval, value, drawn)))
+        gaps = map(interval, np.diff(value), np.diff(drawn, axis=0))
+        row["differences"] = dict(zip([*outs][1:], gaps))
     return dict(mean=rows.pop("mean"), benchmarks=rows, left_out=left_out)
 
 
 def compare(args):
-    names = args.names or [os.path.basename(os.path.normpath(out)) for out in args.compare]
+    names = args.names or [Path(out).name for out in args.compare]
     if not len({*names}) == len(names) == len(args.compare):
         data.refuse(f"--names: expected {len(args.compare)} different ones, not {' '.join(names)}")
     report = compare_models(dict(zip(names, args.compare)))
@@ -941,9 +912,7 @@ def compare(args):
     print(aligned(table))
     for before, (model, gap) in zip(names, report["mean"]["differences"].items()):
         print(f"{model} - {before}: {percent(gap, '+.1f')} points, paired over the records")
-    print(
-        "percent [95% interval]; +, -: above, below the model to the left, by the paired interval"
-    )
+    print("percent [95% interval]; +, -: above, below the model to the left, by the paired one")
     if report["left_out"]:
         print(f"left out, since not all models have them: {', '.join(report['left_out'])}")
     if args.out:
@@ -983,10 +952,7 @@ if __name__ == "__main__":
     if args.list:
         print_list()
     elif args.compare:
-        try:
-            compare(args)
-        except (OSError, ValueError) as error:
-            data.refuse(error)
+        compare(args)
     elif args.regrade:
         sys.exit(sum_up(args, check(args)[0]))
     else:
