@@ -755,10 +755,10 @@ def card(record, line):
             drawn = data.draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
         else:
             drawn = data.enlarged(Image.fromarray(pixels))
-            for colour, each in marks.items():
-                drawn = data.draw(drawn, each, colour=colour)
+            for scale, (colour, each) in zip((2, 1), marks.items()):  # the truth shows beneath
+                drawn = data.draw(drawn, each, colour=colour, scale=scale)
         code = in_base64(drawn, "jpeg")
-        image = f'<img loading="lazy" src="data:image/jpeg;base64,{code}">'
+        image = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">'
     said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
     said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]
     said += [f"accuracy: {line['accuracy']:.2f}", "; ".join(line["trouble"])]
@@ -770,7 +770,9 @@ def card(record, line):
 
 def write_report(out, table, said, benchmarks, lines, count=9):
     """report.html, one file: the table, and `count` answers per benchmark, from worst to best."""
-    about = "\n".join([f"{os.path.abspath(out)}, {datetime.now():%d %B %Y}", *said])
+    args = read_object(f"{out}/args.json")
+    settings = [f"{key} {args[key]}" for key in ("model", "dtype", "max_frames") if key in args]
+    about = "\n".join([", ".join([f"{datetime.now():%d %B %Y}", *settings]), *said])
     parts = [PAGE, f"<p>{html.escape(about)}</p><pre>{html.escape(table)}</pre>"]
     for name, each in lines.items():
         graded = [line for line in each if line["accuracy"] is not None]
@@ -786,7 +788,12 @@ def write_report(out, table, said, benchmarks, lines, count=9):
 
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it; the same command goes on
+
+    def stopped(*_):  # by Ctrl-C
+        os.write(2, f"\nevaluate.py: stopped; the same command goes on from {args.out}\n".encode())
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, stopped if data.FIRST_RANK else signal.SIG_DFL)
     benchmarks, settings, encode = check(args)
     from rl_ema_grpo import make_engine
     from sft import init_distributed, start_run

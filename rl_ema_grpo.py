@@ -463,10 +463,11 @@ def summarise(seen, updates, ema, seconds):
 
 def report(args, row, seen, tokenizer):
     """Rank 0: a line on the screen, and a response of three groups in rollouts.jsonl."""
-    numbers = "step {step}  reward {reward:.3f}  accuracy {accuracy:.3f}  kept {kept_share:.2f}"
+    numbers = "reward {reward:.3f}  accuracy {accuracy:.3f}  kept {kept_share:.2f}"
     numbers += "  tokens {response_tokens:.0f}  {seconds/step:.1f} s"
     left = timedelta(seconds=round(row["seconds/step"] * (args.steps - row["step"])))
-    print(numbers.format_map(row), f" {left} left", flush=True)
+    number = f"step {row['step']}/{args.steps} "
+    print(number, numbers.format_map(row), f" {left} left", flush=True)
     if row.get("logp_gap", 0) > 0.1:
         print(f"WARNING: logp_gap {row['logp_gap']:.2f}: other weights, pixels or positions?")
     with open(f"{args.out}/rollouts.jsonl", "a") as file:
