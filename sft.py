@@ -49,8 +49,7 @@ from transformers.modeling_utils import AttentionInterface
 
 import data
 
-# --------------------------------------------------------------------------------------------------
-# The forward
+# ---- The forward
 
 
 class Group(NamedTuple):
@@ -175,8 +174,7 @@ def response_logps(model, batch):
     return chunked_logps(rows, model.lm_head.weight, batch["targets"])
 
 
-# --------------------------------------------------------------------------------------------------
-# Micro-batches
+# ---- Micro-batches
 
 # FSDP gathers and reduces each layer by collectives, so every rank must make the same forward and
 # backward calls, the vision tower included. A rank that has fewer micro-batches than another runs
@@ -213,8 +211,7 @@ def microbatches(groups, limit):
     return [(members, torch.tensor(at, dtype=torch.int64)) for _, members, at in bins]
 
 
-# --------------------------------------------------------------------------------------------------
-# Distributed: one process per device, FSDP2. A single process is a group of one.
+# ---- Distributed: one process per device, FSDP2. A single process is a group of one.
 
 
 def init_distributed():
@@ -301,8 +298,7 @@ def optimizer_step(model, optimizer, grad_clip, loss):
     return norm if finite else math.nan
 
 
-# --------------------------------------------------------------------------------------------------
-# Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
+# ---- Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
 def start_run(args):
@@ -451,8 +447,7 @@ class Stop:
         return any(gather(time.time() > self.deadline))
 
 
-# --------------------------------------------------------------------------------------------------
-# Supervised fine-tuning
+# ---- Supervised fine-tuning
 
 
 def training_pair(record, processor, limits, prompts=data.PROMPTS):
