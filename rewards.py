@@ -43,12 +43,8 @@ Score = namedtuple("Score", "reward accuracy format structure", defaults=4 * (0.
 
 def are_numbers(x, n):
     """A list of n finite JSON numbers: no true, no "12"; at most 1e9, so that products stay finite."""
-    if type(x) is not list or len(x) != n:
-        return False
-    for v in x:  # not all(): most of the time of grading a track goes here
-        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
-            return False
-    return True
+    shape = type(x) is list and len(x) == n
+    return shape and all(type(v) in (int, float) and -1e9 <= v <= 1e9 for v in x)
 
 
 is_number = lambda x: are_numbers([x], 1)
@@ -88,8 +84,8 @@ def find_answer(text):
         if not re.search("<answer>.*</answer>$", text, re.DOTALL):
             return None
     rest = rest if thought else text
-    pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
-    answers = [answer for _, tag, answer in pairs if tag and re.search(r"\w", answer)]
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", rest, re.DOTALL)
+    answers = [answer for answer in answers if re.search(r"\w", answer)]
     if not answers:
         last = re.sub(r"(?:\s*</think>)+$", "", rest).rpartition("</think>")[2]
         answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
@@ -126,15 +122,11 @@ def loose_json(record, text):
     for pattern, new in _MENDED:
         text = re.sub(pattern, new, text)
     kind, found = record["problem_type"], set()
+    field = "time" if kind == "temporal grounding" else "boxes"
     for part in _JSON.findall(text):
-        try:
-            value = _STRICT.decode(part)
-        except ValueError:
-            continue
-        if isinstance(value, list):
-            value = {"time" if kind == "temporal grounding" else "boxes": value}
+        value = read_json(part if part[0] == "{" else f'{{"{field}": {part}}}')
         if kind == "tracking" and isinstance(value.get("boxes"), list):  # one a second, from 1 on
-            value["boxes"] = {str(k): box for k, box in enumerate(value["boxes"], 1)}
+            value = {"boxes": {str(k): box for k, box in enumerate(value["boxes"], 1)}}
         found.add(json.dumps(value))
     found = [answer for answer in found if readable(record, answer)]
     return found[0] if len(found) == 1 else None
@@ -151,11 +143,8 @@ def truth_of(record):
 # ---- Reading units and numbers
 
 _SIGNS = {"−": "-", "–": "-", "⁄": "/", "。": ".", "、": ",", "’": "'", "“": '"', "”": '"'}
-_SIGNS |= {"π": r"\pi ", "∞": r"\infty ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
-_SIGNS |= {power: f"^{{{sign}}}" for power, sign in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")}
-_SIGNS = str.maketrans(_SIGNS)
+_SIGNS = str.maketrans(_SIGNS | {"π": r"\pi ", "∞": r"\infty "})
 _MARKUP = [
-    (r"\}\^\{", ""),
     (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
@@ -167,29 +156,27 @@ _MARKUP = [
     (r"\\Omega\b", "Ω"),
     (r"[^\S\n]+", " "),
 ]
-_MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
-_MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 
 
 def plain(text):
     """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
-    if _MARKED.search(text):
-        text = normalize("NFKC", text.translate(_SIGNS))  # also full-width letters and digits
-        for pattern, new in _MARKUP:
-            text = pattern.sub(new, text)
+    text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", re.sub("([¼½¾])", r" \1", text))
+    text = normalize("NFKC", text).translate(_SIGNS)  # also full-width letters and digits
+    for pattern, new in _MARKUP:
+        text = re.sub(pattern, new, text)
     return text.strip("*_#\"' \n")
 
 
-_LEAD = re.compile(  # words before an answer that do not change it
-    r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
+_FILLER = (  # words around an answer that do not change it
+    r"\b(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|true|best|most|likely|"
     r"appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|choice|letter|"
-    r"one|result|value|score|rating|total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|"
+    r"one|result|value|score|rating|total|that|this|it's|it|is|was|i am|(?:would|must|should|will|has to) be|"
     r"approximately|about|roughly|around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|"
     r"pick|select|go with|think|believe|guess|say|give)|"
-    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|所以|因此|"
-    r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
-    re.IGNORECASE,
+    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|所以|因此|"
+    r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답"
 )
+_LEAD = re.compile(rf"(?i)(?:[=≈]|\\approx\b|{_FILLER})(?:[\s:,]|- (?=[a-z(]))*")
 
 
 def without_leads(text):
@@ -301,12 +288,11 @@ read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(
-    r"[(\[{]? ?([a-z])(?![\w'])(?:"
-    r"(?:[^\w?/&+]|\b(?:is|was|would|be|the|most|likely|clearly|definitely|correct|right|best|true|"
-    r"answer|option|choice)\b)*(?:\b(?:because|since|as|for|rather)\b.*|not [a-z]\W*)?|"  # "B since ...", "B, not C"
+    r"(?is)[(\[{]? ?([a-z])(?![\w'])(?:"
+    rf"(?:[^\w?/&+]|{_FILLER})*"
+    r"(?:\b(?:because|since|as|for|rather)\b.*|not [a-z]\W*)?|"  # "B since ...", "B, not C"
     r"(?:[)\]}:;.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
-    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)"
 )
 _LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
 _CLAUSE = re.compile(  # where a statement may begin
@@ -315,28 +301,25 @@ _CLAUSE = re.compile(  # where a statement may begin
 fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
 
 
-@lru_cache(256)
 def option_names(options):
-    """Tuple of options -> {text with or without its letter: letter}."""
+    """Options -> {text with or without its letter: letter}; None for a text that two have."""
     names = {}
     for letter, option in zip(LETTERS, options):
-        body = fold(plain(option)).removeprefix(f"{letter.lower()} ")
+        body = fold(plain(str(option))).removeprefix(f"{letter.lower()} ")
         for name in (body, f"{letter.lower()} {body}"):
-            names[name] = None if name in names else letter  # neither of two that are equal
+            names[name] = None if name in names else letter
     return names
 
 
-@lru_cache(4096)
-def read_phrase(phrase, options):
+def read_phrase(phrase, names):
     """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
-    names = option_names(options)
     for text in without_leads(plain(phrase)):
         if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
             return names[fold(text)]
     match = _LETTER.fullmatch(text)
-    if not match or options and match[1].upper() not in LETTERS[: len(options)]:
+    letter = match and match[1].upper()
+    if not match or names and letter not in names.values():
         return names.get(fold(text))
-    letter = match[1].upper()
     return letter if names.get(fold(text)[2:], letter) == letter else None
 
 
@@ -346,13 +329,13 @@ def read_choice(text, options=()):
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    options = tuple(map(str, options or ()))
-    if letter := read_phrase(text[:2000], options):
+    names = option_names(options or ())
+    if letter := read_phrase(text[:2000], names):
         return letter
     named = set()
     for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
         clauses = _CLAUSE.finditer(sentence, 0, 500)
-        named |= {read_phrase(sentence[start.end() : 500], options) for start in clauses}
+        named |= {read_phrase(sentence[start.end() : 500], names) for start in clauses}
     named.discard(None)
     return named.pop() if len(named) == 1 else None
 
@@ -485,9 +468,7 @@ def iou_box(p, y):
     if not (are_numbers(p, 4) and are_numbers(y, 4)):
         return 0.0
     (a, b, c, d), (e, f, g, h) = p, y
-    width = (c if c < g else g) - (a if a > e else e)
-    height = (d if d < h else h) - (b if b > f else f)
-    both = width * height if width > 0 and height > 0 else 0.0
+    both = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
     union = (c - a) * (d - b) + (g - e) * (h - f) - both
     return both / union if union > 0 else 0.0
 
@@ -545,7 +526,8 @@ def accuracy(record, answer):
     if kind == "open-ended":
         return rouge(answer, truth)
     p, y = read_json(answer), read_json(truth)
-    boxes, times = [p.get("boxes"), y.get("boxes")], [p.get("time"), y.get("time")]
+    fields = ("boxes", "time", "positive_points", "negative_points")
+    boxes, times, positive, negative = ([p.get(field), y.get(field)] for field in fields)
     if kind == "temporal grounding":
         return iou_1d(*times)
     if kind == "spatial grounding":
@@ -555,17 +537,13 @@ def accuracy(record, answer):
     if kind == "tracking":
         return mean_box_iou(*boxes)
     # segmentation: 0 without 3 + 3 points or a video's time
-    positive = [side.get("positive_points") for side in (p, y)]
-    negative = [side.get("negative_points") for side in (p, y)]
-    if not all(map(is_points, positive + negative)):
+    image = record.get("data_type") == "image"
+    if not all(map(is_points, positive + negative)) or not (image or are_numbers(times, 2)):
         return 0.0
-    positive, negative = point_kernel(*positive), point_kernel(*negative)
-    if record.get("data_type") == "image":
-        return 0.5 * iou_box(*boxes) + 0.25 * positive + 0.25 * negative
-    if not are_numbers(times, 2):
-        return 0.0
-    time = math.exp(-abs(times[0] - times[1]) / 2)
-    return 0.3 * iou_box(*boxes) + 0.3 * time + 0.2 * positive + 0.2 * negative
+    iou, points = iou_box(*boxes), point_kernel(*positive) + point_kernel(*negative)
+    if image:
+        return 0.5 * iou + 0.25 * points
+    return 0.3 * iou + 0.3 * math.exp(-abs(times[0] - times[1]) / 2) + 0.2 * points
 
 
 def structure(record, answer):
@@ -593,24 +571,25 @@ def gradable(record):
     'has a time that does not end after its start'
     """
     kind, truth = record["problem_type"], truth_of(record)
-    if kind == "multiple choice" and record.get("options"):
-        return "" if readable(record, truth) else "is none of the options"
-    if kind in ("numerical", "regression"):
-        return "" if readable(record, truth) else "is no number"
-    if kind in TEXT_TYPES or (not truth and record.get("segmentation_output")):  # masks alone
+    if kind in TEXT_TYPES:
+        choice = kind == "multiple choice"
+        if kind in SLOW_TYPES or readable(record, truth) or choice and not record.get("options"):
+            return ""
+        return "is none of the options" if choice else "is no number"
+    if not truth and record.get("segmentation_output"):  # masks alone
         return ""
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
     y = {field: read_json(truth).get(field) for field in SCHEMAS[kind]}
-    if "temporal" in kind and not y["time"][0] < y["time"][1]:
+    if "temporal" in kind and not iou_1d(y["time"], y["time"]):
         return "has a time that does not end after its start"
     boxes = y.get("boxes", {})
-    for x1, y1, x2, y2 in boxes.values() if isinstance(boxes, dict) else [boxes]:
-        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
-            return "has a box [x1, y1, x2, y2] that is reversed, empty or outside 0-1000"
-    points = y.get("positive_points", []) + y.get("negative_points", [])
-    outside = any(not 0 <= v <= 1000 for point in points for v in point)
-    return "has a point outside 0-1000" if outside else ""
+    boxes = list(boxes.values()) if isinstance(boxes, dict) else [boxes]
+    if not all(iou_box(box, box) for box in boxes):
+        return "has a box [x1, y1, x2, y2] that is reversed or empty"
+    shapes = boxes + y.get("positive_points", []) + y.get("negative_points", [])
+    inside = all(0 <= min(shape) and max(shape) <= 1000 for shape in shapes)
+    return "" if inside else "has a coordinate outside 0-1000"
 
 
 def total(accuracy, structure):
@@ -648,7 +627,7 @@ def polar_scores(url, pairs, seconds=60.0):
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy
     try:
         with opener.open(request, timeout=seconds) as response:
             items = json.load(response)["data"]
@@ -657,12 +636,12 @@ def polar_scores(url, pairs, seconds=60.0):
         scores = None
     if not are_numbers(scores, len(pairs)):
         return [None] * len(pairs)
-    prompts = [(record.get("problem"), truth_of(record)) for record, _ in pairs]
     groups = defaultdict(list)
-    for prompt, value in zip(prompts, scores):
-        groups[prompt].append(value)
-    for i, prompt in enumerate(prompts):
-        low, high = min(groups[prompt]), max(groups[prompt])
+    for text, value in zip(texts, scores):
+        groups[text.partition("<|reward|>")[0]].append(value)
+    for i, text in enumerate(texts):
+        values = groups[text.partition("<|reward|>")[0]]
+        low, high = min(values), max(values)
         scores[i] = (scores[i] - low) / (high - low) if high > low else 1.0
     return scores
 
@@ -702,26 +681,24 @@ class Grader:
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        kinds = [answer is not None and record["problem_type"] for record, answer in pairs]
-        slow = [i for i, kind in enumerate(kinds) if kind in SLOW_TYPES]
-        values = [
-            None if kinds[i] in SLOW_TYPES else accuracy(*pair) for i, pair in enumerate(pairs)
-        ]
-        opens = [i for i in slow if kinds[i] == "open-ended"]
-        if self.polar_url and opens:
-            scores = polar_scores(self.polar_url, [pairs[i] for i in opens])
-            self.counts["polar_failed"] += scores.count(None)
-            for i, value in zip(opens, scores):
-                values[i] = value
-            slow = [i for i in slow if values[i] is None]
-        for i, value in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
+        values = [None] * len(pairs)
+        opens = [i for i, (record, _) in enumerate(pairs) if record["problem_type"] == "open-ended"]
+        opens = [i for i in opens if self.polar_url and pairs[i][1] is not None]
+        scores = polar_scores(self.polar_url, [pairs[i] for i in opens]) if opens else []
+        for i, value in zip(opens, scores):
+            values[i] = value
+            self.counts["polar_failed"] += value is None
+        left = [i for i, value in enumerate(values) if value is None]
+        for i, value in zip(left, self.pool.map(self._grade, [pairs[i] for i in left])):
             values[i] = value or 0.0
             self.counts["killed"] += value is None
         return values
 
     def _grade(self, pair):
-        """One slow item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
+        """One item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
         record, answer = pair
+        if answer is None or record["problem_type"] not in SLOW_TYPES:
+            return accuracy(record, answer)
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for _ in range(2):
             worker = self.idle.pop()
