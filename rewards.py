@@ -4,8 +4,8 @@
     accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
 
 A response must be one <think> block, then one <answer> block; otherwise all three parts are 0.
-Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py` runs the
-examples. Where this departs from the release (arXiv 2512.03043):
+Coordinates are 0-1000 of the width and height, times are seconds. `python -m doctest rewards.py`
+runs the examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
 2. Text is graded as written. The release removes spaces around "<", ">" and "/" in the answer only.
 3. Choices, numbers and units are read as people write them: "It is B.", "1/2"; 15 cm is not 15 km.
@@ -27,7 +27,7 @@ import resource
 import signal
 import sys
 import urllib.request
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
@@ -158,6 +158,7 @@ _MARKUP = [
 ]
 
 
+@lru_cache(1024)
 def plain(text):
     """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
     text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", re.sub("([¼½¾])", r" \1", text))
@@ -176,16 +177,8 @@ _FILLER = (  # words around an answer that do not change it
     r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|所以|因此|"
     r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답"
 )
-_LEAD = re.compile(rf"(?i)(?:[=≈]|\\approx\b|{_FILLER})(?:[\s:,]|- (?=[a-z(]))*")
-
-
-def without_leads(text):
-    """Yields plain text, then what is left after each word in front like "So the answer is"."""
-    yield text
-    while lead := _LEAD.match(text):
-        text = text[lead.end() :].strip("*_#\"' \n")
-        yield text
-
+_LEADS = rf"(?i)^(?:(?:[=≈]|\\approx\b|{_FILLER})(?:[\s:,*_#\"']|- (?=[a-z(]))*)+(?=\S)"
+bare = lambda text: re.sub(_LEADS, "", plain(text))  # without "So the answer is"
 
 _UNITS = (  # rows: the name, its other spellings
     "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, "
@@ -202,13 +195,11 @@ for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
     _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
-    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|cot|csc|log|exp|sqrt|root|abs|det|floor|ceil|"
-    r"sum|product|max|gcd|lcm|mod|lim|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho|"
-    r"sigma|tau|phi|chi|psi|omega|zero|one|two|three|hundred|thousand|lakh|crore|dozen|score|gross|half|"
-    r"halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared?|cubed?|cubic|"
-    r"power|factorial|choose|fold|double|triple|twice|more|les|fewer|least|most|below|above|under|"
-    r"negative|positive|until|versus|from|out|per|except|without|wrong|incorrect|false|never|maybe|"
-    r"perhap|possibly|none|null|nan|infinite"
+    r"\w*(?:illion|teen|ty|th)|zero|one|two|three|hundred|thousand|lakh|crore|dozen|score|gross|half|"
+    r"halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared|cubed|cubic|power|"
+    r"fold|double|triple|twice|more|les|fewer|least|most|below|above|under|out|from|until|per|except|"
+    r"without|wrong|incorrect|maybe|perhap|possibly|none|infinite|(?:arc)?(?:sin|cos|tan)|log|exp|sqrt|"
+    r"root|floor|ceil|mod|choose|factorial|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega"
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -241,14 +232,11 @@ def split_unit(text):
     """Plain text -> (text without its unit, the unit's one name or ""): words of the list, unknown
     ones of three letters or more, their powers, quotients and products. 2x m is a product of letters."""
     match = _WITH_UNIT.fullmatch(re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 a day -> 5 $ a day
-    if match:
-        number, unit = match.groups()
-        for pattern, new in _UNIT_FORMS:
-            unit = re.sub(pattern, new, unit[:60])
-        unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
-        if _UNIT.fullmatch(unit):
-            return number, unit
-    return text, ""
+    number, unit = match.groups() if match else (text, "")
+    for pattern, new in _UNIT_FORMS:
+        unit = re.sub(pattern, new, unit[:60])
+    unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
+    return (number, unit) if _UNIT.fullmatch(unit) else (text, "")
 
 
 _DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?"
@@ -259,17 +247,13 @@ _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|
 _NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 
 
-@lru_cache(4096)
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
     mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
     >>> [read_quantity(t)[1] for t in ("x = 5 km/h", "5 square meters per second", "5 red balls")]
     ['km/h', 'm^2/s', 'red ball']
-    >>> [str(read_quantity(t)[0]) for t in ("1,234.50", "$-5$", "5 km/h", "5 million", "5 or 6")]
-    ['1234.50', '-5', '5', 'None', 'None']
     """
-    *_, text = without_leads(plain(text))
-    text = _NAME.sub("", text) if named else text
+    text = _NAME.sub("", bare(text)) if named else bare(text)
     text, unit = split_unit(text.rstrip(".,; "))
     digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
@@ -295,8 +279,9 @@ _LETTER = re.compile(
     r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)"
 )
 _LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
-_CLAUSE = re.compile(  # where a statement may begin
-    r"(?i)^|[,;] (?:but )?(?=.*(?:\bis\b|it's|\bi\b|answer|option))|\b(?=(?:so|thus|hence|therefore)\b)"
+_STATEMENT = re.compile(  # between two statements: a sentence's end, or ", the answer is"
+    r"(?i)(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+|\b(?=(?:so|thus|hence|therefore)\b)|"
+    r"[,;] (?:but )?(?!or\b|and\b)(?=[^.!?\n]{0,200}(?:\bis\b|it's|\bi\b|answer|option))"
 )
 fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
 
@@ -306,14 +291,14 @@ def option_names(options):
     names = {}
     for letter, option in zip(LETTERS, options):
         body = fold(plain(str(option))).removeprefix(f"{letter.lower()} ")
-        for name in (body, f"{letter.lower()} {body}"):
+        for name in {body, fold(bare(body)), f"{letter.lower()} {body}"}:
             names[name] = None if name in names else letter
     return names
 
 
 def read_phrase(phrase, names):
     """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
-    for text in without_leads(plain(phrase)):
+    for text in (plain(phrase), bare(phrase)):
         if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
             return names[fold(text)]
     match = _LETTER.fullmatch(text)
@@ -332,11 +317,8 @@ def read_choice(text, options=()):
     names = option_names(options or ())
     if letter := read_phrase(text[:2000], names):
         return letter
-    named = set()
-    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
-        clauses = _CLAUSE.finditer(sentence, 0, 500)
-        named |= {read_phrase(sentence[start.end() : 500], names) for start in clauses}
-    named.discard(None)
+    statements = _STATEMENT.split(text[-5000:])
+    named = {read_phrase(statement[:500], names) for statement in statements} - {None}
     return named.pop() if len(named) == 1 else None
 
 
@@ -406,12 +388,12 @@ def rouge(p, y):
     return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
 
 
-def math_side(text):
+def math_side(text, named):
     """The value of a text if it is one number, its unit, and the LaTeX of the rest. Of prose it reads
     what follows the last "is" of the last sentence."""
     if "\\boxed" in text or len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2:
         text = re.split(r"(?<=[.!?])\s+|\n+|\b(?:is|are|equals)\b", text.strip())[-1]
-    value, unit, latex = read_quantity(text, named=False)
+    value, unit, latex = read_quantity(text, named)
     latex = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", latex)
     latex = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", latex)
     return value, unit, latex
@@ -426,21 +408,17 @@ def math_equal(p, y):
     same = p.split() == y.split()
     if same or max(len(p), len(y)) > 2000:
         return same
-    (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p), math_side(y)
-    if p_unit and y_unit and p_unit != y_unit:
+    named = ("=" in p) != ("=" in y)  # x = 5 is 5, 2x = 5 is not
+    (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p, named), math_side(y, named)
+    if p_unit and y_unit and p_unit != y_unit or named and "=" in p + y:
         return False
     if p_value is not None and y_value is not None:
-        pairs = [(p_value, y_value)]
-        if p_unit != y_unit and "%" in (p_unit, y_unit):
-            pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
-        return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
+        limit = min(Decimal("5e-7"), abs(y_value) / 100_000)
+        scale = Decimal(100) ** ((p_unit == "%") - (y_unit == "%"))
+        return any(abs(value - y_value) <= limit for value in (p_value, p_value / scale))
     words = r"(?!.* (?:and|or) )[(\[]?((?:\\\w+ )?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
         return p_words[1].casefold() == y_words[1].casefold()
-    if ("=" in p) != ("=" in y):  # x = 5 is 5, 2x = 5 is not
-        p, y = _NAME.sub("", p), _NAME.sub("", y)
-        if "=" in p + y:
-            return False
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -636,14 +614,12 @@ def polar_scores(url, pairs, seconds=60.0):
         scores = None
     if not are_numbers(scores, len(pairs)):
         return [None] * len(pairs)
-    groups = defaultdict(list)
-    for text, value in zip(texts, scores):
-        groups[text.partition("<|reward|>")[0]].append(value)
-    for i, text in enumerate(texts):
-        values = groups[text.partition("<|reward|>")[0]]
-        low, high = min(values), max(values)
-        scores[i] = (scores[i] - low) / (high - low) if high > low else 1.0
-    return scores
+    prompts, relative = [text.split("<|reward|>")[0] for text in texts], []
+    for prompt, value in zip(prompts, scores):
+        group = [score for other, score in zip(prompts, scores) if other == prompt]
+        low, high = min(group), max(group)
+        relative.append((value - low) / (high - low) if high > low else 1.0)
+    return relative
 
 
 # ---- Grader processes
@@ -652,13 +628,13 @@ def polar_scores(url, pairs, seconds=60.0):
 class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
-    Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
-    C code where no Python time limit reaches. The kernel ends a worker after `seconds` of CPU time for
-    one item, which scores 0. Of a worker that dies otherwise the item is tried once more.
+    Math, ROUGE and OCR go to worker processes, since sympy can hang in C code where no Python time
+    limit reaches. The kernel ends a worker after `seconds` of CPU time for one item, which scores 0.
+    Of a worker that dies otherwise the item is tried once more.
     counts: {"killed": items that scored 0 so}, and "polar_failed" (answers) if polar_url is given.
     """
 
-    command = (sys.executable, os.path.abspath(__file__), "--worker")
+    command = (sys.executable, os.path.abspath(__file__))
 
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
         self.seconds, self.polar_url = seconds, polar_url
@@ -681,22 +657,21 @@ class Grader:
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
-        values = [None] * len(pairs)
-        opens = [i for i, (record, _) in enumerate(pairs) if record["problem_type"] == "open-ended"]
-        opens = [i for i in opens if self.polar_url and pairs[i][1] is not None]
+        kinds = [answer is not None and record["problem_type"] for record, answer in pairs]
+        opens = [i for i, kind in enumerate(kinds) if self.polar_url and kind == "open-ended"]
         scores = polar_scores(self.polar_url, [pairs[i] for i in opens]) if opens else []
-        for i, value in zip(opens, scores):
-            values[i] = value
-            self.counts["polar_failed"] += value is None
-        left = [i for i, value in enumerate(values) if value is None]
-        for i, value in zip(left, self.pool.map(self._grade, [pairs[i] for i in left])):
-            values[i] = value or 0.0
-            self.counts["killed"] += value is None
-        return values
+        polar = dict(zip(opens, scores))
+        values = list(self.pool.map(self._grade, pairs, map(polar.get, range(len(pairs)))))
+        self.counts["killed"] += values.count(None)
+        if self.polar_url:
+            self.counts["polar_failed"] += scores.count(None)
+        return [value or 0.0 for value in values]
 
-    def _grade(self, pair):
+    def _grade(self, pair, polar):
         """One item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
         record, answer = pair
+        if polar is not None:
+            return polar
         if answer is None or record["problem_type"] not in SLOW_TYPES:
             return accuracy(record, answer)
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
@@ -713,10 +688,9 @@ class Grader:
                 worker.communicate()  # closes the pipes and waits for the end
                 self.idle.append(self._launch())
             if worker.returncode == -signal.SIGPROF:
-                return None
+                break
         if not ready:  # no wrong answer, but a broken grader
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
-        return None
 
     def close(self, *_):
         self.pool.shutdown(cancel_futures=True)
@@ -743,9 +717,4 @@ def work(seconds):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(float(sys.argv[2]))
-    else:
-        import doctest
-
-        print(doctest.testmod())
+    work(float(sys.argv[1]))
