@@ -68,7 +68,7 @@ PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 
 def parse_response(text):
     """The answer of a well-formed response, without outer white space; None if tags are wrong."""
-    if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
+    if len(re.findall("</?(?:think|answer)>", text)) != 4:
         return None
     match = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
     return match and match[1].strip()
@@ -92,14 +92,11 @@ def find_answer(text):
     return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
 
 
-_STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: int("NaN") raises
-
-
 @lru_cache(256)  # the truth is read once per group, the answer once for accuracy and structure
 def read_json(text):
     """The JSON object that `text` is, else {}. The result is shared: do not change it."""
     try:
-        value = _STRICT.decode(text)
+        value = json.loads(text, parse_constant=int)  # NaN is no JSON: int("NaN") raises
     except (ValueError, RecursionError):  # ValueError also: an integer of more than 4,300 digits
         return {}
     return value if isinstance(value, dict) else {}
@@ -169,11 +166,11 @@ def plain(text):
 
 
 _FILLER = (  # words around an answer that do not change it
-    r"\b(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|true|best|most|likely|"
-    r"appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|choice|letter|"
-    r"one|result|value|score|rating|total|that|this|it's|it|is|was|i am|(?:would|must|should|will|has to) be|"
-    r"approximately|about|roughly|around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|"
-    r"pick|select|go with|think|believe|guess|say|give)|"
+    r"\b(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|true|best|most|"
+    r"likely|appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|"
+    r"choice|letter|one|result|value|score|rating|total|that|this|it's|it|is|was|i am|about|around|"
+    r"(?:would|must|should|will|has to) be|approximately|roughly|nearly|(?:(?:i|we)(?: would|'d| can)? )?"
+    r"(?:see|conclude|choose|pick|select|go with|think|believe|guess|say|give)|"
     r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|所以|因此|"
     r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답"
 )
@@ -187,19 +184,18 @@ _UNITS = (  # rows: the name, its other spellings
     "ms millisecond, N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
     "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
     "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
-    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
-    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
+    "°C celsius, °F fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
+    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
 )
 _UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
 for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
     _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
-    r"\w*(?:illion|teen|ty|th)|zero|one|two|three|hundred|thousand|lakh|crore|dozen|score|gross|half|"
-    r"halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared|cubed|cubic|power|"
-    r"fold|double|triple|twice|more|les|fewer|least|most|below|above|under|out|from|until|per|except|"
-    r"without|wrong|incorrect|maybe|perhap|possibly|none|infinite|(?:arc)?(?:sin|cos|tan)|log|exp|sqrt|"
-    r"root|floor|ceil|mod|choose|factorial|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega"
+    r"\w*(?:illion|teen|ty|th|fold)|zero|one|two|hundred|thousand|lakh|crore|dozen|score|half|halve|"
+    r"third|quarter|and|but|not|plus|minus|time|squared|cubed|more|les|fewer|least|most|below|above|"
+    r"out|per|except|wrong|incorrect|maybe|perhap|none|infinite|factorial|(?:arc)?(?:sin|cos|tan)|log|"
+    r"exp|sqrt|root|floor|ceil|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega"
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -270,7 +266,6 @@ read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
 
 # ---- Reading choices
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(
     r"(?is)[(\[{]? ?([a-z])(?![\w'])(?:"
     rf"(?:[^\w?/&+]|{_FILLER})*"
@@ -281,7 +276,8 @@ _LETTER = re.compile(
 _LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
 _STATEMENT = re.compile(  # between two statements: a sentence's end, or ", the answer is"
     r"(?i)(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+|\b(?=(?:so|thus|hence|therefore)\b)|"
-    r"[,;] (?:but )?(?!or\b|and\b)(?=[^.!?\n]{0,200}(?:\bis\b|it's|\bi\b|answer|option))"
+    r"[,;] (?:but )?(?!or\b|and\b|[^.!?\n]{0,200}\b(?:not|wrong|incorrect)\b)"
+    r"(?=[^.!?\n]{0,200}(?:\bis\b|it's|\bi\b|answer|option))"
 )
 fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
 
@@ -289,7 +285,7 @@ fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(
 def option_names(options):
     """Options -> {text with or without its letter: letter}; None for a text that two have."""
     names = {}
-    for letter, option in zip(LETTERS, options):
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
         body = fold(plain(str(option))).removeprefix(f"{letter.lower()} ")
         for name in {body, fold(bare(body)), f"{letter.lower()} {body}"}:
             names[name] = None if name in names else letter
@@ -298,14 +294,15 @@ def option_names(options):
 
 def read_phrase(phrase, names):
     """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
-    for text in (plain(phrase), bare(phrase)):
-        if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
-            return names[fold(text)]
+    text = bare(phrase)
+    for name in (fold(plain(phrase)), fold(text)):
+        if len(name) > 1 and name in names:  # it may itself look like a letter or a lead
+            return names[name]
     match = _LETTER.fullmatch(text)
     letter = match and match[1].upper()
     if not match or names and letter not in names.values():
-        return names.get(fold(text))
-    return letter if names.get(fold(text)[2:], letter) == letter else None
+        return names.get(name)
+    return letter if names.get(name[2:], letter) == letter else None
 
 
 def read_choice(text, options=()):
@@ -549,16 +546,15 @@ def gradable(record):
     'has a time that does not end after its start'
     """
     kind, truth = record["problem_type"], truth_of(record)
-    if kind in TEXT_TYPES:
-        choice = kind == "multiple choice"
-        if kind in SLOW_TYPES or readable(record, truth) or choice and not record.get("options"):
-            return ""
-        return "is none of the options" if choice else "is no number"
-    if not truth and record.get("segmentation_output"):  # masks alone
+    choice = kind == "multiple choice"
+    masks_alone = not truth and record.get("segmentation_output")
+    if kind in SLOW_TYPES or masks_alone or choice and not record.get("options"):
         return ""
+    if kind in TEXT_TYPES and not readable(record, truth):
+        return "is none of the options" if choice else "is no number"
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
-    y = {field: read_json(truth).get(field) for field in SCHEMAS[kind]}
+    y = {field: read_json(truth).get(field) for field in SCHEMAS.get(kind, {})}
     if "temporal" in kind and not iou_1d(y["time"], y["time"]):
         return "has a time that does not end after its start"
     boxes = y.get("boxes", {})
@@ -570,18 +566,18 @@ def gradable(record):
     return "" if inside else "has a coordinate outside 0-1000"
 
 
-def total(accuracy, structure):
-    """The score of a response with the right tags."""
-    return Score(0.9 * accuracy + 0.1 + structure, accuracy, 1.0, structure)
-
-
-def score(record, response):
-    """Grade one response here and now. Math can take 15 s or, on hostile text, hang: use `Grader`.
+def score(record, response, graded=None):
+    """Grade one response here and now, unless its accuracy is `graded` already. Math can take 15 s or,
+    on hostile text, hang: use `Grader`.
     >>> score({"problem_type": "numerical", "answer": "3"}, "<think>1 + 2</think><answer>3</answer>")
     Score(reward=1.5, accuracy=1.0, format=1.0, structure=0.5)
     """
     answer = parse_response(response)
-    return Score() if answer is None else total(accuracy(record, answer), structure(record, answer))
+    if answer is None:
+        return Score()
+    value = accuracy(record, answer) if graded is None else graded
+    shape = structure(record, answer)
+    return Score(0.9 * value + 0.1 + shape, value, 1.0, shape)
 
 
 # ---- POLAR: a reward model for open-ended answers, served by
@@ -622,9 +618,6 @@ def polar_scores(url, pairs, seconds=60.0):
     return relative
 
 
-# ---- Grader processes
-
-
 class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
@@ -651,9 +644,8 @@ class Grader:
 
     def score(self, pairs):
         """list of (record, response) -> list of Score."""
-        pairs = [(record, parse_response(response)) for record, response in pairs]
-        graded = zip(pairs, self.accuracies(pairs))
-        return [Score() if p[1] is None else total(value, structure(*p)) for p, value in graded]
+        answers = [(record, parse_response(response)) for record, response in pairs]
+        return [score(*pair, graded) for pair, graded in zip(pairs, self.accuracies(answers))]
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
