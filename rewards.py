@@ -276,7 +276,7 @@ _LETTER = re.compile(
 _LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
 _STATEMENT = re.compile(  # between two statements: a sentence's end, or ", the answer is"
     r"(?i)(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+|\b(?=(?:so|thus|hence|therefore)\b)|"
-    r"[,;] (?:but )?(?!or\b|and\b|[^.!?\n]{0,200}\b(?:not|wrong|incorrect)\b)"
+    r"[,;] (?:but )?(?!or\b|and\b|[^.!?\n]{0,200}\b(?:not(?! [a-z]\b(?! \w))|wrong|incorrect)\b)"
     r"(?=[^.!?\n]{0,200}(?:\bis\b|it's|\bi\b|answer|option))"
 )
 fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
