@@ -177,25 +177,26 @@ _FILLER = (  # words around an answer that do not change it
 _LEADS = rf"(?i)^(?:(?:[=≈]|\\approx\b|{_FILLER})(?:[\s:,*_#\"']|- (?=[a-z(]))*)+(?=\S)"
 bare = lambda text: re.sub(_LEADS, "", plain(text))  # without "So the answer is"
 
-_UNITS = (  # rows: the name, its other spellings
-    "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, "
-    "km kilometer kilometre 千米 公里, g gram 克, mg milligram, kg kilogram kilo 千克 公斤, "
-    "L liter litre 升, mL milliliter millilitre 毫升, kJ kilojoule, kW kilowatt, kPa kilopascal, "
-    "ms millisecond, N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
-    "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
-    "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
-    "°C celsius, °F fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
-    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
+_named = lambda rows: {word: row.split()[0] for row in rows.split(", ") for word in row.split()}
+_PREFIXES = _named("k kilo 千, c centi 厘, d deci, m milli 毫, μ micro, n nano, M mega, G giga")
+_METRIC = _named(  # rows: the name, its other spellings
+    "m meter metre 米, g gram 克, L liter litre 升, s second 秒, N newton, J joule, W watt, V volt, "
+    "A ampere amp, Pa pascal, Hz hertz, Ω ohm, K kelvin, mol mole, eV, cal calorie, Wh"
 )
-_UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
-for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
-    _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
+_UNITS = {p + unit: _PREFIXES[p] + _METRIC[unit] for p in _PREFIXES for unit in _METRIC}
+_UNITS |= _METRIC | _named(
+    "km 公里, kg kilo kilos 公斤, s sec, min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, "
+    "in inch inche, ft foot feet, yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, "
+    "° deg degree 度, °C celsius, °F fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
+    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha hectare, 个, 只, 本, 条, 张, 次, 块"
+)
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
     r"\w*(?:illion|teen|ty|th|fold)|zero|one|two|hundred|thousand|lakh|crore|dozen|score|half|halve|"
     r"third|quarter|and|but|not|plus|minus|time|squared|cubed|more|les|fewer|least|most|below|above|"
-    r"out|per|except|wrong|incorrect|maybe|perhap|none|infinite|factorial|(?:arc)?(?:sin|cos|tan)|log|"
-    r"exp|sqrt|root|floor|ceil|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega"
+    r"out|per|except|wrong|incorrect|maybe|perhap|none|infinite|factorial|(?:arc)?(?:sin|cos|tan)|"
+    r"exp|sqrt|root|floor|ceil|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega|"
+    r"double|triple|gross|cubic|three|under|over|until|without|false|possibly|choose|power|log"
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -690,9 +691,7 @@ class Grader:
             worker.kill()
             worker.communicate()
 
-    def __enter__(self):
-        return self
-
+    __enter__ = lambda self: self
     __exit__ = close
 
 
