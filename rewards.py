@@ -4,8 +4,8 @@
     accuracy in [0, 1], format 0 or 1, structure in [0, 0.5]
 
 A response must be one <think> block, then one <answer> block; otherwise all three parts are 0.
-Coordinates are 0-1000 of the width and height, times are seconds. `python rewards.py` runs the
-examples. Where this departs from the release (arXiv 2512.03043):
+Coordinates are 0-1000 of the width and height, times are seconds. `python -m doctest rewards.py`
+runs the examples. Where this departs from the release (arXiv 2512.03043):
 1. Tags are strict. The release grades the first of several answers, and answers without any tags.
 2. Text is graded as written. The release removes spaces around "<", ">" and "/" in the answer only.
 3. Choices, numbers and units are read as people write them: "It is B.", "1/2"; 15 cm is not 15 km.
@@ -27,7 +27,7 @@ import resource
 import signal
 import sys
 import urllib.request
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from functools import lru_cache
@@ -43,12 +43,8 @@ Score = namedtuple("Score", "reward accuracy format structure", defaults=4 * (0.
 
 def are_numbers(x, n):
     """A list of n finite JSON numbers: no true, no "12"; at most 1e9, so that products stay finite."""
-    if type(x) is not list or len(x) != n:
-        return False
-    for v in x:  # not all(): most of the time of grading a track goes here
-        if (type(v) is not int and type(v) is not float) or not -1e9 <= v <= 1e9:
-            return False
-    return True
+    shape = type(x) is list and len(x) == n
+    return shape and all(type(v) in (int, float) and -1e9 <= v <= 1e9 for v in x)
 
 
 is_number = lambda x: are_numbers([x], 1)
@@ -72,7 +68,7 @@ PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 
 def parse_response(text):
     """The answer of a well-formed response, without outer white space; None if tags are wrong."""
-    if any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<answer>", "</answer>")):
+    if len(re.findall("</?(?:think|answer)>", text)) != 4:
         return None
     match = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
     return match and match[1].strip()
@@ -88,22 +84,19 @@ def find_answer(text):
         if not re.search("<answer>.*</answer>$", text, re.DOTALL):
             return None
     rest = rest if thought else text
-    pairs = [piece.rpartition("<answer>") for piece in rest.split("</answer>")[:-1]]
-    answers = [answer for _, tag, answer in pairs if tag and re.search(r"\w", answer)]
+    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", rest, re.DOTALL)
+    answers = [answer for answer in answers if re.search(r"\w", answer)]
     if not answers:
         last = re.sub(r"(?:\s*</think>)+$", "", rest).rpartition("</think>")[2]
         answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
     return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
 
 
-_STRICT = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: int("NaN") raises
-
-
 @lru_cache(256)  # the truth is read once per group, the answer once for accuracy and structure
 def read_json(text):
     """The JSON object that `text` is, else {}. The result is shared: do not change it."""
     try:
-        value = _STRICT.decode(text)
+        value = json.loads(text, parse_constant=int)  # NaN is no JSON: int("NaN") raises
     except (ValueError, RecursionError):  # ValueError also: an integer of more than 4,300 digits
         return {}
     return value if isinstance(value, dict) else {}
@@ -126,15 +119,11 @@ def loose_json(record, text):
     for pattern, new in _MENDED:
         text = re.sub(pattern, new, text)
     kind, found = record["problem_type"], set()
+    field = "time" if kind == "temporal grounding" else "boxes"
     for part in _JSON.findall(text):
-        try:
-            value = _STRICT.decode(part)
-        except ValueError:
-            continue
-        if isinstance(value, list):
-            value = {"time" if kind == "temporal grounding" else "boxes": value}
+        value = read_json(part if part[0] == "{" else f'{{"{field}": {part}}}')
         if kind == "tracking" and isinstance(value.get("boxes"), list):  # one a second, from 1 on
-            value["boxes"] = {str(k): box for k, box in enumerate(value["boxes"], 1)}
+            value = {"boxes": {str(k): box for k, box in enumerate(value["boxes"], 1)}}
         found.add(json.dumps(value))
     found = [answer for answer in found if readable(record, answer)]
     return found[0] if len(found) == 1 else None
@@ -151,11 +140,8 @@ def truth_of(record):
 # ---- Reading units and numbers
 
 _SIGNS = {"−": "-", "–": "-", "⁄": "/", "。": ".", "、": ",", "’": "'", "“": '"', "”": '"'}
-_SIGNS |= {"π": r"\pi ", "∞": r"\infty ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"}
-_SIGNS |= {power: f"^{{{sign}}}" for power, sign in zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")}
-_SIGNS = str.maketrans(_SIGNS)
+_SIGNS = str.maketrans(_SIGNS | {"π": r"\pi ", "∞": r"\infty "})
 _MARKUP = [
-    (r"\}\^\{", ""),
     (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
     (r"(?<!\\)\\(?:[()\[\],;:! ]|q?quad\b)|~|`", " "),
@@ -167,61 +153,50 @@ _MARKUP = [
     (r"\\Omega\b", "Ω"),
     (r"[^\S\n]+", " "),
 ]
-_MARKUP = [(re.compile(pattern), new) for pattern, new in _MARKUP]
-_MARKED = re.compile(r"[^a-zA-Z0-9 .,:;!?()'\"/%=+-]|  ")
 
 
+@lru_cache(1024)
 def plain(text):
     """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
-    if _MARKED.search(text):
-        text = normalize("NFKC", text.translate(_SIGNS))  # also full-width letters and digits
-        for pattern, new in _MARKUP:
-            text = pattern.sub(new, text)
+    text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", re.sub("([¼½¾])", r" \1", text))
+    text = normalize("NFKC", text).translate(_SIGNS)  # also full-width letters and digits
+    for pattern, new in _MARKUP:
+        text = re.sub(pattern, new, text)
     return text.strip("*_#\"' \n")
 
 
-_LEAD = re.compile(  # words before an answer that do not change it
-    r"(?:(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|best|most|likely|"
-    r"appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|choice|letter|"
-    r"one|result|value|score|rating|total|that|this|it's|it|is|i am|(?:would|must|should|will|has to) be|"
-    r"approximately|about|roughly|around|nearly|(?:(?:i|we)(?: would|'d| can)? )?(?:see|conclude|choose|"
-    r"pick|select|go with|think|believe|guess|say|give)|"
-    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|[=≈]|\\approx\b|所以|因此|"
-    r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답)(?:[\s:,]|- (?=[a-z(]))*",
-    re.IGNORECASE,
+_FILLER = (  # words around an answer that do not change it
+    r"\b(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|true|best|most|"
+    r"likely|appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|"
+    r"choice|letter|one|result|value|score|rating|total|that|this|it's|it|is|was|i am|about|around|"
+    r"(?:would|must|should|will|has to) be|approximately|roughly|nearly|(?:(?:i|we)(?: would|'d| can)? )?"
+    r"(?:see|conclude|choose|pick|select|go with|think|believe|guess|say|give)|"
+    r"ответ|respuesta|réponse|antwort|resposta|risposta|الإجابة|الجواب)\b(?!')|所以|因此|"
+    r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답"
 )
+_LEADS = rf"(?i)^(?:(?:[=≈]|\\approx\b|{_FILLER})(?:[\s:,*_#\"']|- (?=[a-z(]))*)+(?=\S)"
+bare = lambda text: re.sub(_LEADS, "", plain(text))  # without "So the answer is"
 
-
-def without_leads(text):
-    """Yields plain text, then what is left after each word in front like "So the answer is"."""
-    yield text
-    while lead := _LEAD.match(text):
-        text = text[lead.end() :].strip("*_#\"' \n")
-        yield text
-
-
-_UNITS = (  # rows: the name, its other spellings
-    "m meter metre 米, cm centimeter centimetre 厘米, mm millimeter millimetre 毫米, "
-    "km kilometer kilometre 千米 公里, g gram 克, mg milligram, kg kilogram kilo 千克 公斤, "
-    "L liter litre 升, mL milliliter millilitre 毫升, kJ kilojoule, kW kilowatt, kPa kilopascal, "
-    "ms millisecond, N newton, J joule, W watt, V volt, A ampere amp, Pa pascal, Hz hertz, Ω ohm, s sec second 秒, "
-    "min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, in inch inche, ft foot feet, "
-    "yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, ° deg degree 度, "
-    "°C ℃ celsius, °F ℉ fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
-    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha, squares, cubes, 个, 只, 本, 条, 张, 次, 块"
+_named = lambda rows: {word: row.split()[0] for row in rows.split(", ") for word in row.split()}
+_PREFIXES = _named("k kilo 千, c centi 厘, d deci, m milli 毫, μ micro, n nano, M mega, G giga")
+_METRIC = _named(  # rows: the name, its other spellings
+    "m meter metre 米, g gram 克, L liter litre 升, s second 秒, N newton, J joule, W watt, V volt, "
+    "A ampere amp, Pa pascal, Hz hertz, Ω ohm, K kelvin, mol mole, eV, cal calorie, Wh"
 )
-_UNITS = {word: row.split()[0] for row in _UNITS.split(", ") for word in row.split()}
-for _unit in "m g s L N J W V A K Hz Pa Ω mol eV cal Wh".split():
-    _UNITS |= {prefix + _unit: prefix + _unit for prefix in ("", *"kcmdμnMG")}
+_UNITS = {p + unit: _PREFIXES[p] + _METRIC[unit] for p in _PREFIXES for unit in _METRIC}
+_UNITS |= _METRIC | _named(
+    "km 公里, kg kilo kilos 公斤, s sec, min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, "
+    "in inch inche, ft foot feet, yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, "
+    "° deg degree 度, °C celsius, °F fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
+    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha hectare, 个, 只, 本, 条, 张, 次, 块"
+)
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
 _NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
-    r"\w*(?:illion|teen|ty|th)|(?:arc)?(?:sin|cos|tan)h?|cot|csc|log|exp|sqrt|root|abs|det|floor|ceil|"
-    r"sum|product|max|gcd|lcm|mod|lim|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|kappa|lambda|rho|"
-    r"sigma|tau|phi|chi|psi|omega|zero|one|two|three|hundred|thousand|lakh|crore|dozen|score|gross|half|"
-    r"halve|third|quarter|and|but|not|plus|minus|time|over|divided|multiplied|squared?|cubed?|cubic|"
-    r"power|factorial|choose|fold|double|triple|twice|more|les|fewer|least|most|below|above|under|"
-    r"negative|positive|until|versus|from|out|per|except|without|wrong|incorrect|false|never|maybe|"
-    r"perhap|possibly|none|null|nan|infinite"
+    r"\w*(?:illion|teen|ty|th|fold)|zero|one|two|hundred|thousand|lakh|crore|dozen|score|half|halve|"
+    r"third|quarter|and|but|not|plus|minus|time|squared|cubed|more|les|fewer|least|most|below|above|"
+    r"out|per|except|wrong|incorrect|maybe|perhap|none|infinite|factorial|(?:arc)?(?:sin|cos|tan)|"
+    r"exp|sqrt|root|floor|ceil|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega|"
+    r"double|triple|gross|cubic|three|under|over|until|without|false|possibly|choose|power|log"
 )
 _UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
 _UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
@@ -254,14 +229,11 @@ def split_unit(text):
     """Plain text -> (text without its unit, the unit's one name or ""): words of the list, unknown
     ones of three letters or more, their powers, quotients and products. 2x m is a product of letters."""
     match = _WITH_UNIT.fullmatch(re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 a day -> 5 $ a day
-    if match:
-        number, unit = match.groups()
-        for pattern, new in _UNIT_FORMS:
-            unit = re.sub(pattern, new, unit[:60])
-        unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
-        if _UNIT.fullmatch(unit):
-            return number, unit
-    return text, ""
+    number, unit = match.groups() if match else (text, "")
+    for pattern, new in _UNIT_FORMS:
+        unit = re.sub(pattern, new, unit[:60])
+    unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
+    return (number, unit) if _UNIT.fullmatch(unit) else (text, "")
 
 
 _DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?"
@@ -272,17 +244,13 @@ _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|
 _NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 
 
-@lru_cache(4096)
 def read_quantity(text, named=True):
     """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
     mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
     >>> [read_quantity(t)[1] for t in ("x = 5 km/h", "5 square meters per second", "5 red balls")]
     ['km/h', 'm^2/s', 'red ball']
-    >>> [str(read_quantity(t)[0]) for t in ("1,234.50", "$-5$", "5 km/h", "5 million", "5 or 6")]
-    ['1234.50', '-5', '5', 'None', 'None']
     """
-    *_, text = without_leads(plain(text))
-    text = _NAME.sub("", text) if named else text
+    text = _NAME.sub("", bare(text)) if named else bare(text)
     text, unit = split_unit(text.rstrip(".,; "))
     digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
@@ -299,45 +267,43 @@ read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
 
 # ---- Reading choices
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTER = re.compile(
-    r"[(\[{]? ?([a-z])(?![\w'])(?:"
-    r"(?:[^\w?/&+]|\b(?:is|was|would|be|the|most|likely|clearly|definitely|correct|right|best|true|"
-    r"answer|option|choice)\b)*(?:\b(?:because|since|as|for|rather)\b.*|not [a-z]\W*)?|"  # "B since ...", "B, not C"
+    r"(?is)[(\[{]? ?([a-z])(?![\w'])(?:"
+    rf"(?:[^\w?/&+]|{_FILLER})*"
+    r"(?:\b(?:because|since|as|for|rather)\b.*|not [a-z]\W*)?|"  # "B since ...", "B, not C"
     r"(?:[)\]}:;.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
-    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)"
 )
 _LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
-_CLAUSE = re.compile(  # where a statement may begin
-    r"(?i)^|[,;] (?:but )?(?=.*(?:\bis\b|it's|\bi\b|answer|option))|\b(?=(?:so|thus|hence|therefore)\b)"
+_STATEMENT = re.compile(  # between two statements: a sentence's end, or ", the answer is"
+    r"(?i)(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+|\b(?=(?:so|thus|hence|therefore)\b)|"
+    r"[,;] (?:but )?(?!or\b|and\b|[^.!?\n]{0,200}\b(?:not(?! [a-z]\b(?! \w))|wrong|incorrect)\b)"
+    r"(?=[^.!?\n]{0,200}(?:\bis\b|it's|\bi\b|answer|option))"
 )
 fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
 
 
-@lru_cache(256)
 def option_names(options):
-    """Tuple of options -> {text with or without its letter: letter}."""
+    """Options -> {text with or without its letter: letter}; None for a text that two have."""
     names = {}
-    for letter, option in zip(LETTERS, options):
-        body = fold(plain(option)).removeprefix(f"{letter.lower()} ")
-        for name in (body, f"{letter.lower()} {body}"):
-            names[name] = None if name in names else letter  # neither of two that are equal
+    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
+        body = fold(plain(str(option))).removeprefix(f"{letter.lower()} ")
+        for name in {body, fold(bare(body)), f"{letter.lower()} {body}"}:
+            names[name] = None if name in names else letter
     return names
 
 
-@lru_cache(4096)
-def read_phrase(phrase, options):
+def read_phrase(phrase, names):
     """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
-    names = option_names(options)
-    for text in without_leads(plain(phrase)):
-        if len(text) > 1 and fold(text) in names:  # it may itself look like a letter or a lead
-            return names[fold(text)]
+    text = bare(phrase)
+    for name in (fold(plain(phrase)), fold(text)):
+        if len(name) > 1 and name in names:  # it may itself look like a letter or a lead
+            return names[name]
     match = _LETTER.fullmatch(text)
-    if not match or options and match[1].upper() not in LETTERS[: len(options)]:
-        return names.get(fold(text))
-    letter = match[1].upper()
-    return letter if names.get(fold(text)[2:], letter) == letter else None
+    letter = match and match[1].upper()
+    if not match or names and letter not in names.values():
+        return names.get(name)
+    return letter if names.get(name[2:], letter) == letter else None
 
 
 def read_choice(text, options=()):
@@ -346,14 +312,11 @@ def read_choice(text, options=()):
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    options = tuple(map(str, options or ()))
-    if letter := read_phrase(text[:2000], options):
+    names = option_names(options or ())
+    if letter := read_phrase(text[:2000], names):
         return letter
-    named = set()
-    for sentence in re.split(r"(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+", text[-5000:]):
-        clauses = _CLAUSE.finditer(sentence, 0, 500)
-        named |= {read_phrase(sentence[start.end() : 500], options) for start in clauses}
-    named.discard(None)
+    statements = _STATEMENT.split(text[-5000:])
+    named = {read_phrase(statement[:500], names) for statement in statements} - {None}
     return named.pop() if len(named) == 1 else None
 
 
@@ -423,12 +386,12 @@ def rouge(p, y):
     return sum(part.fmeasure for part in scorer.score(words(y), words(p)).values()) / 3
 
 
-def math_side(text):
+def math_side(text, named):
     """The value of a text if it is one number, its unit, and the LaTeX of the rest. Of prose it reads
     what follows the last "is" of the last sentence."""
     if "\\boxed" in text or len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2:
         text = re.split(r"(?<=[.!?])\s+|\n+|\b(?:is|are|equals)\b", text.strip())[-1]
-    value, unit, latex = read_quantity(text, named=False)
+    value, unit, latex = read_quantity(text, named)
     latex = re.sub(r"(?:√|(?<!\\)sqrt) ?(?:\(([^()]*)\)|(\d+))", r"\\sqrt{\1\2}", latex)
     latex = re.sub(r"(?<![\\a-zA-Z])(sin|cos|tan|ln|log|pi)(?![a-zA-Z])", r"\\\1", latex)
     return value, unit, latex
@@ -443,21 +406,17 @@ def math_equal(p, y):
     same = p.split() == y.split()
     if same or max(len(p), len(y)) > 2000:
         return same
-    (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p), math_side(y)
-    if p_unit and y_unit and p_unit != y_unit:
+    named = ("=" in p) != ("=" in y)  # x = 5 is 5, 2x = 5 is not
+    (p_value, p_unit, p), (y_value, y_unit, y) = math_side(p, named), math_side(y, named)
+    if p_unit and y_unit and p_unit != y_unit or named and "=" in p + y:
         return False
     if p_value is not None and y_value is not None:
-        pairs = [(p_value, y_value)]
-        if p_unit != y_unit and "%" in (p_unit, y_unit):
-            pairs += [(p_value, 100 * y_value) if p_unit == "%" else (100 * p_value, y_value)]
-        return any(abs(a - b) <= min(Decimal("5e-7"), abs(b) / 100_000) for a, b in pairs)
+        limit = min(Decimal("5e-7"), abs(y_value) / 100_000)
+        scale = Decimal(100) ** ((p_unit == "%") - (y_unit == "%"))
+        return any(abs(value - y_value) <= limit for value in (p_value, p_value / scale))
     words = r"(?!.* (?:and|or) )[(\[]?((?:\\\w+ )?[^\W\d_]+(?:[ '-]+[^\W\d_]+)*)[)\]]?"
     if (p_words := re.fullmatch(words, p)) and (y_words := re.fullmatch(words, y)):
         return p_words[1].casefold() == y_words[1].casefold()
-    if ("=" in p) != ("=" in y):  # x = 5 is 5, 2x = 5 is not
-        p, y = _NAME.sub("", p), _NAME.sub("", y)
-        if "=" in p + y:
-            return False
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
@@ -485,9 +444,7 @@ def iou_box(p, y):
     if not (are_numbers(p, 4) and are_numbers(y, 4)):
         return 0.0
     (a, b, c, d), (e, f, g, h) = p, y
-    width = (c if c < g else g) - (a if a > e else e)
-    height = (d if d < h else h) - (b if b > f else f)
-    both = width * height if width > 0 and height > 0 else 0.0
+    both = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
     union = (c - a) * (d - b) + (g - e) * (h - f) - both
     return both / union if union > 0 else 0.0
 
@@ -545,7 +502,8 @@ def accuracy(record, answer):
     if kind == "open-ended":
         return rouge(answer, truth)
     p, y = read_json(answer), read_json(truth)
-    boxes, times = [p.get("boxes"), y.get("boxes")], [p.get("time"), y.get("time")]
+    fields = ("boxes", "time", "positive_points", "negative_points")
+    boxes, times, positive, negative = ([p.get(field), y.get(field)] for field in fields)
     if kind == "temporal grounding":
         return iou_1d(*times)
     if kind == "spatial grounding":
@@ -555,17 +513,13 @@ def accuracy(record, answer):
     if kind == "tracking":
         return mean_box_iou(*boxes)
     # segmentation: 0 without 3 + 3 points or a video's time
-    positive = [side.get("positive_points") for side in (p, y)]
-    negative = [side.get("negative_points") for side in (p, y)]
-    if not all(map(is_points, positive + negative)):
+    image = record.get("data_type") == "image"
+    if not all(map(is_points, positive + negative)) or not (image or are_numbers(times, 2)):
         return 0.0
-    positive, negative = point_kernel(*positive), point_kernel(*negative)
-    if record.get("data_type") == "image":
-        return 0.5 * iou_box(*boxes) + 0.25 * positive + 0.25 * negative
-    if not are_numbers(times, 2):
-        return 0.0
-    time = math.exp(-abs(times[0] - times[1]) / 2)
-    return 0.3 * iou_box(*boxes) + 0.3 * time + 0.2 * positive + 0.2 * negative
+    iou, points = iou_box(*boxes), point_kernel(*positive) + point_kernel(*negative)
+    if image:
+        return 0.5 * iou + 0.25 * points
+    return 0.3 * iou + 0.3 * math.exp(-abs(times[0] - times[1]) / 2) + 0.2 * points
 
 
 def structure(record, answer):
@@ -593,38 +547,38 @@ def gradable(record):
     'has a time that does not end after its start'
     """
     kind, truth = record["problem_type"], truth_of(record)
-    if kind == "multiple choice" and record.get("options"):
-        return "" if readable(record, truth) else "is none of the options"
-    if kind in ("numerical", "regression"):
-        return "" if readable(record, truth) else "is no number"
-    if kind in TEXT_TYPES or (not truth and record.get("segmentation_output")):  # masks alone
+    choice = kind == "multiple choice"
+    masks_alone = not truth and record.get("segmentation_output")
+    if kind in SLOW_TYPES or masks_alone or choice and not record.get("options"):
         return ""
+    if kind in TEXT_TYPES and not readable(record, truth):
+        return "is none of the options" if choice else "is no number"
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
-    y = {field: read_json(truth).get(field) for field in SCHEMAS[kind]}
-    if "temporal" in kind and not y["time"][0] < y["time"][1]:
+    y = {field: read_json(truth).get(field) for field in SCHEMAS.get(kind, {})}
+    if "temporal" in kind and not iou_1d(y["time"], y["time"]):
         return "has a time that does not end after its start"
     boxes = y.get("boxes", {})
-    for x1, y1, x2, y2 in boxes.values() if isinstance(boxes, dict) else [boxes]:
-        if not (0 <= x1 < x2 <= 1000 and 0 <= y1 < y2 <= 1000):
-            return "has a box [x1, y1, x2, y2] that is reversed, empty or outside 0-1000"
-    points = y.get("positive_points", []) + y.get("negative_points", [])
-    outside = any(not 0 <= v <= 1000 for point in points for v in point)
-    return "has a point outside 0-1000" if outside else ""
+    boxes = list(boxes.values()) if isinstance(boxes, dict) else [boxes]
+    if not all(iou_box(box, box) for box in boxes):
+        return "has a box [x1, y1, x2, y2] that is reversed or empty"
+    shapes = boxes + y.get("positive_points", []) + y.get("negative_points", [])
+    inside = all(0 <= min(shape) and max(shape) <= 1000 for shape in shapes)
+    return "" if inside else "has a coordinate outside 0-1000"
 
 
-def total(accuracy, structure):
-    """The score of a response with the right tags."""
-    return Score(0.9 * accuracy + 0.1 + structure, accuracy, 1.0, structure)
-
-
-def score(record, response):
-    """Grade one response here and now. Math can take 15 s or, on hostile text, hang: use `Grader`.
+def score(record, response, graded=None):
+    """Grade one response here and now, unless its accuracy is `graded` already. Math can take 15 s or,
+    on hostile text, hang: use `Grader`.
     >>> score({"problem_type": "numerical", "answer": "3"}, "<think>1 + 2</think><answer>3</answer>")
     Score(reward=1.5, accuracy=1.0, format=1.0, structure=0.5)
     """
     answer = parse_response(response)
-    return Score() if answer is None else total(accuracy(record, answer), structure(record, answer))
+    if answer is None:
+        return Score()
+    value = accuracy(record, answer) if graded is None else graded
+    shape = structure(record, answer)
+    return Score(0.9 * value + 0.1 + shape, value, 1.0, shape)
 
 
 # ---- POLAR: a reward model for open-ended answers, served by
@@ -648,7 +602,7 @@ def polar_scores(url, pairs, seconds=60.0):
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # machines of one run
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy
     try:
         with opener.open(request, timeout=seconds) as response:
             items = json.load(response)["data"]
@@ -657,29 +611,24 @@ def polar_scores(url, pairs, seconds=60.0):
         scores = None
     if not are_numbers(scores, len(pairs)):
         return [None] * len(pairs)
-    prompts = [(record.get("problem"), truth_of(record)) for record, _ in pairs]
-    groups = defaultdict(list)
+    prompts, relative = [text.split("<|reward|>")[0] for text in texts], []
     for prompt, value in zip(prompts, scores):
-        groups[prompt].append(value)
-    for i, prompt in enumerate(prompts):
-        low, high = min(groups[prompt]), max(groups[prompt])
-        scores[i] = (scores[i] - low) / (high - low) if high > low else 1.0
-    return scores
-
-
-# ---- Grader processes
+        group = [score for other, score in zip(prompts, scores) if other == prompt]
+        low, high = min(group), max(group)
+        relative.append((value - low) / (high - low) if high > low else 1.0)
+    return relative
 
 
 class Grader:
     """Grades lists of responses, in order, whatever the model wrote.
 
-    Math, ROUGE and OCR go to worker processes (`python rewards.py --worker`), since sympy can hang in
-    C code where no Python time limit reaches. The kernel ends a worker after `seconds` of CPU time for
-    one item, which scores 0. Of a worker that dies otherwise the item is tried once more.
+    Math, ROUGE and OCR go to worker processes, since sympy can hang in C code where no Python time
+    limit reaches. The kernel ends a worker after `seconds` of CPU time for one item, which scores 0.
+    Of a worker that dies otherwise the item is tried once more.
     counts: {"killed": items that scored 0 so}, and "polar_failed" (answers) if polar_url is given.
     """
 
-    command = (sys.executable, os.path.abspath(__file__), "--worker")
+    command = (sys.executable, os.path.abspath(__file__))
 
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
         self.seconds, self.polar_url = seconds, polar_url
@@ -696,32 +645,28 @@ class Grader:
 
     def score(self, pairs):
         """list of (record, response) -> list of Score."""
-        pairs = [(record, parse_response(response)) for record, response in pairs]
-        graded = zip(pairs, self.accuracies(pairs))
-        return [Score() if p[1] is None else total(value, structure(*p)) for p, value in graded]
+        answers = [(record, parse_response(response)) for record, response in pairs]
+        return [score(*pair, graded) for pair, graded in zip(pairs, self.accuracies(answers))]
 
     def accuracies(self, pairs):
         """list of (record, answer or None) -> list of accuracy: `accuracy`, safely."""
         kinds = [answer is not None and record["problem_type"] for record, answer in pairs]
-        slow = [i for i, kind in enumerate(kinds) if kind in SLOW_TYPES]
-        values = [
-            None if kinds[i] in SLOW_TYPES else accuracy(*pair) for i, pair in enumerate(pairs)
-        ]
-        opens = [i for i in slow if kinds[i] == "open-ended"]
-        if self.polar_url and opens:
-            scores = polar_scores(self.polar_url, [pairs[i] for i in opens])
+        opens = [i for i, kind in enumerate(kinds) if self.polar_url and kind == "open-ended"]
+        scores = polar_scores(self.polar_url, [pairs[i] for i in opens]) if opens else []
+        polar = dict(zip(opens, scores))
+        values = list(self.pool.map(self._grade, pairs, map(polar.get, range(len(pairs)))))
+        self.counts["killed"] += values.count(None)
+        if self.polar_url:
             self.counts["polar_failed"] += scores.count(None)
-            for i, value in zip(opens, scores):
-                values[i] = value
-            slow = [i for i in slow if values[i] is None]
-        for i, value in zip(slow, self.pool.map(self._grade, [pairs[i] for i in slow])):
-            values[i] = value or 0.0
-            self.counts["killed"] += value is None
-        return values
+        return [value or 0.0 for value in values]
 
-    def _grade(self, pair):
-        """One slow item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
+    def _grade(self, pair, polar):
+        """One item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
         record, answer = pair
+        if polar is not None:
+            return polar
+        if answer is None or record["problem_type"] not in SLOW_TYPES:
+            return accuracy(record, answer)
         record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
         for _ in range(2):
             worker = self.idle.pop()
@@ -736,10 +681,9 @@ class Grader:
                 worker.communicate()  # closes the pipes and waits for the end
                 self.idle.append(self._launch())
             if worker.returncode == -signal.SIGPROF:
-                return None
+                break
         if not ready:  # no wrong answer, but a broken grader
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
-        return None
 
     def close(self, *_):
         self.pool.shutdown(cancel_futures=True)
@@ -747,9 +691,7 @@ class Grader:
             worker.kill()
             worker.communicate()
 
-    def __enter__(self):
-        return self
-
+    __enter__ = lambda self: self
     __exit__ = close
 
 
@@ -766,9 +708,4 @@ def work(seconds):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(float(sys.argv[2]))
-    else:
-        import doctest
-
-        print(doctest.testmod())
+    work(float(sys.argv[1]))

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cpu_compat  # noqa: F401
 import torch
 
-from rewards import total
+from rewards import Score
 
 torch.set_num_threads(1)
 deaths, script = sys.argv[1].split(), importlib.import_module(sys.argv[2])
@@ -47,7 +47,7 @@ def doom(module, name, at, who):
 def grade_by_tokens(rollouts, grader, tokenizer):
     for rollout in rollouts:
         values = [0.05 + 0.9 * (sum(tokens) % 89) / 89 for tokens in rollout.responses]
-        rollout.scores = [total(value, 0.0) for value in values]
+        rollout.scores = [Score(0.9 * value + 0.1, value, 1.0) for value in values]
 
 
 if restart < len(deaths):
