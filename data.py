@@ -4,12 +4,10 @@ A record is one question about images or videos. `encode` makes a `Prompt` of it
 vision tokens expanded, mRoPE positions, uint8 patches for the vision tower, and the same pixels as
 vLLM takes them. Each image or video is decoded once: trainer and vLLM cannot disagree about it.
 
-    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3  # what is trained
-    python data.py --release-prompts OneThinker > prompts.json   # the released model's instructions
+    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model    # what training will see
 
-Where this departs from the release: the times of frames are true (in its SFT they run short from
-the first seconds on); a prompt that is too long is left out and counted, never cut (there it loses
-vision tokens from the right); the wording of the instructions.
+Where this departs from the release: frames have their true times (in its SFT they run short); a
+prompt that is too long is left out and counted, not cut; the wording of the instructions.
 """
 
 import argparse
@@ -20,7 +18,6 @@ import json
 import math
 import os
 import re
-import signal
 import struct
 import sys
 import textwrap
@@ -29,7 +26,6 @@ from collections import Counter, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import av.stream
@@ -41,7 +37,7 @@ import rewards
 from rewards import JSON_TYPES, PROBLEM_TYPES
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
-# Tokens that no answer may contain: they stand for pixels.
+# No answer may contain these: they stand for pixels.
 BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 CORES = len(os.sched_getaffinity(0))
 WORKERS = max(1, min(4, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per rank
@@ -150,53 +146,45 @@ def render_problem(record, prompts=PROMPTS):
 
 
 def load_prompts(path):
-    """PROMPTS, or another wording from a JSON file {task: instruction}."""
-    prompts = json.loads(Path(path).read_text("utf-8")) if path else PROMPTS
-    if lacking := [task for task in PROMPTS if task not in prompts]:
-        raise ValueError(f"{path}: expected an object with an instruction for {lacking[0]!r}")
-    return prompts
-
-
-def release_prompts(clone):
-    """The released checkpoints' own instructions: two tables in the source of a clone, which is
-    parsed and not run. QUESTION_TEMPLATE without the question comes before TYPE_TEMPLATE."""
-    for path in sorted(Path(clone).rglob("*.py")):
-        text = path.read_text("utf-8")
+    """PROMPTS, or another wording: a JSON file {task: instruction}, or a clone of the release, of
+    which two tables are read and no code is run: QUESTION_TEMPLATE comes before TYPE_TEMPLATE."""
+    if not path:
+        return PROMPTS
+    prompts = {} if os.path.isdir(path) else json.loads(Path(path).read_text("utf-8"))
+    for source in sorted(Path(path).rglob("*.py")):
+        text = source.read_text("utf-8")
         if "QUESTION_TEMPLATE = " in text and "TYPE_TEMPLATE = " in text:
             nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
             tables = {ast.unparse(node.targets[0]): node.value for node in nodes}
             start = ast.literal_eval(tables["QUESTION_TEMPLATE"]).format(Question="").lstrip("\n")
             ends = ast.literal_eval(tables["TYPE_TEMPLATE"])
-            return {task.replace("_", "-"): start + end for task, end in ends.items()}
-    raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
+            prompts = {task.replace("_", "-"): start + end for task, end in ends.items()}
+    if lacking := [task for task in PROMPTS if task not in prompts]:
+        raise ValueError(f"{path}: expected an instruction for {lacking[0]!r}")
+    return prompts
 
 
 # ---- Records: three forms, as a JSON list or JSONL, become one.
 
-FORMS = "one of three forms: problem, problem_type, answer, images or videos (RL); messages with "
-FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
+FORMS = "one of three forms: problem and answer (RL) or solution (evaluation), or messages (SFT)"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_FIELDS = dict(images="image", image="image", videos="video", video="video")
-ROLES = ("system", "user", "assistant")
 is_text = lambda x: isinstance(x, str)
-is_turn = lambda x: isinstance(x, dict) and x.get("role") in ROLES and is_text(x.get("content"))
-is_list_of = lambda each: lambda x: isinstance(x, list) and all(map(each, x))
+is_turn = lambda x: isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
+TURNS = "a list of turns with a role and a content"
 FIELDS = dict.fromkeys(("process", "path", "additional_path"), (is_text, "a text"))
-FIELDS["options"] = is_list_of(lambda option: True), "a list"
-FIELDS["messages"] = is_list_of(is_turn), f"a list of turns with a role {ROLES} and a text"
+FIELDS["options"] = lambda x: isinstance(x, list), "a list"
+FIELDS["messages"] = lambda x: isinstance(x, list) and all(map(is_turn, x)), TURNS
 FIELDS["fps"] = lambda x: rewards.is_number(x) and x > 0, "a number above 0"
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
-    """Reads a JSON list or JSONL file of records into plain dicts of one form.
-
-    Each has the record's own fields and: problem_id (str), problem (text with one placeholder per
-    medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
-    (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
-    only), file and index (where it stood). Paths are relative to media_root, by default the file's
-    folder, and must stay below it as written. Raises ValueError naming file, record, field and
-    value of a malformed record, or when more than max_bad_share of them cannot be graded.
-    """
+    """Reads a JSON list or JSONL file of records into plain dicts of one form: their own fields and
+    problem_id (text), problem (with one placeholder per medium), problem_type (None where an SFT
+    record does not say), data_type, options (list), answer (text without tags, None for SFT), media
+    ([{"type", "path"}], absolute paths), file, index (where it stood). Paths are relative to
+    media_root, by default the file's folder, and must stay below it. Raises ValueError naming file,
+    record, field and value, also when more than max_bad_share of the truths cannot be graded."""
     root = os.path.abspath(media_root or Path(path).parent)
     records = [normalise(raw, str(path), i, root) for i, raw in enumerate(read_values(path))]
     return gradable(records, max_bad_share)
@@ -204,24 +192,20 @@ def load_records(path, media_root=None, max_bad_share=0.0):
 
 def gradable(records, max_bad_share=0.0):
     """The records without those whose truth no answer could match, which are printed and counted."""
-    good, bad = [], []
-    for record in records:
-        reason = record["answer"] and rewards.gradable(record)
-        if not reason:
-            good.append(record)
-            continue
-        field = "solution" if "solution" in record else "answer"
-        example = re.search(r"\{.*\}", PROMPTS[task_of(record)])
-        reason += f", expected JSON like {example[0]}" if example else ""
-        bad.append(f"record {record['index']}: {field} {record['answer'][:100]!r} {reason}")
+    reasons = [record["answer"] and rewards.gradable(record) for record in records]
+    bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
     if bad:
-        share = f"{len(bad)} of {len(records)} records cannot be graded"
-        message = f"{records[0]['file']}: {'; '.join([share, *bad[:5]])}"
+        message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded"
+        for record, reason in bad[:5]:
+            field = "solution" if "solution" in record else "answer"
+            message += f"; record {record['index']}: {field} {record['answer'][:100]!r} {reason}"
+            example = re.search(r"\{.*\}", PROMPTS[task_of(record)])
+            message += f", expected JSON like {example[0]}" if example else ""
         if len(bad) > max_bad_share * len(records):
             raise ValueError(message)
         if FIRST_RANK:
             print(f"left out: {message}")
-    return good
+    return [record for record, reason in zip(records, reasons) if not reason]
 
 
 def read_values(path):
@@ -270,8 +254,7 @@ def normalise(raw, file, index, root):
         field, text, kind = "problem", record.get("problem"), record.get("problem_type")
         need(is_text(text), field, "a text" if field in record else FORMS)
         need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-        seen = found or kind not in JSON_TYPES
-        need(seen, "images", "an image or a video for this problem_type")
+        need(found or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
         record["answer"] = read_truth(record, need)
     lead = ""
     for kind, paths in media.items():
@@ -283,10 +266,9 @@ def normalise(raw, file, index, root):
     order = re.findall("<(image|video)>", lead + text)  # pixels and tokens in this order
     record["media"] = [{"type": kind, "path": media[kind].pop(0)} for kind in order]
     record |= dict(problem=lead + text, file=file, index=index)
-    record["problem_type"] = record.get("problem_type")
     record["problem_id"] = str(record.get("problem_id", index))
     record["options"] = [str(option) for option in record.get("options", [])]
-    return record
+    return {"problem_type": None} | record
 
 
 def find_media(record, root, need):
@@ -315,9 +297,8 @@ def read_truth(record, need):
         return ""
     need(kind in JSON_TYPES or not isinstance(answer, (dict, list)), field, "a text or a number")
     need(answer == answer and text, field, "the true answer")  # NaN is not itself
-    if kind == "multiple choice":
-        return rewards.read_choice(text, record.get("options")) or text
-    return text
+    letter = kind == "multiple choice" and rewards.read_choice(text, record.get("options"))
+    return letter or text
 
 
 def demonstration(record):
@@ -365,21 +346,15 @@ def add_limits(parser, **defaults):
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=help)
 
 
-def limits_of(args):
-    return Limits(**{name: getattr(args, name) for name in Limits._fields})
+limits_of = lambda args: Limits(*(getattr(args, name) for name in Limits._fields))
 
 
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
     """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
     and once more within `share`, a video frame's part of video_total_pixels.
-
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
-    >>> fit(720, 1280, 4096, 256 * 1024, share=24576 * 1024 / 128)  # evaluation, 128 frames
-    (320, 576)
     """
-    if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"{width} x {height} pixels: an aspect ratio over 200")
     sides = height, width
     fitted = [max(32, round(side / 32) * 32) for side in sides]
     if math.prod(fitted) > max_pixels:
@@ -391,17 +366,14 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
-# bomb, which is refused by its header.
+# What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     """An image file as RGB, upright by its EXIF rotation, resized by `fit`: uint8 (H, W, 3).
-
-    Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError.
-    """
+    Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -419,19 +391,13 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     return np.asarray(image)
 
 
-class Video(NamedTuple):
-    """Sampled frames. Frame i was frame indices[i] of `total`, shown at indices[i] / fps seconds."""
-
-    frames: np.ndarray  # uint8 (T, H, W, 3), T even
-    indices: list  # (T,)
-    fps: float
-    total: int
+# frames: uint8 (T, H, W, 3), T even. Each was one of `total`, shown at its index / fps seconds.
+Video = namedtuple("Video", "frames indices fps total")
 
 
 def sample_positions(total, duration, fps, max_frames):
     """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, evenly spread, and
     never more than there are: of an odd number the last one counts twice.
-
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
     """
@@ -445,11 +411,9 @@ def read_video(
     path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
-
-    All packets are listed first, without decoding, for the true time of every frame; then the wanted
-    ones are decoded. With a variable frame rate these are spread evenly in time, and indices are
-    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says.
-    """
+    All packets are listed first, for the true time of every frame; then the wanted frames are
+    decoded. With a variable frame rate these are spread evenly in time, and indices are milliseconds
+    at 1000 fps. Raises MediaError, also where a file ends before its header says."""
     try:
         if is_folder := os.path.isdir(path):
             names, rate = list_frame_folder(path), folder_fps or fps
@@ -480,12 +444,11 @@ def read_video(
 
 def list_frame_folder(path):
     """The paths of a folder's numbered images, frame2 before frame10."""
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
-    names = [name for name in names if name[0] != "."]
-    if not names:
+    paths = [file for file in Path(path).glob("[!.]*") if file.suffix.lower() in IMAGE_ENDINGS]
+    if not paths:
         raise ValueError("no frames in this folder")
-    names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
-    return [os.path.join(path, name) for name in names]
+    numbers = lambda file: [int(number) for number in re.findall(r"\d+", file.name)]
+    return sorted(paths, key=lambda file: (numbers(file), file.name))
 
 
 def open_video(path):
@@ -537,9 +500,9 @@ def decode_frames(path, pts, keys, wanted, bounds):
     def pixels_of(frame):
         if frame.is_corrupt:
             raise ValueError("a wanted frame is damaged")
-        height, width = fit(frame.height, frame.width, *bounds)
-        size = dict(width=width, height=height, interpolation="BICUBIC")
-        return np.rot90(frame.to_ndarray(format="rgb24", **size), round(frame.rotation / 90))
+        h, w = fit(frame.height, frame.width, *bounds)
+        pixels = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="BICUBIC")
+        return np.rot90(pixels, round(frame.rotation / 90))
 
     found = {}
     with suppress(ValueError, av.FFmpegError):
@@ -637,29 +600,20 @@ def mrope_positions(token_ids, vision_ids, grids):
     return inside + np.cumsum(advance) - advance
 
 
-def check_text(text, tokenizer):
-    """Raises MediaError where a text holds a control token, such as <|im_end|>, or half a character."""
-    for word in tokenizer.get_added_vocab():
-        if word.startswith("<|") and word in text:
-            raise MediaError("control_token", f"the text holds the control token {word}")
-    if half := re.search("[\ud800-\udfff]", text):
-        raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
-
-
 def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is too long.
-
-    The text is that of Qwen3-VL's processor in transformers 4.57, with which the released
-    checkpoints were trained: `<1.5 seconds><|vision_start|>...<|vision_end|>` for every two frames
-    of a video. transformers 5 puts one more <|vision_start|> and <|vision_end|> around it all.
-    """
+    The text is that of transformers 4.57, which the released checkpoints know: for every two frames
+    of a video `<1.5 seconds><|vision_start|>...<|vision_end|>`. transformers 5 puts one more
+    <|vision_start|> and <|vision_end|> around it all."""
     tokenizer, limits = processor.tokenizer, limits or Limits()
     turns = [{"role": "system", "content": system}] * bool(system)
     if "messages" in record:
         turns += record["messages"][:-1]
     else:
         turns.append({"role": "user", "content": render_problem(record, prompts)})
-    check_text("\n".join([*(t["content"] for t in turns), demonstration(record) or ""]), tokenizer)
+    said = "\n".join([*(turn["content"] for turn in turns), demonstration(record) or ""])
+    if wrong := re.search(r"<\|\w+\|>|[\ud800-\udfff]", said):
+        raise MediaError("control_token", f"a control token or half a character: {wrong[0]!r}")
     kinds = [medium["type"] for medium in record["media"]]
     patches = [np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)]
     grids, expanded, vllm_media = [], [], {kind: [] for kind in kinds}
@@ -675,8 +629,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
             known |= dict(total_num_frames=pixels.total, do_sample_frames=False)
             vllm_media[kind].append((pixels.frames.transpose(0, 3, 1, 2), known))
             shown = np.array(pixels.indices) / pixels.fps  # seconds
-            # The mean in the library's own order: 3.15 would else be 3.1 here and 3.2 there.
-            means = (shown[::2] + shown[1::2]) / 2
+            means = (shown[::2] + shown[1::2]) / 2  # the library's order decides if 3.15 is 3.1
             frame = f"<|vision_start|>{pads}<|vision_end|>"
             pads = "".join(f"<{second:.1f} seconds>{frame}" for second in means)
         patches.append(rows)
@@ -693,15 +646,15 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     waiting = iter(expanded)
     full = re.sub(r"<\|(image|video)_pad\|>", lambda _: next(waiting), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
-    if len(token_ids) > limits.max_prompt_tokens:
-        length = f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}"
-        raise MediaError("too_long", length)
+    count, most = len(token_ids), limits.max_prompt_tokens
+    if count > most:
+        raise MediaError("too_long", f"{count} prompt tokens, the limit is {most}")
     vision_ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     positions = mrope_positions(token_ids, vision_ids, grids)
     patches = torch.from_numpy(np.concatenate(patches))
     grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    as_they_are = dict(do_resize=False, do_sample_frames=False)
-    vllm = dict(prompt=text, multi_modal_data=vllm_media, mm_processor_kwargs=as_they_are)
+    vllm = dict(prompt=text, multi_modal_data=vllm_media)
+    vllm["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
     opened = text.rpartition("<|im_start|>assistant\n")[2]
     return Prompt(record, token_ids, positions, patches, grids, vllm, opened)
 
@@ -710,8 +663,7 @@ def target_ids(prompt, tokenizer):
     """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
     text, opened = demonstration(prompt.record), prompt.opened.strip()
     if opened and not text.lstrip().startswith(opened):
-        message = f"the response does not begin with {opened!r}, as the prompt does"
-        raise MediaError("opened", message)
+        raise MediaError("opened", f"the response does not begin with {opened!r}")
     text = text.lstrip().removeprefix(opened).lstrip() if opened else text
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
@@ -722,7 +674,6 @@ def target_ids(prompt, tokenizer):
 def data_order(count, seed, cursor=0, rank=0, world=1):
     """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The order
     over all ranks depends on the seed alone. cursor: how many records they have taken together.
-
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
@@ -738,7 +689,7 @@ def prefetch(records, function, order, workers, seconds=600):
 
     def become_worker(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the script
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: ends with the script
 
     def use(record):
         try:
@@ -754,9 +705,9 @@ def prefetch(records, function, order, workers, seconds=600):
 
 
 def next_items(stream, count, tally, max_bad_share):
-    """The next `count` items less the unusable ones, which are printed and counted in the caller's
-    `tally`, a Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more
-    than `max_bad_share` of all records so far (and of at least 200)."""
+    """The next `count` items less the unusable ones, which are printed and counted in `tally`, a
+    Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more than
+    `max_bad_share` of all records so far (and of at least 200)."""
     items = []
     for item in itertools.islice(stream, count):
         tally["records"] += 1
@@ -773,21 +724,14 @@ def next_items(stream, count, tally, max_bad_share):
 
 # ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
 
-
-class Marks(NamedTuple):
-    """What an answer says, in a form to draw: coordinates 0-1000, seconds. Empty: it says nothing."""
-
-    span: tuple | None = None  # (start, end)
-    boxes: dict = {}  # {second: [x1, y1, x2, y2]}, or of a single image {None: box}
-    positive: list = []  # [[x, y], ...] on the object
-    negative: list = []  # [[x, y], ...] beside it
-    time: float | None = None  # of the box and the points of a video's segmentation
+# What an answer says: span (start, end), boxes {second: [x1, y1, x2, y2]}, of an image {None: box},
+# points [[x, y], ...] on and beside an object, and their time in a video. Coordinates are 0-1000.
+Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None, {}, [], [], None))
 
 
 def marks_of(task, answer):
     """The marks in an answer's text (or None), without what is malformed. task: of task_of. Tracking's
     key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
-
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
     """
@@ -810,22 +754,6 @@ def marks_of(task, answer):
     return Marks(tuple(time) if rewards.is_span(time) else None, boxes, *points, second)
 
 
-def box_at(boxes, second):
-    """The box at a second (None: of an image), on a straight line between the seconds with one; the
-    last box holds for less than a second more. None where there is no box.
-
-    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
-    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
-    ([25.0, 0.0, 125.0, 100.0], None, None)
-    """
-    if None in boxes or not boxes or second is None:
-        return boxes.get(None)
-    named = sorted(boxes)
-    if not named[0] <= second < named[-1] + 1:
-        return None
-    return [float(np.interp(second, named, side)) for side in zip(*(boxes[k] for k in named))]
-
-
 def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
     """An RGB copy of a PIL image with all that holds at this second (None: of an image). A span is a
     border of the image. A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative
@@ -840,7 +768,11 @@ def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
     if marks.span and second is not None and marks.span[0] <= second <= marks.span[1]:
         edge = [0, 0, image.width - 1, image.height - 1]
         canvas.rectangle(edge, outline=colour, width=2 * line)
-    if box := box_at(marks.boxes, second):
+    box, seconds = marks.boxes.get(None), sorted(marks.boxes)
+    if second is not None and not box and seconds and seconds[0] <= second < seconds[-1] + 1:
+        sides = zip(*(marks.boxes[each] for each in seconds))  # on a line between two seconds
+        box = [np.interp(second, seconds, side) for side in sides]
+    if box:
         (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
         canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
     if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
@@ -859,8 +791,7 @@ def enlarged(image, least=256):
 
 
 def captioned(image, text, size=14):
-    """The image with black text below it, in letters of so many pixels. Width and height become
-    even, as an MP4 needs."""
+    """The image with black text below it. Width and height become even, as an MP4 needs."""
     lines = textwrap.wrap(text, max(8, int(image.width / size / 0.55)))
     height = image.height + ((size + 4) * len(lines) + 6 if lines else 0)
     canvas = Image.new("RGB", (image.width + image.width % 2, height + height % 2), "white")
@@ -877,10 +808,9 @@ def nearest(seconds, second):
 
 def draw_strip(frames, seconds, marks, masks=None):
     """Up to 8 frames side by side, with their seconds below and their marks, the first ones widest.
-
     frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
-    bool (T, H, W)}. The frames are those at whole seconds, where answers have their boxes, and at a
-    segmentation's time."""
+    bool (T, H, W)}. They are those at whole seconds, which have boxes, and at a segmentation's time.
+    """
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     cells = []
@@ -899,8 +829,9 @@ def draw_strip(frames, seconds, marks, masks=None):
 # ---- --peek: what training will see
 
 
-def peek(prompt, tokenizer):
-    """Prints the media and the text of a prompt, and its truth, or the text that SFT learns."""
+def peek(prompt, tokenizer, sheet):
+    """Prints the media and the text of a prompt, and its truth, or the text that SFT learns. Draws
+    what the model sees, with the truth in green: an image `sheet`-<record>-<medium>.png of each."""
     record, given = prompt.record, len(prompt.token_ids)
     for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
         frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
@@ -908,60 +839,46 @@ def peek(prompt, tokenizer):
         print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
     count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
     print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-    if demonstration(record):
+    if shown := demonstration(record):
         learned = target_ids(prompt, tokenizer)
-        print(f"--- {given} tokens given, these {len(learned)} learned:")
-        print(tokenizer.decode(learned))
-    else:
-        print(f"--- truth: {record['answer']}")
-
-
-def draw_truth(prompt):
-    """Yields what the model sees of a prompt, an image of each medium, with the truth in green."""
-    record, media = prompt.record, prompt.vllm["multi_modal_data"]
-    truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-    marks = marks_of(task_of(record), truth)
-    for image in media.get("image", []):
-        yield captioned(draw(enlarged(image), marks, None, "lime"), truth)
+        print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
+    truth = record["answer"] or rewards.find_answer(shown) or ""
+    print(f"--- truth: {truth}")
+    marks, media = marks_of(task_of(record), truth), prompt.vllm["multi_modal_data"]
+    drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
     for frames, known in media.get("video", []):
         seconds = np.array(known["frames_indices"]) / known["fps"]
-        yield captioned(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}), truth)
+        drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
+    for i, image in enumerate(drawn):
+        path = f"{sheet}-{record['index']}-{i}.png"
+        captioned(image, truth).save(path)
+        print(f"--- drawn: {path}")
 
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("file", nargs="?", help="record file")
-    parser.add_argument("--model", help="folder or hub id that has the processor")
+    parser.add_argument("file", help="record file")
+    parser.add_argument("--model", required=True, help="folder or hub id that has the processor")
     parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
-    parser.add_argument("--prompts", help="JSON file that replaces the instructions")
+    parser.add_argument("--prompts", help="JSON file of instructions, or a clone of the release")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
-    parser.add_argument("--sheet", default="peek", help="their images: %(default)s-0.png, ...")
-    parser.add_argument("--release-prompts", metavar="CLONE", help="print those of the release")
+    parser.add_argument("--sheet", default="peek", help="images are %(default)s-0-0.png and so on")
     add_limits(parser)
     args = parser.parse_args()
     try:
-        if args.release_prompts:
-            return print(json.dumps(release_prompts(args.release_prompts), indent=2))
-        if not (args.file and args.model):
-            refuse("a record file and --model are needed")
         processor, prompts = load_processor(args.model), load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    numbers = itertools.count()
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
         try:
             prompt = encode(record, processor, limits_of(args), prompts)
-            peek(prompt, processor.tokenizer)
+            peek(prompt, processor.tokenizer, args.sheet)
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
-            continue
-        for image, number in zip(draw_truth(prompt), numbers):
-            image.save(f"{args.sheet}-{number}.png")
-            print(f"--- drawn, with the truth: {args.sheet}-{number}.png")
 
 
 if __name__ == "__main__":

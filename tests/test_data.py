@@ -4,7 +4,6 @@ import argparse
 import doctest
 import itertools
 import json
-import os
 import random
 import re
 import resource
@@ -359,13 +358,10 @@ def test_images_of_any_mode(tmp_path, name, image, left, right):
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
 def test_images_that_are_refused(tmp_path, kind):
-    """Integer and float TIFF files were black; the model family refuses an aspect ratio over 200."""
+    """Integer and float TIFF files were black."""
     Image.fromarray(np.full((64, 64), 1, kind)).save(tmp_path / "a.tif")
     with pytest.raises(data.MediaError, match="32 bits a pixel"):
         data.read_image(str(tmp_path / "a.tif"))
-    Image.new("RGB", (6500, 32)).save(tmp_path / "a.png")
-    with pytest.raises(data.MediaError, match="a.png: 6500 x 32 pixels: an aspect ratio over 200"):
-        data.read_image(str(tmp_path / "a.png"))
 
 
 def test_all_eight_exif_orientations(tmp_path):
@@ -635,7 +631,6 @@ def test_placeholders_in_options_are_text(tmp_path, processor):
 def test_control_tokens_and_half_characters(tmp_path, processor, word):
     """A question that ends its own turn, or brings vision tokens without pixels; half of a surrogate
     pair, which ended the worker that tokenised it."""
-    reason = "control_token" if "|" in word else "broken_text"
     talk = turns("a", word)
     for change in (
         dict(problem=f"a{word}b"),
@@ -645,7 +640,7 @@ def test_control_tokens_and_half_characters(tmp_path, processor, word):
     ):
         with pytest.raises(data.MediaError) as error:
             encoded(tmp_path, processor, **{**GOOD, **change})
-        assert error.value.reason == reason
+        assert error.value.reason == "control_token"
 
 
 def test_what_the_template_has_opened_is_not_learned_again(tmp_path, processor, monkeypatch):
@@ -773,17 +768,16 @@ def test_torchrun_says_it_last(tmp_path, monkeypatch, capsys):
 RELEASE = """
 import something_that_is_not_installed
 QUESTION_TEMPLATE = ("{Question}\\n" "Look.\\n")
-TYPE_TEMPLATE = {"OCR": "Read it.\\n" "<answer>a</answer>", "segmentation_image": '{"boxes": [1]}'}
-"""
+TYPE_TEMPLATE = """
+RELEASE += repr({task.replace("-", "_"): f"Read {task}.\n" for task in data.PROMPTS})
 
 
 def test_prompts_of_the_release(tmp_path):
     """A released model was asked in other words than it was trained with."""
     (tmp_path / "clone" / "a" / "b").mkdir(parents=True)
     (tmp_path / "clone" / "a" / "b" / "dataset.py").write_text(RELEASE)
-    prompts = json.loads(run("data.py", "--release-prompts", tmp_path / "clone").stdout)
-    assert prompts["OCR"] == "Look.\nRead it.\n<answer>a</answer>"
-    assert prompts["segmentation-image"] == 'Look.\n{"boxes": [1]}'
+    prompts = data.load_prompts(tmp_path / "clone")
+    assert prompts == {task: f"Look.\nRead {task}.\n" for task in data.PROMPTS}
     (tmp_path / "prompts.json").write_text(json.dumps(data.PROMPTS | {"OCR": "Read."}))
     assert data.load_prompts(tmp_path / "prompts.json")["OCR"] == "Read."
     (tmp_path / "prompts.json").write_text(json.dumps({"OCR": "Read."}))
@@ -807,9 +801,11 @@ def test_peek_shows_what_is_learned(toy, tmp_path):
     assert len(re.findall(r"image: \d+ x \d+ pixels, \d+ of ", shown)) == 4
     assert "<|video_pad|>x4" in shown and "<|image_pad|>x" in shown
     assert shown.count("skipped, missing_media: no file") == 1
-    learned = r"<\|im_start\|>assistant\n\n--- \d+ tokens given, these \d+ learned:\n<think>.*<\|im_end\|>\n"
+    learned = (
+        r"<\|im_start\|>assistant\n\n--- \d+ tokens given, \d+ learned:\n<think>.*<\|im_end\|>\n"
+    )
     assert len(re.findall(learned, shown)) == 2
     assert len(list(tmp_path.glob("peek-*.png"))) == shown.count(f"{tmp_path}/peek-") == 6
-    for i in range(2, 6):
-        drawn = np.asarray(Image.open(tmp_path / f"peek-{i}.png"))
+    for i in range(3, 7):
+        drawn = np.asarray(Image.open(tmp_path / f"peek-{i}-0.png"))
         assert (drawn == [0, 255, 0]).all(-1).any()
