@@ -238,10 +238,9 @@ def normalise(raw, file, index, root):
         need(not record.get(field) or holds(record[field]), field, expected)
     media = find_media(record, root, need)
     found = "-".join(kind for kind in ("video", "image") if media[kind])
-    if not found and "data_type" not in record:
-        for other in record:
-            seen = re.search("image|img|video|media|frames", other)
-            need(not seen, other, "media under images, videos or path, or data_type 'text'")
+    hints = list(filter(re.compile("image|img|video|media|frames").search, record))
+    if hints and not found and "data_type" not in record:
+        need(False, hints[0], "media under images, videos or path, or data_type 'text'")
     matches = record.setdefault("data_type", found or "text") == (found or "text")
     need(matches, "data_type", f"{found or 'text'!r} by the media in images, videos or path")
     if "messages" in record:
@@ -323,6 +322,11 @@ class MediaError(Exception):
 
 
 Skipped = namedtuple("Skipped", ["reason", "message"])  # stands where a prompt would be
+# frames: uint8 (T, H, W, 3), T even. Each was one of `total`, shown at its index / fps seconds.
+Video = namedtuple("Video", "frames indices fps total")
+# What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
+IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
+IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
 LIMITS = {  # how large media may be: default, least, meaning
     "image_min_pixels": (65536, 0, "pixels per image, smaller ones are enlarged"),
@@ -335,6 +339,7 @@ LIMITS = {  # how large media may be: default, least, meaning
     "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted, never cut"),
 }
 Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _, _ in LIMITS.values()])
+limits_of = lambda args: Limits(*(getattr(args, name) for name in Limits._fields))
 
 
 def add_limits(parser, **defaults):
@@ -344,9 +349,6 @@ def add_limits(parser, **defaults):
         _, least, meaning = LIMITS[name]
         kind, help = at_least(least, type(value)), f"{meaning} (%(default)s)"
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=help)
-
-
-limits_of = lambda args: Limits(*(getattr(args, name) for name in Limits._fields))
 
 
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
@@ -364,11 +366,6 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
         grow = math.sqrt(min_pixels / (height * width))
         fitted = [math.ceil(side * grow / 32) * 32 for side in sides]
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
-
-
-# What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
-IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
-IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
 
 def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
@@ -389,10 +386,6 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
     return np.asarray(image)
-
-
-# frames: uint8 (T, H, W, 3), T even. Each was one of `total`, shown at its index / fps seconds.
-Video = namedtuple("Video", "frames indices fps total")
 
 
 def sample_positions(total, duration, fps, max_frames):
@@ -602,9 +595,8 @@ def mrope_positions(token_ids, vision_ids, grids):
 
 def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is too long.
-    The text is that of transformers 4.57, which the released checkpoints know: for every two frames
-    of a video `<1.5 seconds><|vision_start|>...<|vision_end|>`. transformers 5 puts one more
-    <|vision_start|> and <|vision_end|> around it all."""
+    For every two frames of a video there is `<1.5 seconds><|vision_start|>...<|vision_end|>`, as in
+    transformers 4.57. transformers 5 puts one more pair of vision tokens around them all."""
     tokenizer, limits = processor.tokenizer, limits or Limits()
     turns = [{"role": "system", "content": system}] * bool(system)
     if "messages" in record:
@@ -643,8 +635,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
 
     turns = [t | {"content": placed(t["content"])} if t["role"] == "user" else t for t in turns]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    waiting = iter(expanded)
-    full = re.sub(r"<\|(image|video)_pad\|>", lambda _: next(waiting), text)
+    full = re.sub(r"<\|(image|video)_pad\|>", lambda _: expanded.pop(0), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
     count, most = len(token_ids), limits.max_prompt_tokens
     if count > most:
@@ -747,18 +738,17 @@ def marks_of(task, answer):
         boxes = boxes if isinstance(boxes, dict) else {}
         keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
         boxes = {float(key) - first: boxes[key] for key in keys}
-    boxes = {second: box for second, box in boxes.items() if rewards.is_box(box)}
+    boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
     points = [said.get("positive_points"), said.get("negative_points")]
     points = [part if isinstance(part, list) else [] for part in points]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
-    return Marks(tuple(time) if rewards.is_span(time) else None, boxes, *points, second)
+    return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, second)
 
 
 def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
-    """An RGB copy of a PIL image with all that holds at this second (None: of an image). A span is a
-    border of the image. A box covers the pixels from x1 to x2 - 1. Positive points are discs, negative
-    ones crosses; what is outside goes to the edge. mask: bool (H, W) of the image's shape in any size,
-    becomes a tint. scale: of lines and points."""
+    """An RGB copy of a PIL image with all that holds at this second (None: of an image): a span as its
+    border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is outside
+    goes to the edge. mask: bool (H, W) of the image's shape in any size, a tint. scale: of lines."""
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
@@ -808,9 +798,8 @@ def nearest(seconds, second):
 
 def draw_strip(frames, seconds, marks, masks=None):
     """Up to 8 frames side by side, with their seconds below and their marks, the first ones widest.
-    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
-    bool (T, H, W)}. They are those at whole seconds, which have boxes, and at a segmentation's time.
-    """
+    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: bool (T, H,
+    W). They are those at whole seconds, which have boxes, and at a segmentation's time."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     cells = []
@@ -818,8 +807,7 @@ def draw_strip(frames, seconds, marks, masks=None):
         index = nearest(seconds, second)
         image = ImageOps.contain(Image.fromarray(frames[index]), (160, 160))
         for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
-            mask = (masks or {}).get(colour)
-            mask = None if mask is None else mask[index]
+            mask = None if masks is None else masks[index]
             image = draw(image, part, second, colour, mask, scale)
         cell = captioned(image, f"{seconds[index]:.1f} s", 11)
         cells.append(ImageOps.expand(cell, (0, 0, 2, 0), "white"))

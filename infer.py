@@ -104,7 +104,7 @@ def save_drawing(path, record, answer, limits, sam2=None):
     if sam2 and marks.time is not None:
         masks = segment_video(sam2, video.frames, data.nearest(seconds, marks.time), marks)
     if path.endswith(".png"):
-        strip = data.draw_strip(video.frames, seconds, {"orange": marks}, {"orange": masks})
+        strip = data.draw_strip(video.frames, seconds, {"orange": marks}, masks)
         return data.captioned(strip, caption).save(path)
 
     def drawn(frames):
