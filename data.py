@@ -4,7 +4,7 @@ A record is one question about images or videos. `encode` makes a `Prompt` of it
 vision tokens expanded, mRoPE positions, uint8 patches for the vision tower, and the same pixels as
 vLLM takes them. Each image or video is decoded once: trainer and vLLM cannot disagree about it.
 
-    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model    # what training will see
+    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model  # what training sees
 
 Where this departs from the release: frames have their true times (in its SFT they run short); a
 prompt that is too long is left out and counted, not cut; the wording of the instructions.
@@ -45,7 +45,7 @@ FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
 def refuse(message):
-    """Ends the script before anything heavy has started: one sentence, from one rank, exit code 2."""
+    """Ends the script before anything heavy has started: one sentence, one rank, exit code 2."""
     text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
     if FIRST_RANK:
         print(text, file=sys.stderr)
@@ -76,7 +76,7 @@ def at_least(least, kind=int):
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one."""
+    """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
     from transformers import AutoConfig, Qwen3VLProcessor
 
     hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
@@ -122,8 +122,8 @@ PROMPTS = {
     "spatial-temporal grounding": "the start and the end in seconds, and for each whole second "
     "between them the box in coordinates from 0 to 1000, as JSON like "
     '{"time": [3.0, 4.6], "boxes": {"3": [120, 250, 480, 700], "4": [130, 250, 490, 700]}}.',
-    "tracking": "the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, as "
-    'JSON like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
+    "tracking": "the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, "
+    'as JSON like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
     "segmentation-image": "the box, three points on the object and three beside it, in coordinates "
     f"from 0 to 1000, as JSON like {{{MARKS}}}.",
     "segmentation-video": "a second at which the object is well seen, and for that frame its box, "
@@ -135,12 +135,13 @@ PROMPTS = {task: THINK + instruction for task, instruction in PROMPTS.items()}
 
 def task_of(record):
     """The key of a record's prompt and moving averages: problem_type, segmentation by medium."""
-    kind, medium = record["problem_type"], "image" if record["data_type"] == "image" else "video"
-    return f"segmentation-{medium}" if kind == "segmentation" else kind
+    if record["problem_type"] != "segmentation":
+        return record["problem_type"]
+    return "segmentation-image" if record["data_type"] == "image" else "segmentation-video"
 
 
 def render_problem(record, prompts=PROMPTS):
-    """The user's turn: question, options, instruction. <image> and <video> still stand for media."""
+    """The user's turn: question, options, instruction. <image> and <video> stand for media."""
     options = "\nOptions:\n" + "\n".join(record["options"]) if record.get("options") else ""
     return f"{record['problem']}{options}\n{prompts[task_of(record)]}"
 
@@ -191,7 +192,7 @@ def load_records(path, media_root=None, max_bad_share=0.0):
 
 
 def gradable(records, max_bad_share=0.0):
-    """The records without those whose truth no answer could match, which are printed and counted."""
+    """The records less those whose truth no answer could match, which are printed and counted."""
     reasons = [record["answer"] and rewards.gradable(record) for record in records]
     bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
     if bad:
@@ -244,7 +245,7 @@ def normalise(raw, file, index, root):
     matches = record.setdefault("data_type", found or "text") == (found or "text")
     need(matches, "data_type", f"{found or 'text'!r} by the media in images, videos or path")
     if "messages" in record:
-        field, turns, record["answer"] = "messages", record["messages"], None
+        field, turns, record["answer"] = "messages", record["messages"] or [], None
         asked = [turn for turn in turns if turn["role"] == "user"]
         ended = asked and turns[-1]["role"] == "assistant"
         need(ended, field, "a turn of the user, and a last turn of the assistant")
@@ -289,7 +290,7 @@ def find_media(record, root, need):
 
 
 def read_truth(record, need):
-    """The true answer as text without tags, of a choice its letter; "" where masks are the truth."""
+    """The true answer as text without tags, of a choice its letter; "" if masks are the truth."""
     field = "answer" if "answer" in record or "solution" not in record else "solution"
     answer, kind, text = record.get(field), record["problem_type"], rewards.truth_of(record)
     if not answer and record.get("segmentation_output"):
@@ -405,8 +406,8 @@ def read_video(
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
     All packets are listed first, for the true time of every frame; then the wanted frames are
-    decoded. With a variable frame rate these are spread evenly in time, and indices are milliseconds
-    at 1000 fps. Raises MediaError, also where a file ends before its header says."""
+    decoded. With a variable frame rate these are spread evenly in time, and indices are
+    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says."""
     try:
         if is_folder := os.path.isdir(path):
             names, rate = list_frame_folder(path), folder_fps or fps
@@ -580,13 +581,14 @@ def patchify(frames):
 
 
 def mrope_positions(token_ids, vision_ids, grids):
-    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows; a frame covers its token
-    grid and takes its longer side. A video has one run of vision tokens per time step, since time
-    stamps stand between them. vision_ids: of image and video tokens. grids: (M, 3)."""
+    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows; a frame covers its grid
+    of tokens and takes its longer side. A video has one run of vision tokens per time step, since
+    time stamps stand between them. vision_ids: of image and video tokens. grids: (M, 3)."""
     is_vision = np.isin(token_ids, vision_ids)
     runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)
     frames = [(h // MERGE, w // MERGE) for time, h, w in grids for _ in range(time)]
-    inside, advance = np.zeros((3, len(token_ids)), np.int64), np.ones(len(token_ids), np.int64)
+    inside = np.zeros((3, len(token_ids)), np.int64)
+    advance = np.ones(len(token_ids), np.int64)
     for (start, end), (height, width) in zip(runs, frames, strict=True):
         inside[1:, start:end] = np.divmod(np.arange(height * width), width)  # time stays
         advance[start:end], advance[end - 1] = 0, max(height, width)
@@ -621,7 +623,8 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
             known |= dict(total_num_frames=pixels.total, do_sample_frames=False)
             vllm_media[kind].append((pixels.frames.transpose(0, 3, 1, 2), known))
             shown = np.array(pixels.indices) / pixels.fps  # seconds
-            means = (shown[::2] + shown[1::2]) / 2  # the library's order decides if 3.15 is 3.1
+            # The mean in the library's own order: 3.15 would else be 3.1 here and 3.2 there.
+            means = (shown[::2] + shown[1::2]) / 2
             frame = f"<|vision_start|>{pads}<|vision_end|>"
             pads = "".join(f"<{second:.1f} seconds>{frame}" for second in means)
         patches.append(rows)
@@ -651,7 +654,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
 
 
 def target_ids(prompt, tokenizer):
-    """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
+    """What SFT learns: the demonstration less what the prompt has opened, and the end."""
     text, opened = demonstration(prompt.record), prompt.opened.strip()
     if opened and not text.lstrip().startswith(opened):
         raise MediaError("opened", f"the response does not begin with {opened!r}")
@@ -663,8 +666,8 @@ def target_ids(prompt, tokenizer):
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
-    """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The order
-    over all ranks depends on the seed alone. cursor: how many records they have taken together.
+    """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The
+    order over all ranks depends on the seed alone. cursor: how many records they have taken.
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
@@ -676,7 +679,7 @@ def data_order(count, seed, cursor=0, rank=0, world=1):
 
 def prefetch(records, function, order, workers, seconds=600):
     """Yields function(records[i]) for i in `order`, computed ahead by worker processes (0: here).
-    Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs."""
+    Raises RuntimeError if a record takes longer than `seconds`, as on a file system that hangs."""
 
     def become_worker(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
@@ -721,8 +724,8 @@ Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None,
 
 
 def marks_of(task, answer):
-    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Tracking's
-    key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
+    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Key k
+    is the frame at k seconds, of tracking the one at k - 1.
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
     """
@@ -746,9 +749,9 @@ def marks_of(task, answer):
 
 
 def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
-    """An RGB copy of a PIL image with all that holds at this second (None: of an image): a span as its
-    border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is outside
-    goes to the edge. mask: bool (H, W) of the image's shape in any size, a tint. scale: of lines."""
+    """An RGB copy of a PIL image with all that holds at this second (None: of an image): a span as
+    its border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is
+    outside goes to the edge. mask: bool (H, W) in any size, a tint. scale: of lines and points."""
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
@@ -763,7 +766,8 @@ def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
         sides = zip(*(marks.boxes[each] for each in seconds))  # on a line between two seconds
         box = [np.interp(second, seconds, side) for side in sides]
     if box:
-        (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
+        xs, ys = sorted(box[::2]), sorted(box[1::2])
+        (x1, y1), (x2, y2) = map(pixel, zip(xs, ys))
         canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
     if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
         r = 2 * line
@@ -787,7 +791,7 @@ def captioned(image, text, size=14):
     canvas = Image.new("RGB", (image.width + image.width % 2, height + height % 2), "white")
     canvas.paste(image)
     text, font = "\n".join(lines), ImageFont.load_default(size)
-    ImageDraw.Draw(canvas).multiline_text((4, image.height + 2), text, "black", font, spacing=4)
+    ImageDraw.Draw(canvas).text((4, image.height + 2), text, "black", font, spacing=4)
     return canvas
 
 
