@@ -254,7 +254,7 @@ def normalise(raw, file, index, root):
         field, text, kind = "problem", record.get("problem"), record.get("problem_type")
         need(is_text(text), field, "a text" if field in record else FORMS)
         need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-        need(found or kind not in JSON_TYPES, "images", "an image or a video for this problem_type")
+        need(found or kind not in JSON_TYPES, "images", "an image or a video for this task")
         record["answer"] = read_truth(record, need)
     lead = ""
     for kind, paths in media.items():
@@ -336,10 +336,10 @@ LIMITS = {  # how large media may be: default, least, meaning
     "max_frames": (128, 2, "frames per video"),
     "frame_min_pixels": (4 * 32 * 32, 0, "pixels per video frame"),
     "frame_max_pixels": (64 * 32 * 32, 1024, "pixels per video frame"),
-    "video_total_pixels": (0, 0, "pixels of all frames of a video together, 0: no bound"),
-    "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted, never cut"),
+    "video_total_pixels": (0, 0, "pixels of all frames of a video, 0: no bound"),
+    "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted"),
 }
-Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _, _ in LIMITS.values()])
+Limits = namedtuple("Limits", LIMITS, defaults=[row[0] for row in LIMITS.values()])
 limits_of = lambda args: Limits(*(getattr(args, name) for name in Limits._fields))
 
 
@@ -438,11 +438,11 @@ def read_video(
 
 def list_frame_folder(path):
     """The paths of a folder's numbered images, frame2 before frame10."""
-    paths = [file for file in Path(path).glob("[!.]*") if file.suffix.lower() in IMAGE_ENDINGS]
+    paths = [p for p in Path(path).glob("[!.]*") if p.suffix.lower() in IMAGE_ENDINGS]
     if not paths:
         raise ValueError("no frames in this folder")
-    numbers = lambda file: [int(number) for number in re.findall(r"\d+", file.name)]
-    return sorted(paths, key=lambda file: (numbers(file), file.name))
+    numbers = lambda p: [int(number) for number in re.findall(r"\d+", p.name)]
+    return sorted(paths, key=lambda p: (numbers(p), p.name))
 
 
 def open_video(path):
@@ -607,7 +607,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
         turns.append({"role": "user", "content": render_problem(record, prompts)})
     said = "\n".join([*(turn["content"] for turn in turns), demonstration(record) or ""])
     if wrong := re.search(r"<\|\w+\|>|[\ud800-\udfff]", said):
-        raise MediaError("control_token", f"a control token or half a character: {wrong[0]!r}")
+        raise MediaError("control_token", f"control token or half a letter: {wrong[0]!r}")
     kinds = [medium["type"] for medium in record["media"]]
     patches = [np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)]
     grids, expanded, vllm_media = [], [], {kind: [] for kind in kinds}
@@ -850,11 +850,11 @@ def peek(prompt, tokenizer, sheet):
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("file", help="record file")
-    parser.add_argument("--model", required=True, help="folder or hub id that has the processor")
-    parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
-    parser.add_argument("--prompts", help="JSON file of instructions, or a clone of the release")
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--media-root", help="folder of the media (default: the file's)")
+    parser.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
-    parser.add_argument("--sheet", default="peek", help="images are %(default)s-0-0.png and so on")
+    parser.add_argument("--sheet", default="peek", help="images: %(default)s-0-0.png, ...")
     add_limits(parser)
     args = parser.parse_args()
     try:
