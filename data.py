@@ -681,7 +681,7 @@ def prefetch(records, function, order, workers, seconds=600):
     """Yields function(records[i]) for i in `order`, computed ahead by worker processes (0: here).
     Raises RuntimeError if a record takes longer than `seconds`, as on a file system that hangs."""
 
-    def become_worker(_):
+    def begin(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
         ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: ends with the script
 
@@ -691,7 +691,7 @@ def prefetch(records, function, order, workers, seconds=600):
         except MediaError as error:
             return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
-    settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=become_worker)
+    settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=begin)
     if workers:  # by fork, which takes local functions along; more than cores only warns
         settings |= dict(num_workers=min(workers, CORES), timeout=seconds)
         settings |= dict(multiprocessing_context="fork")
@@ -712,7 +712,7 @@ def next_items(stream, count, tally, max_bad_share):
             items.append(item)
     bad = sum(count for name, count in tally.items() if name.startswith("skipped/"))
     if bad > max_bad_share * max(tally["records"], 200):
-        raise RuntimeError(f"too many records cannot be used (see --max-bad-share): {dict(tally)}")
+        raise RuntimeError(f"too many bad records (see --max-bad-share): {dict(tally)}")
     return items
 
 
@@ -755,7 +755,7 @@ def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
-        image.paste(tint, mask=Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
+        image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
     canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
     pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
     if marks.span and second is not None and marks.span[0] <= second <= marks.span[1]:
