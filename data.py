@@ -4,24 +4,20 @@ A record is one question about images or videos. `encode` makes a `Prompt` of it
 vision tokens expanded, mRoPE positions, uint8 patches for the vision tower, and the same pixels as
 vLLM takes them. Each image or video is decoded once: trainer and vLLM cannot disagree about it.
 
-    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model --peek 3  # what is trained
-    python data.py --release-prompts OneThinker > prompts.json   # the released model's instructions
+    python data.py runs/demo/toy/rl_train.json --model runs/demo/toy/model  # what training sees
 
-Where this departs from the release: the times of frames are true (in its SFT they run short from
-the first seconds on); a prompt that is too long is left out and counted, never cut (there it loses
-vision tokens from the right); the wording of the instructions.
+Where this departs from the release: frames have their true times (in its SFT they run short); a
+prompt that is too long is left out and counted, not cut; the wording of the instructions.
 """
 
 import argparse
 import ast
 import ctypes
-import gc
 import itertools
 import json
 import math
 import os
 import re
-import signal
 import struct
 import sys
 import textwrap
@@ -30,20 +26,18 @@ from collections import Counter, namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import av.stream
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import rewards
 from rewards import JSON_TYPES, PROBLEM_TYPES
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
-# Tokens that no answer may contain: they stand for pixels.
+# No answer may contain these: they stand for pixels.
 BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 CORES = len(os.sched_getaffinity(0))
 WORKERS = max(1, min(4, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per rank
@@ -51,14 +45,13 @@ FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
 def refuse(message):
-    """Ends the script before anything heavy has started: one sentence, from one rank, exit code 2."""
+    """Ends the script before anything heavy has started: one sentence, one rank, exit code 2."""
+    text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
     if FIRST_RANK:
-        text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
         print(text, file=sys.stderr)
-        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-            first = dict(message=text, extraInfo=dict(timestamp=0))  # torchrun prints it last
-            with open(report, "w") as file:
-                json.dump(dict(message=first), file)
+        if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun prints it last
+            said = dict(message=text, extraInfo=dict(timestamp=0))
+            Path(report).write_text(json.dumps(dict(message=said)))
     sys.exit(2)
 
 
@@ -73,31 +66,27 @@ def new_parser(doc):
 def at_least(least, kind=int):
     """An argparse type: a finite number that is not below `least`."""
 
-    def read(text):
+    def number(text):  # argparse says this name where `kind` refuses the text
         value = kind(text)
         if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
         return value
 
-    read.__name__ = "number"  # argparse names it where `kind` refuses the text
-    return read
+    return number
 
 
 def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Raises ValueError, one sentence, without one."""
-    from transformers import AutoConfig, AutoProcessor
+    """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
+    from transformers import AutoConfig, Qwen3VLProcessor
 
-    hub_id = re.fullmatch(r"([\w-][\w.-]*)/[\w.-]+", path)
-    if not os.path.isdir(path) and (not hub_id or os.path.isdir(hub_id[1])):
+    hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
+    if not hub_id and not os.path.isdir(path):
         raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
     try:
         found = AutoConfig.from_pretrained(path).model_type
         if found != "qwen3_vl":
             raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
-        processor = AutoProcessor.from_pretrained(path)
-        if not hasattr(processor, "video_processor"):
-            raise ValueError("it has no processor of images and videos")
-        return processor
+        return Qwen3VLProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
@@ -133,8 +122,8 @@ PROMPTS = {
     "spatial-temporal grounding": "the start and the end in seconds, and for each whole second "
     "between them the box in coordinates from 0 to 1000, as JSON like "
     '{"time": [3.0, 4.6], "boxes": {"3": [120, 250, 480, 700], "4": [130, 250, 490, 700]}}.',
-    "tracking": "the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, as "
-    'JSON like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
+    "tracking": "the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, "
+    'as JSON like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
     "segmentation-image": "the box, three points on the object and three beside it, in coordinates "
     f"from 0 to 1000, as JSON like {{{MARKS}}}.",
     "segmentation-video": "a second at which the object is well seen, and for that frame its box, "
@@ -146,82 +135,78 @@ PROMPTS = {task: THINK + instruction for task, instruction in PROMPTS.items()}
 
 def task_of(record):
     """The key of a record's prompt and moving averages: problem_type, segmentation by medium."""
-    kind, medium = record["problem_type"], "image" if record["data_type"] == "image" else "video"
-    return f"segmentation-{medium}" if kind == "segmentation" else kind
+    if record["problem_type"] != "segmentation":
+        return record["problem_type"]
+    return "segmentation-image" if record["data_type"] == "image" else "segmentation-video"
 
 
 def render_problem(record, prompts=PROMPTS):
-    """The user's turn: question, options, instruction. <image> and <video> still stand for media."""
+    """The user's turn: question, options, instruction. <image> and <video> stand for media."""
     options = "\nOptions:\n" + "\n".join(record["options"]) if record.get("options") else ""
     return f"{record['problem']}{options}\n{prompts[task_of(record)]}"
 
 
 def load_prompts(path):
-    """PROMPTS, or another wording from a JSON file {task: instruction}."""
-    prompts = json.loads(Path(path).read_text("utf-8")) if path else PROMPTS
-    if lacking := [task for task in PROMPTS if task not in prompts]:
-        raise ValueError(f"{path}: expected an object with an instruction for {lacking[0]!r}")
-    return prompts
-
-
-def release_prompts(clone):
-    """The released checkpoints' own instructions: two tables in the source of a clone, which is
-    parsed and not run. QUESTION_TEMPLATE without the question comes before TYPE_TEMPLATE."""
-    for path in sorted(Path(clone).rglob("*.py")):
-        text = path.read_text("utf-8")
+    """PROMPTS, or another wording: a JSON file {task: instruction}, or a clone of the release, of
+    which two tables are read and no code is run: QUESTION_TEMPLATE comes before TYPE_TEMPLATE."""
+    if not path:
+        return PROMPTS
+    prompts = {} if os.path.isdir(path) else json.loads(Path(path).read_text("utf-8"))
+    for source in sorted(Path(path).rglob("*.py")):
+        text = source.read_text("utf-8")
         if "QUESTION_TEMPLATE = " in text and "TYPE_TEMPLATE = " in text:
             nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
             tables = {ast.unparse(node.targets[0]): node.value for node in nodes}
             start = ast.literal_eval(tables["QUESTION_TEMPLATE"]).format(Question="").lstrip("\n")
             ends = ast.literal_eval(tables["TYPE_TEMPLATE"])
-            return {task.replace("_", "-"): start + end for task, end in ends.items()}
-    raise ValueError(f"{clone}: no Python file with QUESTION_TEMPLATE and TYPE_TEMPLATE")
+            prompts = {task.replace("_", "-"): start + end for task, end in ends.items()}
+    if lacking := [task for task in PROMPTS if task not in prompts]:
+        raise ValueError(f"{path}: expected an instruction for {lacking[0]!r}")
+    return prompts
 
 
 # ---- Records: three forms, as a JSON list or JSONL, become one.
 
-FORMS = "one of three forms: problem, problem_type, answer images or videos (RL); messages with "
-FORMS += "role and content (SFT); problem, problem_type, solution and path (evaluation)"
+FORMS = "one of three forms: problem and answer (RL) or solution (evaluation), or messages (SFT)"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MEDIA_FIELDS = dict(images="image", image="image", videos="video", video="video")
-FIELDS = dict.fromkeys(("process", "path", "additional_path"), (str, "a text"))
-FIELDS |= dict(options=(list, "a list"), messages=(list, "a list"), fps=((int, float), "a number"))
+is_text = lambda x: isinstance(x, str)
+is_turn = lambda x: isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
+TURNS = "a list of turns with a role and a content"
+FIELDS = dict.fromkeys(("process", "path", "additional_path"), (is_text, "a text"))
+FIELDS["options"] = lambda x: isinstance(x, list), "a list"
+FIELDS["messages"] = lambda x: isinstance(x, list) and all(map(is_turn, x)), TURNS
+FIELDS["fps"] = lambda x: rewards.is_number(x) and x > 0, "a number above 0"
 
 
 def load_records(path, media_root=None, max_bad_share=0.0):
-    """Reads a JSON list or JSONL file of records into plain dicts of one form.
-
-    Each has the record's own fields and: problem_id (str), problem (text with one placeholder per
-    medium), data_type, problem_type (None where an SFT record does not say), options (list), answer
-    (str without tags, None for SFT), media ([{"type", "path"}], absolute paths), messages (SFT
-    only), file and index (where it stood). Paths are relative to media_root, by default the file's
-    folder, and must stay below it as written. Raises ValueError naming file, record, field and
-    value of a malformed record, or when more than max_bad_share of them cannot be graded.
-    """
-    root = os.path.abspath(media_root or os.path.dirname(os.path.abspath(path)))
-    gc.disable()  # a million new objects and nothing to collect: saves a third of the time
-    try:
-        raws = enumerate(read_values(path))
-        # One by one: a truth that has just been decoded here need not be decoded again there.
-        return gradable((normalise(raw, str(path), i, root) for i, raw in raws), max_bad_share)
-    finally:
-        gc.enable()
+    """Reads a JSON list or JSONL file of records into plain dicts of one form: their own fields and
+    problem_id (text), problem (with one placeholder per medium), problem_type (None where an SFT
+    record does not say), data_type, options (list), answer (text without tags, None for SFT), media
+    ([{"type", "path"}], absolute paths), file, index (where it stood). Paths are relative to
+    media_root, by default the file's folder, and must stay below it. Raises ValueError naming file,
+    record, field and value, also when more than max_bad_share of the truths cannot be graded."""
+    root = os.path.abspath(media_root or Path(path).parent)
+    records = [normalise(raw, str(path), i, root) for i, raw in enumerate(read_values(path))]
+    return gradable(records, max_bad_share)
 
 
 def gradable(records, max_bad_share=0.0):
-    """The records without those whose truth no answer could match, which are printed and counted."""
-    graded = [(record, record["answer"] and rewards.gradable(record)) for record in records]
-    bad = [(record, reason) for record, reason in graded if reason]
+    """The records less those whose truth no answer could match, which are printed and counted."""
+    reasons = [record["answer"] and rewards.gradable(record) for record in records]
+    bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
     if bad:
-        message = f"{bad[0][0]['file']}: {len(bad)} of {len(graded)} records cannot be graded"
+        message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded"
         for record, reason in bad[:5]:
             field = "solution" if "solution" in record else "answer"
             message += f"; record {record['index']}: {field} {record['answer'][:100]!r} {reason}"
-        if len(bad) > max_bad_share * len(graded):
+            example = re.search(r"\{.*\}", PROMPTS[task_of(record)])
+            message += f", expected JSON like {example[0]}" if example else ""
+        if len(bad) > max_bad_share * len(records):
             raise ValueError(message)
         if FIRST_RANK:
             print(f"left out: {message}")
-    return [record for record, reason in graded if not reason]
+    return [record for record, reason in zip(records, reasons) if not reason]
 
 
 def read_values(path):
@@ -253,29 +238,26 @@ def normalise(raw, file, index, root):
     record = raw if isinstance(raw, dict) else {"record": raw}
     need(record is raw, "record", "an object")
     record = {field: value for field, value in raw.items() if value is not None}
-    for field, (kind, expected) in FIELDS.items():
-        need(not record.get(field) or isinstance(record[field], kind), field, expected)
-    need((record.get("fps") or 1) > 0, "fps", "a number above 0")
+    for field, (holds, expected) in FIELDS.items():
+        need(not record.get(field) or holds(record[field]), field, expected)
     media = find_media(record, root, need)
-    found = "-".join([kind for kind in ("video", "image") if media[kind]]) or "text"
-    matches = record.setdefault("data_type", found) == found
-    need(matches, "data_type", f"{found!r} by the media that stand in images, videos or path")
+    found = "-".join(kind for kind in ("video", "image") if media[kind])
+    hints = list(filter(re.compile("image|img|video|media|frames").search, record))
+    if hints and not found and "data_type" not in record:
+        need(False, hints[0], "media under images, videos or path, or data_type 'text'")
+    matches = record.setdefault("data_type", found or "text") == (found or "text")
+    need(matches, "data_type", f"{found or 'text'!r} by the media in images, videos or path")
     if "messages" in record:
         field, turns, record["answer"] = "messages", record["messages"] or [], None
-        for turn in turns:
-            known = isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
-            known = known and isinstance(turn.get("content"), str)
-            need(known, field, "a list of turns with a role (system, user, assistant) and a text")
         asked = [turn for turn in turns if turn["role"] == "user"]
         ended = asked and turns[-1]["role"] == "assistant"
         need(ended, field, "a turn of the user, and a last turn of the assistant")
         text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
     else:
         field, text, kind = "problem", record.get("problem"), record.get("problem_type")
-        need(isinstance(text, str), field, "a text" if field in record else FORMS)
+        need(is_text(text), field, "a text" if field in record else FORMS)
         need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-        seen = found != "text" or kind not in JSON_TYPES
-        need(seen, "images", "an image or a video for this problem_type")
+        need(found or kind not in JSON_TYPES, "images", "an image or a video for this task")
         record["answer"] = read_truth(record, need)
     lead = ""
     for kind, paths in media.items():
@@ -287,50 +269,39 @@ def normalise(raw, file, index, root):
     order = re.findall("<(image|video)>", lead + text)  # pixels and tokens in this order
     record["media"] = [{"type": kind, "path": media[kind].pop(0)} for kind in order]
     record |= dict(problem=lead + text, file=file, index=index)
-    record["problem_type"] = record.get("problem_type")
     record["problem_id"] = str(record.get("problem_id", index))
     record["options"] = [str(option) for option in record.get("options", [])]
-    return record
+    return {"problem_type": None} | record
 
 
 def find_media(record, root, need):
     """The paths of a record's media: {"image": list, "video": list}."""
-    media, root = {"image": [], "video": []}, os.path.join(root, "")
-    kinds = MEDIA_FIELDS
-    if not any(map(record.get, kinds)):  # the evaluation form
-        is_image = str(record.get("path")).lower().endswith(IMAGE_ENDINGS)
-        kind = record.get("data_type", "image" if is_image else "video")
-        kinds = {"path": "image" if kind == "image" else "video", "additional_path": "image"}
-    for field, kind in kinds.items():
+    media, root, fields = {"image": [], "video": []}, os.path.join(root, ""), MEDIA_FIELDS
+    if not any(map(record.get, fields)):  # the evaluation form
+        by_name = str(record.get("path")).lower().endswith(IMAGE_ENDINGS)
+        kind = "image" if by_name or record.get("data_type") == "image" else "video"
+        fields = dict(path=kind, additional_path="image")
+    for field, kind in fields.items():
         paths = record.get(field) or []
-        paths = [paths] if isinstance(paths, str) else paths
-        need(isinstance(paths, list), field, "a list of paths")
-        for path in paths:
-            local = isinstance(path, str) and "://" not in path and not path.startswith("data:")
+        for path in paths if isinstance(paths, list) else [paths]:
+            local = is_text(path) and not re.match(r"data:|\w+://", path)
             need(local, field, "a list of paths of files on this machine")
             path = os.path.normpath(os.path.join(root, path))
             need(path.startswith(root), field, f"none that is outside the media folder {root}")
             media[kind].append(path)
-    if not any(media.values()) and "data_type" not in record:
-        for field in record:
-            other = re.search("image|img|video|media|frames", field)
-            need(not other, field, "media under images, videos or path, or data_type 'text'")
     return media
 
 
 def read_truth(record, need):
-    """The true answer as text without tags, of a choice its letter; "" where masks are the truth."""
+    """The true answer as text without tags, of a choice its letter; "" if masks are the truth."""
     field = "answer" if "answer" in record or "solution" not in record else "solution"
     answer, kind, text = record.get(field), record["problem_type"], rewards.truth_of(record)
     if not answer and record.get("segmentation_output"):
         return ""
     need(kind in JSON_TYPES or not isinstance(answer, (dict, list)), field, "a text or a number")
     need(answer == answer and text, field, "the true answer")  # NaN is not itself
-    if kind in JSON_TYPES:
-        need(rewards.read_json(text) or text == "{}", field, "JSON, an object of finite numbers")
-    if kind == "multiple choice":
-        return rewards.read_choice(text, record.get("options")) or text
-    return text
+    letter = kind == "multiple choice" and rewards.read_choice(text, record.get("options"))
+    return letter or text
 
 
 def demonstration(record):
@@ -355,6 +326,11 @@ class MediaError(Exception):
 
 
 Skipped = namedtuple("Skipped", ["reason", "message"])  # stands where a prompt would be
+# frames: uint8 (T, H, W, 3), T even. Each was one of `total`, shown at its index / fps seconds.
+Video = namedtuple("Video", "frames indices fps total")
+# What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
+IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
+IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
 LIMITS = {  # how large media may be: default, least, meaning
     "image_min_pixels": (65536, 0, "pixels per image, smaller ones are enlarged"),
@@ -363,10 +339,11 @@ LIMITS = {  # how large media may be: default, least, meaning
     "max_frames": (128, 2, "frames per video"),
     "frame_min_pixels": (4 * 32 * 32, 0, "pixels per video frame"),
     "frame_max_pixels": (64 * 32 * 32, 1024, "pixels per video frame"),
-    "video_total_pixels": (0, 0, "pixels of all frames of a video together, 0: no bound"),
-    "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted, never cut"),
+    "video_total_pixels": (0, 0, "pixels of all frames of a video, 0: no bound"),
+    "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted"),
 }
-Limits = namedtuple("Limits", LIMITS, defaults=[default for default, _, _ in LIMITS.values()])
+Limits = namedtuple("Limits", LIMITS, defaults=[row[0] for row in LIMITS.values()])
+limits_of = lambda args: Limits(*(getattr(args, name) for name in Limits._fields))
 
 
 def add_limits(parser, **defaults):
@@ -378,25 +355,12 @@ def add_limits(parser, **defaults):
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=help)
 
 
-def limits_of(args):
-    return Limits(**{name: getattr(args, name) for name in Limits._fields})
-
-
 def fit(height, width, min_pixels, max_pixels, share=math.inf):
     """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
     and once more within `share`, a video frame's part of video_total_pixels.
-
-    The release's SFT and RL shrink twice, to int(side * sqrt(max_pixels / (height * width))) and
-    then to multiples of 32 (up to 9% off); its evaluation rounds an image below 65,536 pixels to
-    multiples of 32 before it enlarges it (up to 25%).
-
     >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
     ((480, 640), (448, 224), (64, 64))
-    >>> fit(720, 1280, 4096, 256 * 1024, share=24576 * 1024 / 128)  # evaluation, 128 frames
-    (320, 576)
     """
-    if max(height, width) > 200 * min(height, width):
-        raise MediaError("aspect_ratio", f"{width} x {height} pixels: an aspect ratio over 200")
     sides = height, width
     fitted = [max(32, round(side / 32) * 32) for side in sides]
     if math.prod(fitted) > max_pixels:
@@ -408,17 +372,9 @@ def fit(height, width, min_pixels, max_pixels, share=math.inf):
     return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
 
 
-# What Pillow's readers raise on damaged bytes, found by feeding them such; or for a decompression
-# bomb, which is refused by its header.
-IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
-IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
-
-
 def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
     """An image file as RGB, upright by its EXIF rotation, resized by `fit`: uint8 (H, W, 3).
-
-    Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError.
-    """
+    Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError."""
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
@@ -431,26 +387,14 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
             image = Image.alpha_composite(white, image.convert("RGBA"))
         height, width = fit(image.height, image.width, min_pixels, max_pixels, share)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    except MediaError as error:
-        raise MediaError(error.reason, f"{path}: {error}") from error
     except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
     return np.asarray(image)
 
 
-class Video(NamedTuple):
-    """Sampled frames. Frame i was frame indices[i] of `total`, shown at indices[i] / fps seconds."""
-
-    frames: np.ndarray  # uint8 (T, H, W, 3), T even
-    indices: list  # (T,)
-    fps: float
-    total: int
-
-
 def sample_positions(total, duration, fps, max_frames):
     """Which frames Qwen3-VL looks at: fps * duration of them, 4 to max_frames, evenly spread, and
     never more than there are: of an odd number the last one counts twice.
-
     >>> sample_positions(total=32, duration=8.0, fps=1.0, max_frames=128).tolist()
     [0, 4, 9, 13, 18, 22, 27, 31]
     """
@@ -464,50 +408,51 @@ def read_video(
     path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
-
-    All packets are listed first, without decoding, for the true time of every frame; then the wanted
-    ones are decoded. With a variable frame rate these are spread evenly in time, and indices are
-    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says.
-    """
-    total_pixels = total_pixels or math.inf
+    All packets are listed first, for the true time of every frame; then the wanted frames are
+    decoded. With a variable frame rate these are spread evenly in time, and indices are
+    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says."""
     try:
-        if os.path.isdir(path):
-            bounds = min_pixels, max_pixels, total_pixels
-            return read_folder(path, folder_fps or fps, fps, max_frames, *bounds)
-        with open_video(path) as container:
-            stream = container.streams.best("video")
-            pts, keys = list_frames(container, stream)
-            seconds = (pts - pts[0]) * float(stream.time_base)
-            step = seconds[-1] / (len(pts) - 1) if len(pts) > 1 else 1 / fps  # mean, in seconds
-            rate, total, duration = 1 / step, len(pts), seconds[-1] + step
-            positions = indices = sample_positions(total, duration, fps, max_frames)
-            if np.abs(seconds - np.arange(total) * step).max() >= step / 2:  # a variable frame rate
-                if len(positions) < total:
-                    times = np.linspace(0, seconds[-1], len(positions))
-                    positions = np.array([np.abs(seconds - time).argmin() for time in times])
-                indices = (seconds[positions] * 1000).round().astype(int)
-                rate, total = 1000, round(duration * 1000)
-            bounds = min_pixels, max_pixels, total_pixels / len(positions)
-            scaler = VideoReformatter()  # one for all frames: it keeps its tables
-            pixels_of = lambda frame: resize(frame, scaler, *bounds)
-            wanted, found = pts[positions], {}
-            with suppress(MediaError, av.FFmpegError):
-                found = seek_frames(container, stream, wanted, keys, pixels_of)
-        if not found.keys() >= {*wanted}:
-            found = walk_frames(path, pts, wanted, pixels_of)
-        frames = np.stack([found[stamp] for stamp in wanted])
-    except MediaError as error:
-        raise MediaError(error.reason, f"{path}: {error}") from error
+        if is_folder := os.path.isdir(path):
+            names, rate = list_frame_folder(path), folder_fps or fps
+            seconds = np.arange(len(names)) / rate
+        else:
+            with open_video(path) as container:
+                stream = container.streams.best("video")
+                pts, keys = list_frames(container, stream)
+                seconds = (pts - pts[0]) * float(stream.time_base)
+            rate = (len(pts) - 1) / seconds[-1] if len(pts) > 1 else fps  # the mean
+        total, duration = len(seconds), seconds[-1] + 1 / rate
+        positions = indices = sample_positions(total, duration, fps, max_frames)
+        if np.abs(seconds - np.arange(total) / rate).max() >= 0.5 / rate:  # a variable frame rate
+            if len(positions) < total:
+                times = np.linspace(0, seconds[-1], len(positions))
+                positions = [nearest(seconds, time) for time in times]
+            indices = (seconds[positions] * 1000).round().astype(int)
+            rate, total = 1000, round(duration * 1000)
+        bounds = min_pixels, max_pixels, (total_pixels or math.inf) / len(positions)
+        if is_folder:
+            frames = [read_image(names[i], *bounds) for i in positions]
+        else:
+            frames = decode_frames(path, pts, keys, pts[positions], bounds)
+        return Video(np.stack(frames), indices.tolist(), float(rate), total)
     except (av.FFmpegError, OSError, ValueError, KeyError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
-    return Video(frames, indices.tolist(), float(rate), total)
+
+
+def list_frame_folder(path):
+    """The paths of a folder's numbered images, frame2 before frame10."""
+    paths = [p for p in Path(path).glob("[!.]*") if p.suffix.lower() in IMAGE_ENDINGS]
+    if not paths:
+        raise ValueError("no frames in this folder")
+    numbers = lambda p: [int(number) for number in re.findall(r"\d+", p.name)]
+    return sorted(paths, key=lambda p: (numbers(p), p.name))
 
 
 def open_video(path):
     container = av.open(path, metadata_errors="ignore")
     stream = container.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
-        raise MediaError("unreadable_video", "no video stream")
+        raise ValueError("no video stream")
     stream.thread_type = "AUTO"
     return container
 
@@ -527,7 +472,7 @@ def list_frames(container, stream):
             continue  # what comes before the first key frame cannot be decoded
         place = stamp if packet.dts is None else packet.dts
         if packet.is_keyframe and stamp <= newest or place < last and not whole:
-            raise MediaError("unreadable_video", "its time goes back, as of two files joined")
+            raise ValueError("its time goes back, as of two files joined")
         newest, last = max(newest, stamp), place
         if packet.is_keyframe:
             keys.append(stamp)
@@ -536,34 +481,53 @@ def list_frames(container, stream):
     ticks = stream.frames if form == "avi" else stream.frames and stream.duration
     said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
     if reached < 0.95 * said:  # other formats have no length in their header
-        raise MediaError("truncated_video", f"ends after {reached:.1f} s of {said:.1f} s")
+        raise ValueError(f"ends after {reached:.1f} s of {said:.1f} s")
     stamps = [stamp for stamp in stamps if stamp >= keys[0]]
     if not stamps:
-        raise MediaError("unreadable_video", "no key frame, or frames without a time stamp")
+        raise ValueError("no key frame, or frames without a time stamp")
     if stream.codec_context.has_b_frames and stamps == sorted(stamps):
         keys = []  # stamps in decoding order, of frames that are shown in another one
     return np.array(sorted({*stamps})), np.array(keys)
 
 
-def seek_frames(container, stream, wanted, keys, pixels_of):
+def decode_frames(path, pts, keys, wanted, bounds):
+    """The pixels of the wanted of all time stamps `pts`, within the bounds of `fit`: by seeking, or
+    where the file does not allow that by decoding all frames."""
+
+    def pixels_of(frame):
+        if frame.is_corrupt:
+            raise ValueError("a wanted frame is damaged")
+        h, w = fit(frame.height, frame.width, *bounds)
+        pixels = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="BICUBIC")
+        return np.rot90(pixels, round(frame.rotation / 90))
+
+    found = {}
+    with suppress(ValueError, av.FFmpegError):
+        found = seek_frames(path, keys, wanted, pixels_of)
+    if not found.keys() >= {*wanted}:
+        found = walk_frames(path, pts, wanted, pixels_of)
+    return [found[stamp] for stamp in wanted]
+
+
+def seek_frames(path, keys, wanted, pixels_of):
     """{time stamp: pixels} of the wanted frames, decoded from the key frame before each. Some are
     missing where the time stamps of decoded frames are not in order."""
     found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
-    by_time = container.format.name.startswith(("mov", "matroska"))
-    for last in sorted({*groups.tolist()}) if len(keys) else ():
-        targets, reached = {*wanted[groups == last].tolist()}, -math.inf
-        place = int(keys[last])
-        if not by_time:  # but by place in decoding order: from a second earlier
-            place = max(0, place - round(1 / stream.time_base))
-        container.seek(place, stream=stream)
-        for frame in container.decode(stream):
-            if frame.pts is None or frame.pts <= reached:
-                return {}
-            reached = frame.pts
-            if reached in targets:
-                found[reached] = pixels_of(frame)
-            if reached >= max(targets):
-                break
+    with open_video(path) as container:
+        stream = container.streams.best("video")
+        by_time = container.format.name.startswith(("mov", "matroska"))
+        second = 0 if by_time else round(1 / stream.time_base)  # else by place in decoding order
+        for last in sorted({*groups.tolist()}) if len(keys) else ():
+            targets, reached = {*wanted[groups == last].tolist()}, -math.inf
+            container.seek(max(0, int(keys[last]) - second), stream=stream)
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts <= reached:
+                    return {}
+                reached = frame.pts
+                if reached in targets:
+                    found[reached] = pixels_of(frame)
+                if reached >= max(targets):
+                    break
     return found
 
 
@@ -577,40 +541,8 @@ def walk_frames(path, pts, wanted, pixels_of):
                     found[pts[place]] = pixels_of(frame)
                 place += 1
     if place != len(pts):
-        raise MediaError("unreadable_video", f"{place} frames can be decoded of {len(pts)}")
+        raise ValueError(f"{place} frames can be decoded of {len(pts)}")
     return found
-
-
-def resize(frame, scaler, min_pixels, max_pixels, share):
-    """An av.VideoFrame's pixels, by `fit` and upright: uint8 (H, W, 3)."""
-    if frame.is_corrupt:
-        raise MediaError("unreadable_video", "a wanted frame is damaged")
-    height, width = fit(frame.height, frame.width, min_pixels, max_pixels, share)
-    image = scaler.reformat(frame, width, height, "rgb24", interpolation="BICUBIC")
-    return np.rot90(image.to_ndarray(), round(frame.rotation / 90))
-
-
-def list_frame_folder(path):
-    """The paths of a folder's numbered images, frame2 before frame10."""
-    names = [name for name in os.listdir(path) if name.lower().endswith(IMAGE_ENDINGS)]
-    names = [name for name in names if name[0] != "."]
-    names.sort(key=lambda name: ([int(n) for n in re.findall(r"\d+", name)], name))
-    return [os.path.join(path, name) for name in names]
-
-
-def read_folder(path, folder_fps, fps, max_frames, min_pixels, max_pixels, total_pixels):
-    """read_video of a folder of numbered images."""
-    names = list_frame_folder(path)
-    if not names:
-        raise MediaError("unreadable_video", "no frames in this folder")
-    indices = sample_positions(len(names), len(names) / folder_fps, fps, max_frames).tolist()
-    frames, share = [], total_pixels / len(indices)
-    for name in [names[i] for i in indices]:
-        frames.append(read_image(name, min_pixels, max_pixels, share))
-        if frames[-1].shape != frames[0].shape:
-            sizes = " and ".join(f"{w} x {h}" for h, w, _ in (frames[0].shape, frames[-1].shape))
-            raise MediaError("unreadable_video", f"frames of two sizes, {sizes} ({name})")
-    return Video(np.stack(frames), indices, float(folder_fps), len(names))
 
 
 def read_medium(medium, limits, folder_fps=None):
@@ -652,48 +584,38 @@ def patchify(frames):
 
 
 def mrope_positions(token_ids, vision_ids, grids):
-    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows; a frame covers its token
-    grid and takes its longer side. A video has one run of vision tokens per time step, since time
-    stamps stand between them. vision_ids: of image and video tokens. grids: (M, 3)."""
+    """Qwen3-VL's positions, int64 (3, T): text counts on in all three rows; a frame covers its grid
+    of tokens and takes its longer side. A video has one run of vision tokens per time step, since
+    time stamps stand between them. vision_ids: of image and video tokens. grids: (M, 3)."""
     is_vision = np.isin(token_ids, vision_ids)
     runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)
     frames = [(h // MERGE, w // MERGE) for time, h, w in grids for _ in range(time)]
-    inside, advance = np.zeros((3, len(token_ids)), np.int64), np.ones(len(token_ids), np.int64)
+    inside = np.zeros((3, len(token_ids)), np.int64)
+    advance = np.ones(len(token_ids), np.int64)
     for (start, end), (height, width) in zip(runs, frames, strict=True):
-        if end - start != height * width:
-            found = f"{end - start} vision tokens for a frame of {height} x {width}"
-            raise MediaError("token_mismatch", found)
         inside[1:, start:end] = np.divmod(np.arange(height * width), width)  # time stays
         advance[start:end], advance[end - 1] = 0, max(height, width)
     return inside + np.cumsum(advance) - advance
 
 
-def check_text(text, tokenizer):
-    """Raises MediaError where a text holds a control token, such as <|im_end|>, or half a character."""
-    for word in tokenizer.get_added_vocab():
-        if word.startswith("<|") and word in text:
-            raise MediaError("control_token", f"the text holds the control token {word}")
-    if half := re.search("[\ud800-\udfff]", text):
-        raise MediaError("broken_text", f"half a character, {half[0]!r}, in the text")
-
-
 def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is too long.
-
-    The text is that of Qwen3-VL's processor in transformers 4.57, with which the released
-    checkpoints were trained: `<1.5 seconds><|vision_start|>...<|vision_end|>` for every two frames
-    of a video. transformers 5 puts one more <|vision_start|> and <|vision_end|> around it all.
-    """
+    For every two frames of a video there is `<1.5 seconds><|vision_start|>...<|vision_end|>`, as in
+    transformers 4.57. transformers 5 puts one more pair of vision tokens around them all."""
     tokenizer, limits = processor.tokenizer, limits or Limits()
     turns = [{"role": "system", "content": system}] * bool(system)
     if "messages" in record:
         turns += record["messages"][:-1]
     else:
         turns.append({"role": "user", "content": render_problem(record, prompts)})
-    check_text("\n".join([*(t["content"] for t in turns), demonstration(record) or ""]), tokenizer)
-    patches, grids, expanded, vllm_media = [], [], [], {"image": [], "video": []}
-    for medium in record["media"]:
-        kind, pixels = medium["type"], read_medium(medium, limits, record.get("fps"))
+    said = "\n".join([*(turn["content"] for turn in turns), demonstration(record) or ""])
+    if wrong := re.search(r"<\|\w+\|>|[\ud800-\udfff]", said):
+        raise MediaError("control_token", f"control token or half a letter: {wrong[0]!r}")
+    kinds = [medium["type"] for medium in record["media"]]
+    patches = [np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)]
+    grids, expanded, vllm_media = [], [], {kind: [] for kind in kinds}
+    for kind, medium in zip(kinds, record["media"]):
+        pixels = read_medium(medium, limits, record.get("fps"))
         # An image is a video of two equal frames.
         rows, grid = patchify(pixels.frames if kind == "video" else np.stack([pixels, pixels]))
         pads = f"<|{kind}_pad|>" * (grid[1] * grid[2] // MERGE**2)
@@ -703,9 +625,9 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
             known = dict(fps=pixels.fps, frames_indices=pixels.indices, video_backend="pyav")
             known |= dict(total_num_frames=pixels.total, do_sample_frames=False)
             vllm_media[kind].append((pixels.frames.transpose(0, 3, 1, 2), known))
-            shown = [index / pixels.fps for index in pixels.indices]  # seconds
+            shown = np.array(pixels.indices) / pixels.fps  # seconds
             # The mean in the library's own order: 3.15 would else be 3.1 here and 3.2 there.
-            means = [(a + b) / 2 for a, b in zip(shown[::2], shown[1::2])]
+            means = (shown[::2] + shown[1::2]) / 2
             frame = f"<|vision_start|>{pads}<|vision_end|>"
             pads = "".join(f"<{second:.1f} seconds>{frame}" for second in means)
         patches.append(rows)
@@ -714,33 +636,31 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
 
     def placed(text):  # media come first: an <image> in an option or an answer stays text
         image = "<|vision_start|><|image_pad|><|vision_end|>"
-        text = text.replace("<image>", image, len(vllm_media["image"]))
-        return text.replace("<video>", "<|video_pad|>", len(vllm_media["video"]))
+        text = text.replace("<image>", image, kinds.count("image"))
+        return text.replace("<video>", "<|video_pad|>", kinds.count("video"))
 
     turns = [t | {"content": placed(t["content"])} if t["role"] == "user" else t for t in turns]
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    waiting = iter(expanded)
-    full = re.sub(r"<\|(image|video)_pad\|>", lambda _: next(waiting), text)
+    full = re.sub(r"<\|(image|video)_pad\|>", lambda _: expanded.pop(0), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
-    if len(token_ids) > limits.max_prompt_tokens:
-        length = f"{len(token_ids)} prompt tokens, the limit is {limits.max_prompt_tokens}"
-        raise MediaError("too_long", length)
+    count, most = len(token_ids), limits.max_prompt_tokens
+    if count > most:
+        raise MediaError("too_long", f"{count} prompt tokens, the limit is {most}")
     vision_ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     positions = mrope_positions(token_ids, vision_ids, grids)
-    rows = np.concatenate(patches) if patches else np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)
+    patches = torch.from_numpy(np.concatenate(patches))
     grids = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-    vllm = dict(prompt=text, mm_processor_kwargs=dict(do_resize=False, do_sample_frames=False))
-    vllm["multi_modal_data"] = {kind: items for kind, items in vllm_media.items() if items}
+    vllm = dict(prompt=text, multi_modal_data=vllm_media)
+    vllm["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
     opened = text.rpartition("<|im_start|>assistant\n")[2]
-    return Prompt(record, token_ids, positions, torch.from_numpy(rows), grids, vllm, opened)
+    return Prompt(record, token_ids, positions, patches, grids, vllm, opened)
 
 
 def target_ids(prompt, tokenizer):
-    """The tokens that SFT learns: the demonstration, less what the prompt has opened, and the end."""
+    """What SFT learns: the demonstration less what the prompt has opened, and the end."""
     text, opened = demonstration(prompt.record), prompt.opened.strip()
     if opened and not text.lstrip().startswith(opened):
-        message = f"the response does not begin with {opened!r}, as the prompt does"
-        raise MediaError("opened", message)
+        raise MediaError("opened", f"the response does not begin with {opened!r}")
     text = text.lstrip().removeprefix(opened).lstrip() if opened else text
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
@@ -749,9 +669,8 @@ def target_ids(prompt, tokenizer):
 
 
 def data_order(count, seed, cursor=0, rank=0, world=1):
-    """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The order
-    over all ranks depends on the seed alone. cursor: how many records they have taken together.
-
+    """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The
+    order over all ranks depends on the seed alone. cursor: how many records they have taken.
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
@@ -763,11 +682,11 @@ def data_order(count, seed, cursor=0, rank=0, world=1):
 
 def prefetch(records, function, order, workers, seconds=600):
     """Yields function(records[i]) for i in `order`, computed ahead by worker processes (0: here).
-    Raises RuntimeError when a record takes longer than `seconds`, as on a file system that hangs."""
+    Raises RuntimeError if a record takes longer than `seconds`, as on a file system that hangs."""
 
-    def become_worker(_):
+    def begin(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: ends with the script
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: ends with the script
 
     def use(record):
         try:
@@ -775,7 +694,7 @@ def prefetch(records, function, order, workers, seconds=600):
         except MediaError as error:
             return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
-    settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=become_worker)
+    settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=begin)
     if workers:  # by fork, which takes local functions along; more than cores only warns
         settings |= dict(num_workers=min(workers, CORES), timeout=seconds)
         settings |= dict(multiprocessing_context="fork")
@@ -783,9 +702,9 @@ def prefetch(records, function, order, workers, seconds=600):
 
 
 def next_items(stream, count, tally, max_bad_share):
-    """The next `count` items less the unusable ones, which are printed and counted in the caller's
-    `tally`, a Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more
-    than `max_bad_share` of all records so far (and of at least 200)."""
+    """The next `count` items less the unusable ones, which are printed and counted in `tally`, a
+    Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more than
+    `max_bad_share` of all records so far (and of at least 200)."""
     items = []
     for item in itertools.islice(stream, count):
         tally["records"] += 1
@@ -796,86 +715,70 @@ def next_items(stream, count, tally, max_bad_share):
             items.append(item)
     bad = sum(count for name, count in tally.items() if name.startswith("skipped/"))
     if bad > max_bad_share * max(tally["records"], 200):
-        raise RuntimeError(f"too many records cannot be used (see --max-bad-share): {dict(tally)}")
+        raise RuntimeError(f"too many bad records (see --max-bad-share): {dict(tally)}")
     return items
 
 
 # ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
 
-
-class Marks(NamedTuple):
-    """What an answer says, in a form to draw: coordinates 0-1000, seconds. Empty: it says nothing."""
-
-    span: tuple | None = None  # (start, end)
-    boxes: dict = {}  # {second: [x1, y1, x2, y2]}, or of a single image {None: box}
-    positive: list = []  # [[x, y], ...] on the object
-    negative: list = []  # [[x, y], ...] beside it
-    time: float | None = None  # of the box and the points of a video's segmentation
+# What an answer says: span (start, end), boxes {second: [x1, y1, x2, y2]}, of an image {None: box},
+# points [[x, y], ...] on and beside an object, and their time in a video. Coordinates are 0-1000.
+Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None, {}, [], [], None))
 
 
 def marks_of(task, answer):
-    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Tracking's
-    key k is the frame at k - 1 seconds, spatial-temporal grounding's the one at k.
-
+    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Key k
+    is the frame at k seconds, of tracking the one at k - 1.
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
-    time, boxes, in_video = said.get("time"), said.get("boxes"), task == "segmentation-video"
-    if in_video and not rewards.is_number(time):
+    time, boxes = said.get("time"), said.get("boxes")
+    second = time if task == "segmentation-video" else None
+    if task == "segmentation-video" and not rewards.is_number(time):
         return Marks()  # of which frame?
     first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
     if first is None:
-        boxes = {time if in_video else None: boxes}
+        boxes = {second: boxes}
     else:
         boxes = boxes if isinstance(boxes, dict) else {}
         keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
         boxes = {float(key) - first: boxes[key] for key in keys}
     boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
-    listed = lambda value: value if isinstance(value, list) else []
-    points = [listed(said.get(key)) for key in ("positive_points", "negative_points")]
+    points = [said.get("positive_points"), said.get("negative_points")]
+    points = [part if isinstance(part, list) else [] for part in points]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
-    span = tuple(time) if rewards.are_numbers(time, 2) else None
-    return Marks(span, boxes, *points, time if in_video else None)
+    return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, second)
 
 
-def box_at(boxes, second):
-    """The box at a second (None: of an image), on a straight line between the seconds with one; the
-    last box holds for less than a second more. None where there is no box.
-
-    >>> boxes = {1.0: [0, 0, 100, 100], 2.0: [100, 0, 200, 100]}
-    >>> box_at(boxes, 1.25), box_at(boxes, 0.5), box_at(boxes, 3.0)
-    ([25.0, 0.0, 125.0, 100.0], None, None)
-    """
-    if None in boxes or not boxes or second is None:
-        return boxes.get(None)
-    named = sorted(boxes)
-    if not named[0] <= second < named[-1] + 1:
-        return None
-    return [float(np.interp(second, named, side)) for side in zip(*(boxes[k] for k in named))]
-
-
-def draw(image, marks, second=None, colour="orange", mask=None):
-    """An RGB copy of a PIL image with all that holds at this second (None: of an image). A box covers
-    the pixels from x1 to x2 - 1. Positive points are discs, negative ones crosses; what is outside
-    goes to the edge. mask: bool (H, W) of the image's shape in any size, becomes a tint."""
+def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
+    """An RGB copy of a PIL image with all that holds at this second (None: of an image): a span as
+    its border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is
+    outside goes to the edge. mask: bool (H, W) in any size, a tint. scale: of lines and points."""
     image = image.convert("RGB")
     if mask is not None:
         tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
-        image.paste(tint, mask=Image.fromarray(mask).resize(image.size, Image.Resampling.NEAREST))
-    canvas, line = ImageDraw.Draw(image), max(2, min(image.size) // 150)
+        image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
+    canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
     pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
-    if box := box_at(marks.boxes, second):
-        (x1, y1), (x2, y2) = (pixel(corner) for corner in zip(sorted(box[::2]), sorted(box[1::2])))
+    if marks.span and second is not None and marks.span[0] <= second <= marks.span[1]:
+        edge = [0, 0, image.width - 1, image.height - 1]
+        canvas.rectangle(edge, outline=colour, width=2 * line)
+    box, seconds = marks.boxes.get(None), sorted(marks.boxes)
+    if second is not None and not box and seconds and seconds[0] <= second < seconds[-1] + 1:
+        sides = zip(*(marks.boxes[each] for each in seconds))  # on a line between two seconds
+        box = [np.interp(second, seconds, side) for side in sides]
+    if box:
+        xs, ys = sorted(box[::2]), sorted(box[1::2])
+        (x1, y1), (x2, y2) = map(pixel, zip(xs, ys))
         canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
     if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
         r = 2 * line
         for x, y in map(pixel, marks.positive):
             canvas.circle((x, y), r, fill=colour, outline="black")
         for x, y in map(pixel, marks.negative):
-            for width, ink in ((r + 1, "black"), (line, colour)):
-                canvas.line([x - r, y - r, x + r, y + r], ink, width)
-                canvas.line([x - r, y + r, x + r, y - r], ink, width)
+            canvas.line([x - r, y - r, x + r, y + r], colour, line)
+            canvas.line([x - r, y + r, x + r, y - r], colour, line)
     return image
 
 
@@ -884,43 +787,15 @@ def enlarged(image, least=256):
     return ImageOps.scale(image, math.ceil(least / max(image.size)), Image.Resampling.NEAREST)
 
 
-def stack(*images, across=False, gap=0):
-    """Images below each other, or side by side. Width and height are even, as an MP4 needs."""
-    long, wide = (0, 1) if across else (1, 0)
-    size = [0, 0]
-    size[long] = sum(image.size[long] + gap for image in images) - gap
-    size[wide] = max(image.size[wide] for image in images)
-    canvas, place = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), "white"), 0
-    for image in images:
-        canvas.paste(image, (place, 0) if across else (0, place))
-        place += image.size[long] + gap
+def captioned(image, text, size=14):
+    """The image with black text below it. Width and height become even, as an MP4 needs."""
+    lines = textwrap.wrap(text, max(8, int(image.width / size / 0.55)))
+    height = image.height + ((size + 4) * len(lines) + 6 if lines else 0)
+    canvas = Image.new("RGB", (image.width + image.width % 2, height + height % 2), "white")
+    canvas.paste(image)
+    text, font = "\n".join(lines), ImageFont.load_default(size)
+    ImageDraw.Draw(canvas).text((4, image.height + 2), text, "black", font, spacing=4)
     return canvas
-
-
-def captioned(image, text, size=14, above=False):
-    """The image with black text below or above it, in letters of so many pixels."""
-    columns = max(8, int(image.width / size / 0.55))
-    lines = [part for line in text.splitlines() for part in textwrap.wrap(line, columns)]
-    strip = Image.new("RGB", (image.width, (size + 4) * len(lines) + 6 if lines else 0), "white")
-    font = ImageFont.load_default(size)
-    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(lines), "black", font, spacing=4)
-    return stack(strip, image) if above else stack(image, strip)
-
-
-def timeline(width, spans, edges, places, now=None):
-    """A bar for each (span, colour). edges (seconds) are at places (pixels). now: clock and cursor."""
-    strip = Image.new("RGB", (width, 18 * len(spans)), "white")
-    canvas = ImageDraw.Draw(strip)
-    for y, (span, colour) in zip(range(6, 18 * len(spans), 18), spans):
-        canvas.rectangle([places[0], y, places[-1] - 1, y + 5], "lightgrey")
-        start, end = np.interp(span or (0, 0), edges, places).round()
-        if start < end:
-            canvas.rectangle([start, y, end - 1, y + 5], colour)
-    if now is not None:
-        x = round(np.interp(now, edges, places))
-        canvas.rectangle([x - 1, 3, x, 14], "black")
-        canvas.text((4, 1), f"{now:.2f} s", "black", ImageFont.load_default(13))
-    return strip
 
 
 def nearest(seconds, second):
@@ -928,118 +803,77 @@ def nearest(seconds, second):
     return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
 
 
-def draw_strip(frames, seconds, marks, masks=None, cell=160):
-    """Up to 8 frames side by side with their seconds and marks, and below them a bar for each span.
-
-    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: {colour:
-    bool (T, H, W)}. cell: pixels of a frame's longer side. The frames are those at whole seconds,
-    where answers have their boxes, and at a segmentation's time."""
+def draw_strip(frames, seconds, marks, masks=None):
+    """Up to 8 frames side by side, with their seconds below and their marks, the first ones widest.
+    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: bool (T, H,
+    W). They are those at whole seconds, which have boxes, and at a segmentation's time."""
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
-    shown = sorted({*spread.tolist(), *times})
-    indices, cells = [nearest(seconds, second) for second in shown], []
-    for second, index in zip(shown, indices):
-        image = Image.fromarray(frames[index])
-        image = ImageOps.contain(image, (cell, cell), Image.Resampling.BICUBIC)
-        for colour, part in marks.items():
-            mask = (masks or {}).get(colour)
-            image = draw(image, part, second, colour, None if mask is None else mask[index])
-        cells.append(captioned(image, f"{seconds[index]:.1f} s", 11, above=True))
-    row = stack(*cells, across=True, gap=2)
-    places = [i * (cells[0].width + 2) for i in range(len(cells) + 1)]
-    begin = [seconds[index] for index in indices]
-    edges = [*begin, begin[-1] + (begin[-1] - begin[0]) / max(1, len(begin) - 1)]
-    spans = [(part.span, colour) for colour, part in marks.items() if part.span]
-    return stack(row, timeline(row.width, spans, edges, places))
+    cells = []
+    for second in sorted({*spread.tolist(), *times}):
+        index = nearest(seconds, second)
+        image = ImageOps.contain(Image.fromarray(frames[index]), (160, 160))
+        for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
+            mask = None if masks is None else masks[index]
+            image = draw(image, part, second, colour, mask, scale)
+        cell = captioned(image, f"{seconds[index]:.1f} s", 11)
+        cells.append(ImageOps.expand(cell, (0, 0, 2, 0), "white"))
+    return Image.fromarray(np.hstack(cells))
 
 
 # ---- --peek: what training will see
 
 
-def peek(prompt, tokenizer, few=6):
-    """Prints the text and the media of a prompt, and its truth, or which tokens SFT learns: those
-    around the first one, and the last. Each row predicts the next."""
-    record = prompt.record
+def peek(prompt, tokenizer, sheet):
+    """Prints the media and the text of a prompt, and its truth, or the text that SFT learns. Draws
+    what the model sees, with the truth in green: an image `sheet`-<record>-<medium>.png of each."""
+    record, given = prompt.record, len(prompt.token_ids)
     for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
         frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-        tokens = f"{t * h * w // MERGE**2} of {len(prompt.token_ids)} tokens"
+        tokens = f"{t * h * w // MERGE**2} of {given} tokens"
         print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
     count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
     print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-    if not demonstration(record):
-        return print(f"truth: {record['answer']}")
-    start, ids = len(prompt.token_ids), prompt.token_ids + target_ids(prompt, tokenizer)
-    print(f"{demonstration(record)}\n\n{start} tokens given, {len(ids) - start} learned")
-    print("position      id   label  token")
-    for i in range(start - few, len(ids)):
-        if i < start + few or i >= len(ids) - few:
-            label = ids[i] if i >= start else "-"
-            print(f"{i:>8}{ids[i]:>8}{label:>8}  {tokenizer.decode([ids[i]])!r}")
-        elif i == start + few:
-            print("     ...")
-
-
-def drawn_media(prompt):
-    """Images of what the model sees of a prompt, with the record's own truth drawn in green."""
-    record, media = prompt.record, prompt.vllm["multi_modal_data"]
-    truth = record["answer"] or rewards.find_answer(demonstration(record) or "") or ""
-    marks, question = marks_of(task_of(record), truth), record["problem"].partition("\n")[0]
+    if shown := demonstration(record):
+        learned = target_ids(prompt, tokenizer)
+        print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
+    truth = record["answer"] or rewards.find_answer(shown) or ""
+    print(f"--- truth: {truth}")
+    marks, media = marks_of(task_of(record), truth), prompt.vllm["multi_modal_data"]
     drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
     for frames, known in media.get("video", []):
         seconds = np.array(known["frames_indices"]) / known["fps"]
         drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-    text = f"record {record['index']}: {question[:200]}\n{truth[:200]}"
-    return [captioned(image, text, above=True) for image in drawn]
-
-
-def sheet_of(panels):
-    """One image of all panels: rows of at most 1320 pixels, narrow ones first."""
-    rows = []
-    for panel in sorted(panels, key=lambda panel: panel.width):
-        if rows and rows[-1].width + panel.width <= 1320:
-            rows[-1] = stack(rows[-1], panel, across=True, gap=8)
-        else:
-            rows.append(panel)
-    return stack(*rows, gap=8)
+    for i, image in enumerate(drawn):
+        path = f"{sheet}-{record['index']}-{i}.png"
+        captioned(image, truth).save(path)
+        print(f"--- drawn: {path}")
 
 
 def main():
     parser = new_parser(__doc__)
-    parser.add_argument("file", nargs="?", help="record file")
-    parser.add_argument("--model", help="folder or hub id that has the processor")
-    parser.add_argument("--media-root", help="folder of the media paths (default: the file's own)")
-    parser.add_argument("--prompts", help="JSON file that replaces the instructions")
+    parser.add_argument("file", help="record file")
+    parser.add_argument("--model", required=True, help="folder or hub id")
+    parser.add_argument("--media-root", help="folder of the media (default: the file's)")
+    parser.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
-    parser.add_argument("--sheet", default="peek.png", help="where their image goes (%(default)s)")
-    parser.add_argument("--release-prompts", metavar="CLONE", help="print those of the release")
+    parser.add_argument("--sheet", default="peek", help="images: %(default)s-0-0.png, ...")
     add_limits(parser)
     args = parser.parse_args()
     try:
-        if args.release_prompts:
-            return print(json.dumps(release_prompts(args.release_prompts), indent=2))
-        if not (args.file and args.model):
-            refuse("a record file and --model are needed")
         processor, prompts = load_processor(args.model), load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
-    usable, panels = 0, []
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
         try:
             prompt = encode(record, processor, limits_of(args), prompts)
-            peek(prompt, processor.tokenizer)
+            peek(prompt, processor.tokenizer, args.sheet)
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
-            continue
-        usable, panels = usable + 1, panels + drawn_media(prompt)
-    if not usable:
-        refuse(f"{args.file}: none of the first {args.peek} records can be used")
-    if panels:
-        sheet_of(panels).save(args.sheet)
-        print(f"\nwhat the model sees, with the truth drawn on it: {args.sheet}")
 
 
 if __name__ == "__main__":

@@ -79,11 +79,13 @@ def save_video(path, frames, length):
 
 def save_drawing(path, record, answer, limits, sam2=None):
     """Draws an answer on its record's image (PNG) or video (PNG: a few frames; MP4, GIF: all), in its
-    own size unless it is tiny. Text, and what cannot be read, is written below."""
+    own size unless it is tiny. Text, and what cannot be read, is written below, and a time span."""
     task = data.task_of(record)
     marks = data.marks_of(task, answer)
     has_marks = task not in rewards.TEXT_TYPES and rewards.readable(record, answer)
     caption = "" if has_marks else answer or "(no answer)"
+    if marks.span:
+        caption = "time {:.1f} to {:.1f} s".format(*marks.span)
     (medium,) = record["media"]
     if medium["type"] == "image":
         with Image.open(medium["path"]) as file:
@@ -98,16 +100,14 @@ def save_drawing(path, record, answer, limits, sam2=None):
     if sam2 and marks.time is not None:
         masks = segment_video(sam2, video.frames, data.nearest(seconds, marks.time), marks)
     if path.endswith(".png"):
-        strip = data.draw_strip(video.frames, seconds, {"orange": marks}, {"orange": masks})
+        strip = data.draw_strip(video.frames, seconds, {"orange": marks}, masks)
         return data.captioned(strip, caption).save(path)
 
     def drawn(frames):
         for second, image in frames:
             mask = None if masks is None else masks[data.nearest(seconds, second)]
             image = data.draw(data.enlarged(image), marks, second, mask=mask)
-            scale = [0, length], [70, image.width - 4]
-            bar = data.timeline(image.width, [(marks.span, "orange")], *scale, now=second)
-            yield second, data.captioned(data.stack(image, bar), caption)
+            yield second, data.captioned(image, caption)
 
     length = video.total / video.fps
     save_video(path, drawn(iter_frames(medium["path"], fps)), length)
