@@ -434,6 +434,8 @@ def read_video(
             frames = [read_image(names[i], *bounds) for i in positions]
         else:
             frames = decode_frames(path, pts, keys, pts[positions], bounds)
+        if len({frame.shape for frame in frames}) > 1:
+            raise ValueError("frames of different sizes")
         return Video(np.stack(frames), indices.tolist(), float(rate), total)
     except (av.FFmpegError, OSError, ValueError, KeyError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error

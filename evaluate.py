@@ -46,6 +46,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timedelta
 from pathlib import Path
+from string import ascii_uppercase as LETTERS
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ from tqdm import tqdm
 import data
 import rewards
 from infer import ask_server, check_sam2, in_base64, iter_frames, load_sam2, segment_video
-from rewards import LETTERS, answer_of, readable
+from rewards import answer_of, readable
 
 # ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
 

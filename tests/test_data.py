@@ -305,7 +305,7 @@ def test_folders_of_frames(tmp_path):
     video = data.read_video(str(tmp_path), folder_fps=2)
     assert [read_clock(frame) for frame in video.frames] == video.indices == list(range(12))
     Image.new("RGB", (128, 128)).save(tmp_path / "frame12².png")
-    with pytest.raises(data.MediaError, match="arrays must have the same shape"):
+    with pytest.raises(data.MediaError, match="frames of different sizes"):
         data.read_video(str(tmp_path))
     (tmp_path / "none").mkdir()
     with pytest.raises(data.MediaError, match="no frames in this folder"):
@@ -561,7 +561,7 @@ def test_lines_of_text_files(tmp_path):
     [
         (b"", "holds no records"),
         (b"[]", "holds no records"),
-        (b'{"a": 1}\n{"a": ', "a.json: not JSON .* line 2 "),
+        (b'{"a": 1}\n{"a": ', "a.json: line 2: not JSON"),
         (b'[{"a": 1}, {"a": ]', "a.json: not JSON"),
         (b'{"a": "\xff"}', "a.json: not JSON in UTF-8"),
         (b"[" * 100_000, "a.json: not JSON"),
