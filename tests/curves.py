@@ -80,7 +80,9 @@ def draw(sft, rl, path):
     for axis in free:
         axis.remove()
     dots = "; dots: the mean of RL's first three steps" * bool(tasks)
-    figure.supxlabel(f"faint: each step; full: running mean over an eighth of the run{dots}", fontsize=10)
+    figure.supxlabel(
+        f"faint: each step; full: running mean over an eighth of the run{dots}", fontsize=10
+    )
     figure.savefig(path, dpi=80)
     plt.close(figure)
     print(f"{path}: {len(sft)} SFT steps, {len(rl)} RL steps, {len(tasks)} tasks")
