@@ -763,7 +763,7 @@ def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
         image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
     canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
     pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
-    if marks.span and second is not None and marks.span[0] <= second <= marks.span[1]:
+    if marks.span and second is not None and marks.span[0] <= second < marks.span[1]:
         edge = [0, 0, image.width - 1, image.height - 1]
         canvas.rectangle(edge, outline=colour, width=2 * line)
     box, seconds = marks.boxes.get(None), sorted(marks.boxes)

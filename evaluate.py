@@ -876,7 +876,7 @@ def parse_args():
     group.add_argument("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
     group.add_argument("--data", nargs="+", help="record files, one per benchmark")
     group.add_argument("--media-root", help="folder of media paths (default: the file's)")
-    group.add_argument("--prompts", help="JSON file with other instructions")
+    group.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
     group.add_argument("--system", help="file with a system prompt, see --list")
     group.add_argument("--out", help="folder; with --compare a JSON file")
     group.add_argument("--max-response-tokens", type=count(1), default=8192, help="(%(default)s)")

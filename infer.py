@@ -259,7 +259,7 @@ def parse_args():
     group.add_argument("--model", help="folder or hub id; with --base-url its name there")
     group.add_argument("--base-url", help="vLLM server, .../v1; its key is in OPENAI_API_KEY")
     group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks from box and points")
-    group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
+    group.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
     group.add_argument(
         "--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)"
     )

@@ -507,7 +507,7 @@ def new_parser(doc, lr, weight_decay, save_every):
     group.add_argument("--model", required=True, help="Hugging Face folder or hub id of a Qwen3-VL")
     group.add_argument("--data", nargs="+", required=True, help="record files (JSON or JSONL)")
     group.add_argument("--media-root", help="folder of the media paths (default: each file's own folder)")
-    group.add_argument("--prompts", help="JSON file that replaces the instructions of data.py")
+    group.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
     group.add_argument("--out", required=True, help="run folder; the same command resumes from it")
     group.add_argument("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
     group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints (%(default)s)")
