@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source tests/venv.sh
 
-out=runs/demo toy="--sft 8000 --rl 5000 --eval 100" sft_steps=300 rl_steps=40 prompts=32
+out=runs/demo toy="--sft 8000 --rl 5000 --eval 100" sft_steps=300 rl_steps=30 prompts=32
 if [ "${1:-}" = --quick ]; then
     out=${2:-runs/demo-quick} toy="--sft 128 --rl 96 --eval 2" sft_steps=3 rl_steps=2 prompts=4
 fi

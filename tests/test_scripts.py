@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -14,37 +15,32 @@ import urllib.request
 import pytest
 from conftest import ROOT, run
 
+import data
+import rl_ema_grpo
+
 SCRIPTS = ("data.py", "sft.py", "rl_ema_grpo.py", "evaluate.py", "infer.py")
 
 
-def test_help():
+def test_help(monkeypatch, capsys):
     """A script that does not even start, or an option without an explanation of the script."""
-    running = {
-        script: subprocess.Popen(
-            [sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        for script in SCRIPTS
-    }
-    for script, process in running.items():
-        text = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, script
+    for script in SCRIPTS:
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit, match="^0$"):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        text = capsys.readouterr().out
         assert text.startswith("usage:") and "--model" in text, script
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ({"--data": "nowhere.json"}, "nowhere.json"),
         ({"--data": "no_answer.json"}, "no_answer.json: record 3: answer is"),
-        ({"--steps": 0}, "argument --steps: 0 is"),
-        ({"--model": "runs/nothere"}, "runs/nothere: no such folder"),
         ({"--model": "other_model"}, "model_type is 'qwen2_5_vl', expected 'qwen3_vl'"),
     ],
 )
 def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path, flags, sentence):
     """The release loads 8B parameters on every GPU and then dies of a typing error. Under torchrun the
     sentence must not be lost above forty lines of its own."""
-    (ROOT / "runs").mkdir(exist_ok=True)
     records = json.loads((toy / "rl_train.json").read_text())[:8]
     del records[3]["answer"]
     (toy / "no_answer.json").write_text(json.dumps(records))
@@ -59,6 +55,21 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path, flags, s
     said = [line for line in result.stderr.splitlines() if line.startswith("rl_ema_grpo.py: ")]
     assert len(said) == 1 and sentence in said[0], result.stderr
     assert sentence in "".join(result.stderr.splitlines()[-3:]) and "Loading" not in result.stderr
+
+
+def test_wrong_values_and_paths_are_named(monkeypatch, capsys, tmp_path):
+    """--steps 0 trains on nothing; a folder that is not there is looked for on the hub for minutes."""
+    command = "rl_ema_grpo.py --model m --data d --out o --steps 0"
+    monkeypatch.setattr(sys, "argv", command.split())
+    with pytest.raises(SystemExit, match="^2$"):
+        rl_ema_grpo.parse_args()
+    assert "argument --steps: 0 is not a number from 1 on" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="^runs/nothere: no such folder, and no hub id"):
+        data.load_processor("runs/nothere")
+    with pytest.raises(OSError, match="nowhere.json"):
+        data.load_records("nowhere.json")
 
 
 @pytest.fixture(scope="module")
