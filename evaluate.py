@@ -49,6 +49,7 @@ from pathlib import Path
 from string import ascii_uppercase as LETTERS
 from typing import NamedTuple
 
+import cpu_compat  # noqa: F401  (before torch)
 import numpy as np
 import torch.distributed as dist
 from numpy.lib.stride_tricks import sliding_window_view
