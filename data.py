@@ -232,8 +232,8 @@ def normalise(raw, file, index, root):
 
     def need(right, field, expected):
         if not right:
-            value = str(record.get(field))[:100]
-            raise ValueError(f"{file}: record {index}: {field} is {value!r}, expected {expected}")
+            found = repr(str(record[field])[:100]) if field in record else "missing"
+            raise ValueError(f"{file}: record {index}: {field} is {found}, expected {expected}")
 
     record = raw if isinstance(raw, dict) else {"record": raw}
     need(record is raw, "record", "an object")

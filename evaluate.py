@@ -148,6 +148,7 @@ def paper_numbers(stem):
 
 def print_list():
     """The table of benchmarks, each with where it comes from."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
     for stem, row in BENCHMARKS.items():
         notes = [f"{m} {a}" + f" ({b})" * bool(b) for m, (a, b) in paper_numbers(stem).items()]
         notes += ["judge"] * (row.task == TEXT) + ["system"] * (row.source != HUB)
@@ -366,7 +367,7 @@ def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
         chunk, tokens = [], 0
         for record, prompt in pairs:
             if isinstance(prompt, data.Skipped):
-                print(f"counts 0: {prompt.message}", file=sys.stderr)
+                print(f"skipped, scores 0: {prompt.message}", file=sys.stderr)
                 yield record, None, ["skipped", prompt.reason]
                 continue
             chunk.append(prompt)

@@ -315,14 +315,17 @@ def converse(ask, kind, path, task):
         try:
             line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
+            rest = os.path.expanduser(rest.strip())
             if command == "/image" and rest.lower().endswith((".mp4", ".mkv", ".webm", ".mov")):
                 print("that is a video: use /video")
+            elif command in ("/image", "/video") and not os.path.exists(rest):
+                print(f"no file {rest}")
             elif command in ("/image", "/video"):
-                kind, path = command[1:], os.path.expanduser(rest.strip())
+                kind, path = command[1:], rest
             elif command == "/task" and rest in PROBLEM_TYPES:
                 task = rest
             elif line.startswith("/"):
-                print(f"no such task or command: {line}")
+                print(f"no such task or command: {line}; tasks: {', '.join(PROBLEM_TYPES)}")
             elif line:
                 question, *options = (part.strip() for part in line.split("|"))
                 ask(record_of(question, kind, path, task, options))
@@ -384,6 +387,7 @@ def main():
         answer, readable = print_stream(record, stream, args.json)
         if args.save:
             save_drawing(args.save, record, answer, limits, sam2)
+            print(f"drawn: {args.save}", file=sys.stderr)
         return readable
 
     if not args.question:

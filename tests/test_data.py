@@ -469,8 +469,8 @@ def test_cases(tmp_path, case):
     "change, message",
     [
         (dict(problem_type="poetry"), "problem_type is 'poetry', expected one of multiple choice"),
-        (dict(problem_type=None), "problem_type is 'None', expected one of multiple choice"),
-        (dict(answer=None), "answer is 'None', expected the true answer"),
+        (dict(problem_type=None), "problem_type is missing, expected one of multiple choice"),
+        (dict(answer=None), "answer is missing, expected the true answer"),
         (dict(answer=["x"]), "answer is .*, expected a text or a number"),
         (dict(answer=float("nan")), "answer is 'nan', expected the true answer"),
         (dict(answer=None, solution=""), "solution is '', expected the true answer"),
