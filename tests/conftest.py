@@ -18,7 +18,7 @@ import cpu_compat  # noqa: F401
 torch.set_num_threads(1)
 
 
-def run(*command, ranks=0, restarts=0, timeout=300, check=True):
+def run(*command, ranks=0, restarts=0, timeout=900, check=True):
     """Runs a script of the project in a process of its own, under torchrun if ranks > 0."""
     launcher = [sys.executable]
     if ranks:

@@ -13,8 +13,7 @@ if [ ! -e "$stamp" ]; then
     if python -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
         extra=(--extra-index-url "$index")
     fi # elsewhere plain pip is tried: a mirror may have what is needed
-    # --no-compile: Python compiles what is imported, when it is imported
-    pip install --quiet --no-compile --disable-pip-version-check "${extra[@]}" -r requirements-cpu.txt -r tests/requirements.txt
+    pip install --quiet --disable-pip-version-check "${extra[@]}" -r requirements-cpu.txt -r tests/requirements.txt
     touch "$stamp"
 fi
 export OMP_NUM_THREADS=1 # per rank; before Python starts, since vLLM pins its threads
