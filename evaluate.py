@@ -902,7 +902,10 @@ if __name__ == "__main__":
     if args.list:
         print_list()
     elif args.compare:
-        compare(args)
+        try:
+            compare(args)
+        except (OSError, ValueError) as error:
+            data.refuse(error)
     elif args.regrade:
         sys.exit(sum_up(args, check(args)[0]))
     else:

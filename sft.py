@@ -76,7 +76,8 @@ def pack(groups, device):
         for i, response in enumerate(responses):
             own = range(len(ids), len(ids) + len(response))
             key_rows += [*range(start, end), *own]
-            lengths.append((own.stop - (start if i == 0 else own.start), end - start + len(own)))
+            queries = own.stop - (start if i == 0 else own.start)
+            lengths.append((queries, end - start + len(own)))
             rows += [end - 1, *own[:-1]]  # token k is predicted by token k - 1
             ids += response
             targets += response

@@ -197,8 +197,9 @@ def test_positions_and_patches_match_transformers(toy, processor):
 
 
 def test_chunked_logps_never_hold_all_logits(seeded):
-    """A tensor of rows x vocabulary, forward or backward: 5 GB at 8,192 rows of the real model."""
-    rows, vocabulary, chunk, largest = 512, 1000, 64, 0
+    """A tensor of rows x vocabulary, forward or backward, or all chunks of it kept for backward: 5 GB at
+    8,192 rows of the real model."""
+    rows, vocabulary, chunk, largest, saved = 512, 1000, 64, 0, []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -213,11 +214,13 @@ def test_chunked_logps_never_hold_all_logits(seeded):
         torch.randn(rows, 8, requires_grad=True),
         torch.randn(vocabulary, 8, requires_grad=True),
     )
+    count = lambda tensor: saved.append(tensor.numel()) or tensor
     with Watch():
-        sft.chunked_logps(hidden, weight, torch.zeros(rows, dtype=torch.int64), chunk)[
-            :
-        ].sum().backward()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            logps = sft.chunked_logps(hidden, weight, torch.zeros(rows).long(), chunk)
+        logps.sum().backward()
     assert chunk * vocabulary <= largest < rows * vocabulary / 4
+    assert sum(saved) < rows * vocabulary / 4
 
 
 @pytest.fixture(scope="module")
