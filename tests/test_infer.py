@@ -262,18 +262,16 @@ def test_the_strip_of_a_video():
     frames = np.stack([np.full((60, 90, 3), 5 * i, np.uint8) for i in range(21)])
     seconds = [i / 2 for i in range(21)]  # 0 to 10
     answer = Marks(boxes={4.5: [0, 0, 1000, 1000]}, time=4.5)
-    marks = {"lime": Marks(span=(5.0, 10.5)), "orange": answer}
+    marks = {"lime": Marks(span=(5.0, 10.0)), "orange": answer}
     strip = data.draw_strip(frames, seconds, marks)
     levels = np.asarray(strip)[60, 80::162, 0]
     assert (levels / 10).tolist() == [0, 1, 3, 4.5, 5, 6, 8, 10]
     cells = [strip.crop((162 * i, 0, 162 * i + 160, 120)) for i in range(8)]
     assert [outline(cell) is not None for cell in cells] == [0, 0, 0, 1, 1, 0, 0, 0]
-    borders = [
-        outline(cell, (0, 255, 0)) for cell in cells
-    ]  # the span's, under the box if there is one
-    assert [border and border[2:] for border in borders] == [None] * 4 + [(158, 105)] + [
-        (160, 107)
-    ] * 3
+    # The span's border, under the box if there is one; a frame at the span's end is outside.
+    borders = [outline(cell, (0, 255, 0)) for cell in cells]
+    expected = [None] * 4 + [(158, 105), (160, 107), (160, 107), None]
+    assert [border and border[2:] for border in borders] == expected
 
 
 def test_folders_of_frames(tmp_path):
