@@ -21,9 +21,7 @@ import re
 import struct
 import sys
 import textwrap
-import types
 from collections import Counter, namedtuple
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,17 +73,22 @@ def at_least(least, kind=int):
     return number
 
 
+def check_path(path):
+    """Raises ValueError for what is no folder of a model and looks like no hub id."""
+    hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
+    if not hub_id and not os.path.exists(f"{path}/config.json"):
+        raise ValueError(f"{path}: no folder of a model, and no hub id of the form owner/name")
+
+
 def load_processor(path):
     """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
     from transformers import AutoConfig, Qwen3VLProcessor
 
-    hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
-    if not hub_id and not os.path.isdir(path):
-        raise ValueError(f"{path}: no such folder, and no hub id of the form owner/name")
+    check_path(path)
     try:
-        found = AutoConfig.from_pretrained(path).model_type
-        if found != "qwen3_vl":
-            raise ValueError(f"model_type is {found!r}, expected 'qwen3_vl'")
+        kind = AutoConfig.from_pretrained(path).model_type
+        if kind != "qwen3_vl":
+            raise ValueError(f"model_type is {kind!r}, expected 'qwen3_vl'")
         return Qwen3VLProcessor.from_pretrained(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
@@ -95,12 +98,13 @@ def load_processor(path):
 def one_matrix_patch_embedding(visual):
     """Makes the patch embedding of a vision tower one matrix product: it is a Conv3d whose kernel
     covers each patch exactly once, which is slow and in some versions of cuDNN fails."""
+    conv = visual.patch_embed.proj
 
-    def forward(self, patches):
-        weight = self.proj.weight.flatten(1)
-        return torch.nn.functional.linear(patches.to(weight.dtype), weight, self.proj.bias)
+    def forward(patches):
+        weight = conv.weight.flatten(1)
+        return torch.nn.functional.linear(patches.to(weight.dtype), weight, conv.bias)
 
-    visual.patch_embed.forward = types.MethodType(forward, visual.patch_embed)
+    visual.patch_embed.forward = forward
 
 
 # ---- Prompts: one instruction per task, coordinates 0-1000 of width and height, times in seconds
@@ -416,10 +420,7 @@ def read_video(
             names, rate = list_frame_folder(path), folder_fps or fps
             seconds = np.arange(len(names)) / rate
         else:
-            with open_video(path) as container:
-                stream = container.streams.best("video")
-                pts, keys = list_frames(container, stream)
-                seconds = (pts - pts[0]) * float(stream.time_base)
+            seconds, pts, keys = list_frames(path)
             rate = (len(pts) - 1) / seconds[-1] if len(pts) > 1 else fps  # the mean
         total, duration = len(seconds), seconds[-1] + 1 / rate
         positions = indices = sample_positions(total, duration, fps, max_frames)
@@ -459,92 +460,74 @@ def open_video(path):
     return container
 
 
-def list_frames(container, stream):
-    """Time stamps of the frames that are shown, ascending (total,), and of the key frames (keys,):
-    none where stamps do not tell which frame is which. In units of the stream's time_base."""
-    form = container.format.name
-    whole = form in ("matroska,webm", "flv")  # one length for all its streams
+def list_frames(path):
+    """Seconds and time stamps, ascending (total,), of the frames that are shown, and the stamps of the
+    key frames (keys,): none where stamps do not tell which frame is which."""
     stamps, keys, reached, newest, last = [], [], 0, -math.inf, -math.inf
-    for packet in container.demux([*container.streams] if whole else stream):
-        stamp = packet.dts if packet.pts is None else packet.pts
-        if stamp is None:
-            continue
-        reached = max(reached, (stamp + (packet.duration or 0)) * float(packet.time_base))
-        if not packet.size or packet.stream != stream or not (keys or packet.is_keyframe):
-            continue  # what comes before the first key frame cannot be decoded
-        place = stamp if packet.dts is None else packet.dts
-        if packet.is_keyframe and stamp <= newest or place < last and not whole:
-            raise ValueError("its time goes back, as of two files joined")
-        newest, last = max(newest, stamp), place
-        if packet.is_keyframe:
-            keys.append(stamp)
-        if not packet.is_discard:  # an edit list may hide frames that others need
-            stamps.append(stamp)
-    ticks = stream.frames if form == "avi" else stream.frames and stream.duration
-    said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
-    if reached < 0.95 * said:  # other formats have no length in their header
-        raise ValueError(f"ends after {reached:.1f} s of {said:.1f} s")
-    stamps = [stamp for stamp in stamps if stamp >= keys[0]]
-    if not stamps:
-        raise ValueError("no key frame, or frames without a time stamp")
-    if stream.codec_context.has_b_frames and stamps == sorted(stamps):
-        keys = []  # stamps in decoding order, of frames that are shown in another one
-    return np.array(sorted({*stamps})), np.array(keys)
+    with open_video(path) as container:
+        stream, form = container.streams.best("video"), container.format.name
+        whole = form in ("matroska,webm", "flv")  # one length for all its streams
+        for packet in container.demux([*container.streams] if whole else stream):
+            stamp = packet.dts if packet.pts is None else packet.pts
+            if stamp is None:
+                continue
+            reached = max(reached, (stamp + (packet.duration or 0)) * float(packet.time_base))
+            if not packet.size or packet.stream != stream or not (keys or packet.is_keyframe):
+                continue  # what comes before the first key frame cannot be decoded
+            place = stamp if packet.dts is None else packet.dts
+            if packet.is_keyframe and stamp <= newest or place < last and not whole:
+                raise ValueError("its time goes back, as of two files joined")
+            newest, last = max(newest, stamp), place
+            if packet.is_keyframe:
+                keys.append(stamp)
+            if not packet.is_discard:  # an edit list may hide frames that others need
+                stamps.append(stamp)
+        ticks = stream.frames if form == "avi" else stream.frames and stream.duration
+        said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
+        if reached < 0.95 * said:  # other formats have no length in their header
+            raise ValueError(f"ends after {reached:.1f} s of {said:.1f} s")
+        stamps = [stamp for stamp in stamps if stamp >= keys[0]]
+        if not stamps:
+            raise ValueError("no key frame, or frames without a time stamp")
+        if stream.codec_context.has_b_frames and stamps == sorted(stamps):
+            keys = []  # stamps in decoding order, of frames that are shown in another one
+        pts = np.array(sorted({*stamps}))
+        return (pts - pts[0]) * float(stream.time_base), pts, np.array(keys)
 
 
 def decode_frames(path, pts, keys, wanted, bounds):
-    """The pixels of the wanted of all time stamps `pts`, within the bounds of `fit`: by seeking, or
-    where the file does not allow that by decoding all frames."""
-
-    def pixels_of(frame):
-        if frame.is_corrupt:
-            raise ValueError("a wanted frame is damaged")
-        h, w = fit(frame.height, frame.width, *bounds)
-        pixels = frame.to_ndarray(format="rgb24", width=w, height=h, interpolation="BICUBIC")
-        return np.rot90(pixels, round(frame.rotation / 90))
-
-    found = {}
-    with suppress(ValueError, av.FFmpegError):
-        found = seek_frames(path, keys, wanted, pixels_of)
-    if not found.keys() >= {*wanted}:
-        found = walk_frames(path, pts, wanted, pixels_of)
-    return [found[stamp] for stamp in wanted]
-
-
-def seek_frames(path, keys, wanted, pixels_of):
-    """{time stamp: pixels} of the wanted frames, decoded from the key frame before each. Some are
-    missing where the time stamps of decoded frames are not in order."""
-    found, groups = {}, np.searchsorted(keys, wanted, side="right") - 1
+    """The pixels of the wanted of all time stamps `pts`, within the bounds of `fit`: decoded from the
+    key frame before each. Where decoded frames have other stamps than listed, or no keys are known,
+    all frames are decoded: the n-th one has the n-th stamp."""
+    found, place, reached, end = {}, 0, -math.inf, -math.inf if len(keys) else math.inf
+    groups = np.searchsorted(keys, wanted, side="right") - 1
+    last = {int(keys[i]): stamp for i, stamp in zip(groups, wanted)} if len(keys) else {}
     with open_video(path) as container:
         stream = container.streams.best("video")
-        by_time = container.format.name.startswith(("mov", "matroska"))
-        second = 0 if by_time else round(1 / stream.time_base)  # else by place in decoding order
-        for last in sorted({*groups.tolist()}) if len(keys) else ():
-            targets, reached = {*wanted[groups == last].tolist()}, -math.inf
-            container.seek(max(0, int(keys[last]) - second), stream=stream)
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.pts <= reached:
-                    return {}
-                reached = frame.pts
-                if reached in targets:
-                    found[reached] = pixels_of(frame)
-                if reached >= max(targets):
-                    break
-    return found
-
-
-def walk_frames(path, pts, wanted, pixels_of):
-    """The same by decoding all frames: the n-th one has the n-th time stamp of `pts`."""
-    found, place = {}, 0
-    with open_video(path) as container:
-        for frame in container.decode(container.streams.best("video")):
-            if frame.pts is None or frame.pts >= pts[0]:
-                if place < len(pts) and pts[place] in wanted:
-                    found[pts[place]] = pixels_of(frame)
-                place += 1
-    if place != len(pts):
+        for packet in container.demux(stream):
+            if packet.is_keyframe:
+                end = max(end, last.get(packet.dts if packet.pts is None else packet.pts, end))
+            for frame in packet.decode() if reached < end else ():
+                stamp = frame.pts
+                if last and (stamp is None or stamp <= reached):
+                    return decode_frames(path, pts, [], wanted, bounds)
+                if not last and (stamp is None or stamp >= pts[0]):
+                    stamp, place = pts[min(place, len(pts) - 1)], place + 1
+                reached = stamp
+                if stamp in wanted:
+                    if frame.is_corrupt:
+                        raise ValueError("a wanted frame is damaged")
+                    h, w = fit(frame.height, frame.width, *bounds)
+                    form = dict(format="rgb24", width=w, height=h, interpolation="BICUBIC")
+                    pixels = frame.to_ndarray(**form)
+                    found[int(stamp)] = np.rot90(pixels, round(frame.rotation / 90))
+            if last and reached >= end:
+                stream.codec_context.flush_buffers()
+    if not last and place != len(pts):
         raise ValueError(f"{place} frames can be decoded of {len(pts)}")
-    return found
+    if not found.keys() >= {*wanted.tolist()}:
+        return decode_frames(path, pts, [], wanted, bounds)
+    return [found[stamp] for stamp in wanted.tolist()]
 
 
 def read_medium(medium, limits, folder_fps=None):
@@ -723,7 +706,7 @@ def next_items(stream, count, tally, max_bad_share):
 
 # ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
 
-# What an answer says: span (start, end), boxes {second: [x1, y1, x2, y2]}, of an image {None: box},
+# What an answer says: span (start, end), boxes {second: [x1, y1, x2, y2]} (0: of an image),
 # points [[x, y], ...] on and beside an object, and their time in a video. Coordinates are 0-1000.
 Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None, {}, [], [], None))
 
@@ -741,7 +724,7 @@ def marks_of(task, answer):
         return Marks()  # of which frame?
     first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
     if first is None:
-        boxes = {second: boxes}
+        boxes = {second or 0: boxes}
     else:
         boxes = boxes if isinstance(boxes, dict) else {}
         keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
@@ -753,9 +736,9 @@ def marks_of(task, answer):
     return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, second)
 
 
-def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
-    """An RGB copy of a PIL image with all that holds at this second (None: of an image): a span as
-    its border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is
+def draw(image, marks, second=0, colour="orange", mask=None, scale=1):
+    """An RGB copy of a PIL image with all that holds at this second (0: of an image): a span as its
+    border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is
     outside goes to the edge. mask: bool (H, W) in any size, a tint. scale: of lines and points."""
     image = image.convert("RGB")
     if mask is not None:
@@ -763,19 +746,18 @@ def draw(image, marks, second=None, colour="orange", mask=None, scale=1):
         image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
     canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
     pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
-    if marks.span and second is not None and marks.span[0] <= second < marks.span[1]:
+    if marks.span and marks.span[0] <= second < marks.span[1]:
         edge = [0, 0, image.width - 1, image.height - 1]
         canvas.rectangle(edge, outline=colour, width=2 * line)
-    box, seconds = marks.boxes.get(None), sorted(marks.boxes)
-    if second is not None and not box and seconds and seconds[0] <= second < seconds[-1] + 1:
+    seconds = sorted(marks.boxes)
+    if seconds and seconds[0] <= second < seconds[-1] + 1:
         sides = zip(*(marks.boxes[each] for each in seconds))  # on a line between two seconds
         box = [np.interp(second, seconds, side) for side in sides]
-    if box:
         xs, ys = sorted(box[::2]), sorted(box[1::2])
         (x1, y1), (x2, y2) = map(pixel, zip(xs, ys))
         canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
-    if marks.time is None or second is not None and marks.time <= second < marks.time + 1:
-        r = 2 * line
+    time, r = marks.time or 0, 2 * line
+    if time <= second < time + 1:
         for x, y in map(pixel, marks.positive):
             canvas.circle((x, y), r, fill=colour, outline="black")
         for x, y in map(pixel, marks.negative):
@@ -805,20 +787,26 @@ def nearest(seconds, second):
     return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
 
 
-def draw_strip(frames, seconds, marks, masks=None):
-    """Up to 8 frames side by side, with their seconds below and their marks, the first ones widest.
-    frames: uint8 (T, H, W, 3). seconds: (T,), ascending. marks: {colour: Marks}. masks: bool (T, H,
-    W). They are those at whole seconds, which have boxes, and at a segmentation's time."""
+def draw_medium(pixels, marks, masks=None):
+    """What `read_medium` returns with marks on it, {colour: Marks}, the first ones widest: an image, or
+    up to 8 frames side by side with their seconds below. They are those at whole seconds, which have
+    boxes, and at a segmentation's time. masks: bool (T, H, W), of an image (1, H, W)."""
+
+    def drawn(image, index, second):
+        mask = None if masks is None else masks[index]
+        for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
+            image = draw(image, part, second, colour, mask, scale)
+        return image
+
+    if not isinstance(pixels, Video):
+        return drawn(enlarged(Image.fromarray(pixels)), 0, 0)
+    cells, seconds = [], np.array(pixels.indices) / pixels.fps
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
-    cells = []
     for second in sorted({*spread.tolist(), *times}):
         index = nearest(seconds, second)
-        image = ImageOps.contain(Image.fromarray(frames[index]), (160, 160))
-        for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
-            mask = None if masks is None else masks[index]
-            image = draw(image, part, second, colour, mask, scale)
-        cell = captioned(image, f"{seconds[index]:.1f} s", 11)
+        image = ImageOps.contain(Image.fromarray(pixels.frames[index]), (160, 160))
+        cell = captioned(drawn(image, index, second), f"{seconds[index]:.1f} s", 11)
         cells.append(ImageOps.expand(cell, (0, 0, 2, 0), "white"))
     return Image.fromarray(np.hstack(cells))
 
@@ -826,9 +814,9 @@ def draw_strip(frames, seconds, marks, masks=None):
 # ---- --peek: what training will see
 
 
-def peek(prompt, tokenizer, sheet):
-    """Prints the media and the text of a prompt, and its truth, or the text that SFT learns. Draws
-    what the model sees, with the truth in green: an image `sheet`-<record>-<medium>.png of each."""
+def peek(prompt, tokenizer, limits):
+    """Prints the media and the text of a prompt, its truth, and the text that SFT learns. Draws what
+    the model sees, with the truth in green: peek-<record>-<medium>.png."""
     record, given = prompt.record, len(prompt.token_ids)
     for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
         frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
@@ -841,13 +829,10 @@ def peek(prompt, tokenizer, sheet):
         print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
     truth = record["answer"] or rewards.find_answer(shown) or ""
     print(f"--- truth: {truth}")
-    marks, media = marks_of(task_of(record), truth), prompt.vllm["multi_modal_data"]
-    drawn = [draw(enlarged(image), marks, None, "lime") for image in media.get("image", [])]
-    for frames, known in media.get("video", []):
-        seconds = np.array(known["frames_indices"]) / known["fps"]
-        drawn.append(draw_strip(frames.transpose(0, 2, 3, 1), seconds, {"lime": marks}))
-    for i, image in enumerate(drawn):
-        path = f"{sheet}-{record['index']}-{i}.png"
+    marks = {"lime": marks_of(task_of(record), truth)}
+    for i, medium in enumerate(record["media"]):
+        image = draw_medium(read_medium(medium, limits, record.get("fps")), marks)
+        path = f"peek-{record['index']}-{i}.png"
         captioned(image, truth).save(path)
         print(f"--- drawn: {path}")
 
@@ -859,9 +844,9 @@ def main():
     parser.add_argument("--media-root", help="folder of the media (default: the file's)")
     parser.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
     parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
-    parser.add_argument("--sheet", default="peek", help="images: %(default)s-0-0.png, ...")
     add_limits(parser)
     args = parser.parse_args()
+    limits = limits_of(args)
     try:
         processor, prompts = load_processor(args.model), load_prompts(args.prompts)
         records = load_records(args.file, args.media_root)
@@ -872,8 +857,8 @@ def main():
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
         try:
-            prompt = encode(record, processor, limits_of(args), prompts)
-            peek(prompt, processor.tokenizer, args.sheet)
+            prompt = encode(record, processor, limits, prompts)
+            peek(prompt, processor.tokenizer, limits)
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
 

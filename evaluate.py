@@ -11,24 +11,21 @@
 
 A benchmark is a record file (JSON, JSONL, VLMEvalKit's TSV), and named like it. Each rank answers
 its share, greedily, with its own vLLM engine. SAM2 makes masks of boxes and points, a judge grades
-captions, all else goes by rules. Under --out:
+captions, all else is graded as in training, by a more lenient reader of answers. Under --out:
 
     <benchmark>.jsonl   one line per record: problem_id, position, task, response, trouble, answer,
                         accuracy, parts (of the metrics), masks, verdict (of the judge)
     results.json        benchmark -> metric -> value, low, high (95% bootstrap interval), n
     report.html         the numbers, and answers of each benchmark, from the worst to the best
-    settings.json       what the answers depend on; a run that would mix two models is refused
-    parts/, media/      what each rank has written so far; the images out of TSV files
 
-The same command goes on where it was, with any number of ranks. Grading is that of training; only
-the reading is more lenient (rewards.answer_of). Unreadable answers count 0, unreadable media until
-the next run. A benchmark of which more than 5% have no grade is not in the mean.
+The same command goes on where it was, with any number of ranks; what would mix two models is
+refused. Answers that cannot be read count 0, and so do media, until the next run.
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU, AO that of tracks, with and
 without the given box. tIoU is that of times, sIoU that of boxes over the seconds that both sides
 have (the paper's), vIoU over the true ones. Of masks cIoU is the sum of intersections by the sum of
 unions, gIoU the mean IoU, J and F the IoU and the contour's F-measure, by the paper's rules and by
-those of DAVIS. The headline metric (*) is the one in the mean.
+those of DAVIS. The headline metric (*) is the one in the mean, unless over 5% have no grade.
 """
 
 import ast
@@ -53,13 +50,12 @@ import cpu_compat  # noqa: F401  (before torch)
 import numpy as np
 import torch.distributed as dist
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image, ImageOps
 from pycocotools import mask as coco
 from tqdm import tqdm
 
 import data
 import rewards
-from infer import ask_server, check_sam2, in_base64, iter_frames, load_sam2, segment_video
+from infer import ask_server, in_base64, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
 # ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
@@ -75,22 +71,21 @@ METRICS = {  # task -> the paper's metrics, the headline metric first; of the ot
     IMAGE: ["cIoU"],
     VIDEO: ["J&F", "J", "F"],
 }
-TROUBLES = ("unreadable", "cut off", "skipped")  # cut off: by --max-response-tokens
+# cut off: by --max-response-tokens; skipped: its media cannot be read; unanswered: so far
+TROUBLES = ("unreadable", "cut off", "skipped", "unanswered")
 HUB = "OneThink/OneThinker-eval"
 KIT = "https://opencompass.openxlab.space/utils/VLMEval/"  # VLMEvalKit's files
 KIT2 = "https://opencompass.openxlab.space/utils/benchmarks/"
+need = lambda right, sentence: right or data.refuse(sentence)  # else the script ends
 
 
-class B(NamedTuple):
-    """A benchmark. The defaults are those of the release's files."""
-
+class B(NamedTuple):  # a benchmark; the defaults are those of the release's files
     name: str = ""  # the paper's; several files of one benchmark count as one in the mean
     task: str = ""  # the task of its records, in a TSV of those with options
     paper: list = []  # numbers of OneThinker-8B, in the order of METRICS
     qwen: list = []  # and of Qwen3-VL-8B, where the paper has them
     source: str = HUB  # or another hub id, or URL (with a slash at its end: the file's folder)
     split: str = ""  # only these rows of a TSV
-    free: str = TEXT  # the task of a TSV's free-form answers that are no number
     metric: str = ""  # its headline metric, where that is another than its task's
     frames: int = 128  # most frames of a video
     media: str = ""  # folder of its videos, of each `frames` frames whatever the length
@@ -100,7 +95,7 @@ class B(NamedTuple):
 BENCHMARKS = {  # file name without its ending ->
     "MMMU_DEV_VAL": B("MMMU", MC, [70.6], [60.2], KIT, split="validation"),
     "MathVista_MINI": B("MathVista", MC, [77.6], [74.2], KIT),
-    "MathVerse_MINI": B("MathVerse", MC, [64.3], [58.1], KIT2 + "MathVerse/MathVerse_MINIV.tsv", free="math"),
+    "MathVerse_MINI": B("MathVerse", MC, [64.3], [58.1], KIT2 + "MathVerse/MathVerse_MINIV.tsv"),
     "MMBench_DEV_EN": B("MMBench", MC, [86.6], [85.1], KIT2 + "MMBench/", metric="circular accuracy"),
     "MMStar": B("MMStar", MC, [70.6], [68.5], KIT),
     "ScienceQA_TEST": B("ScienceQA", MC, [96.5], [92.0], KIT2 + "ScienceQA/"),
@@ -148,17 +143,14 @@ def paper_numbers(stem):
 
 def print_list():
     """The table of benchmarks, each with where it comes from."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # of `| head`
     for stem, row in BENCHMARKS.items():
         notes = [f"{m} {a}" + f" ({b})" * bool(b) for m, (a, b) in paper_numbers(stem).items()]
-        notes += ["judge"] * (row.task == TEXT) + ["system"] * (row.source != HUB)
-        notes += [f"{row.frames} frames"] * (row.media != "" or row.frames < 128)
-        notes += [f"videos in {row.media}"] * (row.media != "")
+        notes += [f"videos in {row.media}"] * bool(row.media)
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. judge: needs --judge-url (some of
-MMMU and MathVista, too). system: asked with --system, like own files. Videos: 2 frames a second.
+Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Open-ended answers need --judge-url
+(some of MMMU and MathVista, too). All but eval_* are asked with --system, like own files.
 Call each file by the second name:   curl -L -o eval/MMStar.tsv URL   or, of the hub:
 hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval    (unpack it there)""")
 
@@ -167,8 +159,7 @@ hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval    (un
 
 
 def load_benchmark(path, media_root, out):
-    """{position: record} of a benchmark, as data.load_records has them, each with `benchmark`,
-    `masked`: it has true masks, `judged`: a judge grades it, not ROUGE as in one's own file."""
+    """{position: record} of a benchmark. `benchmark`: its name, `masked`: it has true masks."""
     stem, end = os.path.splitext(os.path.basename(path))
     benchmark = BENCHMARKS.get(stem, OWN)
     if end == ".tsv" or benchmark.media:
@@ -178,7 +169,6 @@ def load_benchmark(path, media_root, out):
     for record in records:
         record["benchmark"] = stem
         record["masked"] = "segmentation_rle" in record.get("segmentation_output", {})
-        record["judged"] = stem in BENCHMARKS and record["problem_type"] == TEXT
     return {record["index"]: record for record in records}
 
 
@@ -197,8 +187,7 @@ def load_rows(path, benchmark, media_root, out):
     for i, row in enumerate(rows):
         if benchmark.split in ("", row.get("split")):
             try:
-                cell = row.get("image") or ""
-                cell = cells[cell] if 0 < len(cell) <= 64 else cell
+                cell = cells.get(row.get("image"), row.get("image") or "")
                 images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
                 raw = record_of_row(row, i, benchmark, images)
             except (ValueError, SyntaxError, LookupError, TypeError) as error:
@@ -227,7 +216,7 @@ def save_image(code, folder):
 def record_of_row(row, i, benchmark, images):
     """Row i of a TSV, and its images' names -> a record in the release's RL form. Options: columns
     A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
-    the question. The task follows from options and answer; else it is the benchmark's `free`."""
+    the question. The task follows from options and answer."""
     row = {key if len(key) == 1 else key.lower(): value for key, value in row.items() if key}
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
@@ -245,13 +234,11 @@ def record_of_row(row, i, benchmark, images):
     elif question.startswith("[{"):  # VideoMMLU: the judge looks for these answers
         answer = "\n".join(f"{pair['question']} {pair['answer']}" for pair in literal(question))
         question = "Describe this video in detail: all that is said, written and shown."
-    kind = benchmark.free
+    kind = "math" if benchmark.name == "MathVerse" else TEXT  # of free-form answers
     if options or re.fullmatch("[A-Z]", str(answer)):
         kind = MC
     elif rewards.read_number(str(answer)) is not None:
         kind = "numerical"
-    elif re.fullmatch(r"\[[-\d., ]+\]", str(answer)):  # MathVista
-        kind = "math"
     if "<image " in question + "".join(options):  # MMMU: "Is <image 2> like <image 1>?"
         question = "".join(f"Image {i + 1}: <image>\n" for i in range(len(images))) + question
         question = re.sub(r"<image (\d+)>", r"image \1", question)
@@ -269,15 +256,12 @@ def check(args):
     """Refuses wrong input before a model is loaded -> {benchmark: {position: record}}, the settings
     of the answers, and, without --regrade, the arguments of prompt_of."""
     benchmarks, settings, encode = {}, {}, {}
+    need(args.data and args.out and (args.model or args.regrade), "needed: --model, --data, --out")
+    need(not os.path.isdir(f"{args.out}/checkpoints"), f"--out {args.out}: a training run's folder")
+    need(bool(args.judge_url) == bool(args.judge_model), "--judge-url goes with --judge-model")
     try:
-        if not (args.data and args.out and (args.model or args.regrade)):
-            raise ValueError("needed: --model, --data, --out; or --list, --compare, --regrade")
-        if os.path.isdir(f"{args.out}/checkpoints"):
-            raise ValueError(f"--out {args.out} is the folder of a training run")
-        if bool(args.judge_url) != bool(args.judge_model):
-            raise ValueError("--judge-url and --judge-model go together")
         if args.sam2:
-            check_sam2(args.sam2)
+            data.check_path(args.sam2)
             settings["sam2"] = args.sam2
         if not args.regrade:
             encode = dict(prompts=data.load_prompts(args.prompts), limits=data.limits_of(args))
@@ -289,18 +273,17 @@ def check(args):
             encode["processor"] = data.load_processor(args.model)
         for path in args.data:
             name = Path(path).stem
-            if name in benchmarks:
-                raise ValueError(f"--data: {path}: a second file of {name!r}: rename one")
+            need(name not in benchmarks, f"--data: {path}: a second file of {name!r}: rename one")
             records = benchmarks[name] = load_benchmark(path, args.media_root, args.out)
             settings[f"{name} data"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            if any(record["answer"] is None for record in records.values()):
-                raise ValueError(f"{path}: SFT records (messages), where answers are needed")
+            graded = all(record["answer"] is not None for record in records.values())
+            need(graded, f"{path}: SFT records (messages), where answers are needed")
             media = [medium["path"] for record in records.values() for medium in record["media"]]
-            if media and not args.regrade and not any(map(os.path.exists, media)):
-                raise ValueError(f"{path}: no medium exists: {media[0]}, .. (see --media-root)")
+            found = args.regrade or not media or any(map(os.path.exists, media))
+            need(found, f"{path}: no medium exists, see --media-root: {', '.join(media[:1])}")
         old = read_object(f"{args.out}/settings.json")
-        if other := [key for key in settings if old.get(key, settings[key]) != settings[key]]:
-            raise ValueError(f"{args.out} has answers with other {', '.join(other)}: name another")
+        other = [key for key in settings if old.get(key, settings[key]) != settings[key]]
+        need(not other, f"{args.out} has answers with other {', '.join(other)}: name another")
     except (OSError, ValueError, csv.Error) as error:
         data.refuse(error)
     return benchmarks, old | settings, encode
@@ -311,9 +294,10 @@ def read_object(path):
     return json.loads(Path(path).read_text("utf-8")) if os.path.exists(path) else {}
 
 
-def read_lines(path):
-    """{position: line} of a JSONL file, {} without one. Later lines count, torn ones do not."""
-    lines = {}
+def read_lines(path, positions=()):
+    """{position: line} of a JSONL file, of those that are not there (yet) a line without response.
+    Later lines count, torn ones do not."""
+    lines = {p: dict(position=p, response=None, trouble=["unanswered"]) for p in positions}
     for text in Path(path).read_text("utf-8").split("\n") if os.path.exists(path) else ():
         with suppress(json.JSONDecodeError):
             line = json.loads(text)
@@ -321,27 +305,16 @@ def read_lines(path):
     return lines
 
 
-def write_whole(path, content):
-    """Writes a text, or {position: line} as JSONL, so that it is there in full or not at all."""
-    if isinstance(content, dict):
-        content = "".join(json.dumps(content[position]) + "\n" for position in sorted(content))
-    Path(f"{path}.tmp").write_text(content, "utf-8")
+def append(path, line):
+    """Adds a line to a JSONL file, by one write, which no other rank's write can cut in two."""
+    with open(path, "ab", buffering=0) as file:
+        file.write(f"\n{json.dumps(line)}\n".encode())
+
+
+def write_whole(path, text):
+    """Writes a file so that it is there in full or not at all."""
+    Path(f"{path}.tmp").write_text(text, "utf-8")
     os.replace(f"{path}.tmp", path)
-
-
-def append(out, rank, name, line):
-    """Adds a line of a benchmark to what this rank has written."""
-    os.makedirs(f"{out}/parts/{name}", exist_ok=True)
-    with open(f"{out}/parts/{name}/{rank}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def join_parts(out):
-    """Moves what the ranks have written into <benchmark>.jsonl. A kill loses no line."""
-    for part in sorted(Path(out, "parts").glob("*/*.jsonl")):
-        path = f"{out}/{part.parent.name}.jsonl"
-        write_whole(path, read_lines(path) | read_lines(part))
-        part.unlink()
 
 
 # ---- Answers, masks, verdicts and grades
@@ -416,11 +389,8 @@ def true_masks(record):
 def frames_at(record, count, size):
     """The image, or the first `count` frames of the video, uint8 (count, H, W, 3), size = (H, W).
     Frame k is the first one from k / fps seconds on, as in the release, or the last there is."""
-    path, frames, fps = record["media"][0]["path"], [], record.get("fps")
-    if record["data_type"] == "image":
-        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        return np.array(image.resize(size[::-1]))[None]
-    for second, image in iter_frames(path, fps):
+    frames, fps = [], record.get("fps", 1)
+    for second, image in iter_frames(record["media"][0], fps):
         while len(frames) < count and second >= len(frames) / fps - 1e-3:
             frames.append(np.asarray(image.resize(size[::-1])))
     return np.stack(frames + [frames[-1]] * (count - len(frames)))
@@ -438,7 +408,6 @@ Reply with one whole number from 0 to 10 and nothing else.
 
 def read_score(text):
     """A judge's reply -> its whole number from 0 to 10 as a share; None if it says anything else.
-
     >>> [read_score(text) for text in ("**8**", "8 out of 10", "\\\\boxed{8}", "Score: 8.0", "88")]
     [0.8, 0.8, 0.8, 0.8, None]
     """
@@ -461,51 +430,44 @@ def ask_judge(url, model, record, line, silence=120.0):
     return read_score(text), f"it replied {text[:200]!r}"
 
 
-def grade(benchmarks, out, judge=None):
-    """Grades all stored responses anew; accuracy is None without the judge's verdict. Drops masks
-    and verdicts of another answer than is read now, and verdicts of another judge."""
-    with rewards.Grader() as grader:
-        for name, records in benchmarks.items():
-            lines = read_lines(f"{out}/{name}.jsonl")
-            pairs = [(records[p], answer_of(records[p], lines[p]["response"])) for p in lines]
-            for (record, answer), accuracy in zip(pairs, grader.accuracies(pairs)):
-                line = lines[record["index"]]
-                for key in ("masks", "verdict"):
-                    made = line.get(key, {})
-                    if made.get("answer") != answer or judge and made.get("judge", judge) != judge:
-                        line.pop(key, None)
-                if record["judged"] and answer is not None:
-                    accuracy = line.get("verdict", {}).get("score")
-                trouble = [what for what in line["trouble"] if what != "unreadable"]
-                if line["response"] is not None and not readable(record, answer):
-                    trouble.append("unreadable")
-                line |= dict(task=data.task_of(record), trouble=trouble, answer=answer)
-                line |= dict(accuracy=accuracy, parts=parts_of(line["task"], record, answer))
-                line["parts"] |= line.get("masks", {}).get("parts", {})
-            write_whole(f"{out}/{name}.jsonl", lines)
-        if killed := sum(grader.counts.values()):
-            print(f"{killed} answers took too long to grade and count 0")
+def grade(records, lines, grader, judge=None):
+    """Grades the stored lines of a benchmark anew, both {position: ..}. Accuracy is None without an
+    answer of the model, or of a caption without the judge's verdict. Drops masks and verdicts of
+    another answer than is read now, and verdicts of another judge."""
+    pairs = [(record, answer_of(record, lines[p]["response"])) for p, record in records.items()]
+    for (record, answer), accuracy in zip(pairs, grader.accuracies(pairs)):
+        line, task = lines[record["index"]], data.task_of(record)
+        for key in ("masks", "verdict"):
+            made = line.get(key, {})
+            if made.get("answer") != answer or judge and made.get("judge", judge) != judge:
+                line.pop(key, None)
+        if "unanswered" in line["trouble"]:
+            accuracy = None
+        elif answer and record["benchmark"] in BENCHMARKS and task == TEXT:
+            accuracy = line.get("verdict", {}).get("score")
+        trouble = [what for what in line["trouble"] if what != "unreadable"]
+        if line["response"] is not None and not readable(record, answer):
+            trouble.append("unreadable")
+        line |= dict(problem_id=record["problem_id"], task=task, trouble=trouble, answer=answer)
+        line |= dict(accuracy=accuracy, parts=parts_of(task, record, answer))
+        line["parts"] |= line.get("masks", {}).get("parts", {})
 
 
-def judge_answers(benchmarks, out, url, model):
-    """Asks the judge about the answers that `grade` has left without accuracy, 8 at a time."""
-    waiting, failed = [], 0
-    for name, records in benchmarks.items():
-        lines = read_lines(f"{out}/{name}.jsonl").values()
-        waiting += [(records[x["position"]], x) for x in lines if x["accuracy"] is None]
+def judge_answers(records, lines, path, url, model):
+    """Asks the judge about answers without a grade, 8 at a time; at once stores each verdict."""
+    waiting = [x for x in lines.values() if x["accuracy"] is None and x["answer"]]
+    failed = []
     with ThreadPoolExecutor(8) as pool:
-        asked = pool.map(lambda each: ask_judge(url, model, *each), waiting)
-        for (record, line), (score, reply) in zip(waiting, asked):
-            if score is not None:
+        ask = lambda line: ask_judge(url, model, records[line["position"]], line)
+        for line, (score, reply) in zip(waiting, pool.map(ask, waiting)):
+            if score is None:
+                failed.append(f"record {line['position']}: {reply}")
+            else:
                 line["accuracy"] = score
                 line["verdict"] = dict(judge=model, answer=line["answer"], score=score)
-                append(out, "judge", record["benchmark"], line)
-            elif not failed:
-                print(f"judge: record {record['index']}: {reply}", flush=True)
-            failed += score is None
-    join_parts(out)
+                append(path, line)
     if failed:
-        print(f"judge: {failed} of {len(waiting)} answers have no verdict; the next run asks again")
+        print(f"judge: no verdict for {len(failed)} of {len(waiting)} answers, see {failed[0]}")
 
 
 # ---- Metrics: each is the ratio of two sums over records. Intervals, tables, comparison, report
@@ -514,7 +476,6 @@ def judge_answers(benchmarks, out, url, model):
 def boundary(mask, davis):
     """The contour of a mask, bool (H, W). DAVIS: pixels that differ from the one to the right or
     below or both. The paper: mask pixels with one of 8 neighbours outside the mask or the image.
-
     >>> [int(boundary(np.ones((3, 3), bool), davis).sum()) for davis in (False, True)]
     [8, 0]
     """
@@ -534,19 +495,17 @@ def boundary_f(p, y, davis):
     r = int(np.ceil(0.008 * diagonal)) if davis else max(1, round(0.0075 * diagonal))
     rows, columns = np.mgrid[-r : r + 1, -r : r + 1]
     near = rows**2 + columns**2 <= (r * r if davis else 2 * r * r)
-
-    def right(contour, other):  # the share of its pixels
+    shares = []
+    for contour, other in ((p, y), (y, p)):
         around = sliding_window_view(np.pad(other, r), near.shape)[contour]
-        return (around & near).any((1, 2)).mean()
-
-    precision, recall = right(p, y), right(y, p)
+        shares.append((around & near).any((1, 2)).mean())
+    precision, recall = shares
     return float(2 * precision * recall / max(1e-9, precision + recall))
 
 
 def parts_of(task, record, answer):
     """An answer's part in each metric of its task: a number, or (numerator, denominator). An answer
     of None has IoU 0. Of masks: the box that prompts SAM2, which adds the metrics of masks.
-
     >>> truth = {"answer": '{"boxes": [0, 0, 10, 10]}'}
     >>> parts_of("spatial grounding", truth, '{"boxes": [0, 5, 10, 15]}')
     {'R@0.5': False, 'mIoU': 0.3333333333333333}
@@ -576,64 +535,58 @@ def parts_of(task, record, answer):
 def columns_of(name, lines):
     """Stored lines of one benchmark -> {metric: float (2, n)}: what each record adds to its two
     sums, 0 and 0 where it does not count. Of several tasks: named "mIoU (temporal grounding)"."""
-    tasks, columns, orders = sorted({line["task"] for line in lines}), {}, {}
-    parts = {"accuracy": [line["accuracy"] for line in lines]}  # as of parts_of, or None
-    if BENCHMARKS.get(name, OWN).metric:  # circular accuracy: right in every order of the options
-        for line in lines:  # VLMEvalKit's index of question k in another order is k + n * 1,000,000
-            orders.setdefault(int(line["problem_id"]) % 10**6, []).append(line)
-        right = {o[0]["position"]: min(line["accuracy"] for line in o) for o in orders.values()}
-        parts["circular accuracy"] = [right.get(line["position"]) for line in lines]
-    for task in tasks:
-        own = [{"accuracy": x["accuracy"]} | x["parts"] if x["task"] == task else {} for x in lines]
-        for metric in next(filter(None, own)):
-            if all(metric in each for each in own if each):  # of masks: once all have them
-                title = f"{metric} ({task})" if len(tasks) > 1 else metric
-                parts[title] = [each.get(metric) for each in own]
-    for trouble in TROUBLES:
-        parts[trouble] = [trouble in line["trouble"] for line in lines]
-    for metric, values in parts.items():
-        pairs = [v if isinstance(v, (list, tuple)) else (v or 0, v is not None) for v in values]
+    circular, tasks = BENCHMARKS.get(name, OWN).metric, {line["task"] for line in lines}
+    rows, orders, columns = [], {}, {}
+    for line in lines:
+        rows.append(row := {})
+        if line["accuracy"] is not None:
+            row["accuracy"] = line["accuracy"]
+            for metric, part in {**row, **line["parts"]}.items():
+                row[f"{metric} ({line['task']})" if len(tasks) > 1 else metric] = part
+            if circular:  # right in each order of the options: k + n * 1,000,000 is question k
+                first = orders.setdefault(int(line["problem_id"]) % 10**6, row)
+                first[circular] = min(line["accuracy"], first.get(circular, 1.0))
+        row |= {trouble: trouble in line["trouble"] for trouble in TROUBLES}
+    for metric in dict.fromkeys(metric for row in rows for metric in row):
+        parts = [row.get(metric, (0, 0)) for row in rows]
+        pairs = [part if isinstance(part, (list, tuple)) else (part, 1) for part in parts]
         columns[metric] = np.array(pairs, dtype=np.float64).T
-    return {metric: column for metric, column in columns.items() if column[1].any()}
+    return columns
 
 
-def headline_metric(name, lines, metrics):
-    """The metric with which a benchmark enters the mean, and why it is not in it ("" if it is). The
-    paper's metric; for a file of one's own the accuracy, or that of its masks."""
-    headline = BENCHMARKS.get(name, OWN).metric or METRICS.get(lines[0]["task"], ["accuracy"])[0]
-    if name not in BENCHMARKS and not (headline in ("cIoU", "J&F") and headline in metrics):
-        headline = "accuracy"
-    share, n = metrics["no grade"]["value"], metrics["no grade"]["n"]
-    if share > 0.05:
-        return headline, f"{share * n:.0f} have no grade: run again (captions: --judge-url)"
-    return headline, "" if headline in metrics else f"no {headline}: needs --sam2 and true masks"
+def headline_metric(name, metrics):
+    """A benchmark's metric in the mean, the paper's or accuracy, and why it is not there, or ""."""
+    headline, n = next(iter(paper_numbers(name)), "accuracy"), metrics["unreadable"]["n"]
+    lacking = n - metrics.get(headline.removeprefix("circular "), dict(n=0))["n"]
+    why = f"{lacking} of {n} have no {headline}: run again (captions: --judge-url, masks: --sam2)"
+    return headline, why if lacking > 0.05 * n else ""
 
 
 def resampled(columns, name, resamples=2000):
-    """Columns (m, 2, n) of sums -> m ratios, and (resamples, m) of bootstrap draws of n records.
-    The seed is the name: all models see the same draws, two benchmarks independent ones."""
-    ratios = lambda sums: sums[..., 0] / np.maximum(sums[..., 1], 1)
+    """Columns (m, 2, n) -> ratios (1 + resamples, m): of the n records, then of bootstrap draws of
+    them. The seed is the name: models see the same draws, two benchmarks independent ones."""
     rng, n = np.random.default_rng(zlib.crc32(name.encode())), columns.shape[-1]
-    draws = (rng.integers(n, size=n, dtype=np.int32) for _ in range(resamples))
-    drawn = np.stack([columns @ np.bincount(draw, minlength=n) for draw in draws])
-    return ratios(columns.sum(-1)), ratios(drawn)
+    sums = [columns.sum(-1)]
+    for _ in range(resamples):
+        draw = rng.integers(n, size=n, dtype=np.int32)
+        sums.append(columns @ np.bincount(draw, minlength=n))
+    sums = np.stack(sums)
+    return sums[..., 0] / np.maximum(sums[..., 1], 1)
 
 
-def interval(value, draws):
-    """{"value", "low", "high"}: a number and the middle 95% of its resamples."""
-    low, high = np.percentile(draws, [2.5, 97.5]).tolist()
-    return dict(value=float(value), low=low, high=high)
+def interval(ratios):
+    """{"value", "low", "high"}: the first of the ratios, and the middle 95% of its resamples."""
+    low, high = np.percentile(ratios[1:], [2.5, 97.5]).tolist()
+    return dict(value=float(ratios[0]), low=low, high=high)
 
 
-def metrics_of(name, lines, failed=0):
-    """Stored lines of one benchmark -> {metric: {"value", "low", "high", "n"}}; n: how many records
-    (or questions) count. failed: how many records have no line."""
-    columns, cells, n = columns_of(name, lines), {}, len(lines) + failed
-    values, draws = resampled(np.stack([*columns.values()]), name)
-    for (metric, column), value, drawn in zip(columns.items(), values, draws.T):
-        cells[metric] = interval(value, drawn) | dict(n=int((column[1] > 0).sum()))
-    share = (failed + sum(line["accuracy"] is None for line in lines)) / n
-    return cells | {"no grade": dict(value=share, low=share, high=share, n=n)}
+def metrics_of(name, lines):
+    """Stored lines -> {metric: {"value", "low", "high", "n": the records, or questions, in it}}."""
+    columns, cells = columns_of(name, lines), {}
+    ratios = resampled(np.stack([*columns.values()]), name)
+    for (metric, column), drawn in zip(columns.items(), ratios.T):
+        cells[metric] = interval(drawn) | dict(n=int((column[1] > 0).sum()))
+    return cells
 
 
 def mean_of(values):
@@ -648,120 +601,95 @@ def percent(cell, form="5.1f"):
     return f"{value} [{low}, {high}]"
 
 
-def table_of(results, headlines):
-    """The results as rows of cells, one per metric (*: the headline metric), without the troubles
-    that nobody had. And sentences: the mean over benchmarks, and what is not in it and why."""
-    papers = any(map(paper_numbers, results))
-    head = ["benchmark", "metric", "n", "percent [95% interval]"]
-    rows, values, said = [head + ["paper", "Qwen3-VL"] * papers], {}, []
+def table_of(results):
+    """The results as lines, one per metric (*: the headline metric), without the troubles that
+    nobody had. Then the mean over benchmarks, and what is not in it and why."""
+    form = "{:31}  {:24} {:>6}  {:>22}  {:>5}  {:>8}"
+    head = form.format("benchmark", "metric", "n", "percent [95% interval]", "paper", "Qwen3-VL")
+    table, values, said = [head], {}, []
     for name, metrics in results.items():
-        title, (headline, why) = name, headlines[name]
+        title, (headline, why) = name, headline_metric(name, metrics)
         for metric, cell in metrics.items():
-            if cell["value"] or metric not in (*TROUBLES, "no grade"):
+            if cell["value"] or metric not in TROUBLES:
                 paper = paper_numbers(name).get(metric, ("", ""))
-                cells = [title, metric + "*" * (metric == headline), str(cell["n"]), percent(cell)]
-                rows.append(cells + [str(number) for number in paper] * papers)
+                metric += "*" * (metric == headline)
+                table.append(form.format(title, metric, cell["n"], percent(cell), *paper))
                 title = ""
         if why:
             said.append(f"not in the mean: {name}: {why}")
         else:
             values[name] = 100 * metrics[headline]["value"]
     if values:
-        mean = f"{mean_of(values):.1f}"
-        said.insert(0, f"mean over {len(values)} benchmarks, each by its headline metric *: {mean}")
-    return rows, said
-
-
-def aligned(rows):
-    """Rows of cells as text: the first two columns to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    sides = "<<" + ">" * len(widths)
-    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def compare_models(outs):
-    """{model: its --out folder} -> {"mean": row, "benchmarks": {name: row}, "left_out": names that
-    not all models have in their mean by the same metric}. A row: {"metric", "n", "models": {model:
-    interval}, "differences": {model: interval, minus the model before, by the same draws}}."""
-    found, rows, values, draws = {}, {}, {}, {}
-
-    def row(metric, n, value, draw):  # (models,), (resamples, models)
-        models = dict(zip(outs, map(interval, value, draw.T)))
-        gaps = dict(zip([*outs][1:], map(interval, np.diff(value), np.diff(draw.T, axis=0))))
-        return dict(metric=metric, n=n, models=models, differences=gaps)
-
-    for out in outs.values():
-        results = read_object(f"{out}/results.json")
-        if not results:
-            data.refuse(f"--compare: {out} has no results.json")
-        for name, metrics in results.items():
-            lines = [*read_lines(f"{out}/{name}.jsonl").values()]
-            metric, why = headline_metric(name, lines, metrics)
-            if not why:
-                ids = [line["problem_id"] for line in lines]
-                found.setdefault((name, metric), []).append((ids, columns_of(name, lines)[metric]))
-    for (name, metric), models in found.items():
-        if len(models) == len(outs):
-            ids, columns = zip(*models)
-            if any(other != ids[0] for other in ids):
-                data.refuse(f"--compare: {name}: the models did not answer the same records")
-            values[name], draws[name] = resampled(np.stack(columns), name)
-            rows[name] = row(metric, len(ids[0]), values[name], draws[name])
-    if not rows:
-        data.refuse("--compare: the models have no benchmark in common")
-    mean = row("mean", len(rows), mean_of(values), mean_of(draws))
-    return dict(mean=mean, benchmarks=rows, left_out=sorted({name for name, _ in found} - {*rows}))
+        said.append(f"mean over {len(values)} benchmarks (metrics with *): {mean_of(values):.1f}")
+    return table + said
 
 
 def compare(args):
+    """Prints the headline metrics of --out folders, and how far each is above the one before, over
+    the same draws of records. Returns {"mean": row, "benchmarks": {name: row}, "left_out": [name]}.
+    A row: {"metric", "n", "models": {name: interval}, "differences": {name: interval}}."""
     names = args.names or [Path(out).name for out in args.compare]
-    if not len({*names}) == len(names) == len(args.compare):
-        data.refuse(f"--names: expected {len(args.compare)} different ones")
-    report = compare_models(dict(zip(names, args.compare)))
-    table = [["benchmark", "metric", "n", *(f"{name[:20]} " for name in names)]]
-    for name, row in [*report["benchmarks"].items(), ("mean over benchmarks", report["mean"])]:
-        cells = [name, row["metric"], str(row["n"])]
+    need(len({*names}) == len(names) == len(args.compare), "--names: one per folder, all different")
+    results = [read_object(f"{out}/results.json") for out in args.compare]
+    for out, metrics in zip(args.compare, results):
+        need(metrics, f"--compare: {out} has no results.json")
+    rows, ratios, left_out = {}, {}, []
+    for name in sorted({name for metrics in results for name in metrics}):
+        headlines = [headline_metric(name, each[name]) for each in results if name in each]
+        if len(headlines) < len(names) or any(why for _, why in headlines):
+            left_out.append(name)
+            continue
+        models = [[*read_lines(f"{out}/{name}.jsonl").values()] for out in args.compare]
+        ids = [[line["problem_id"] for line in lines] for lines in models]
+        need(ids == ids[:1] * len(ids), f"--compare: {name}: the models have different records")
+        metric = headlines[0][0]
+        columns = np.stack([columns_of(name, lines)[metric] for lines in models])
+        rows[name], ratios[name] = dict(metric=metric, n=len(ids[0])), resampled(columns, name)
+    need(rows, "--compare: no benchmark is in the mean of all models")
+
+    mean = "mean over benchmarks"
+    rows[mean], ratios[mean] = dict(metric="mean", n=len(rows)), mean_of(ratios)
+    form = "{:31}  {:18} {:>6}" + " {:>22}" * len(names)
+    print(form.format("benchmark", "metric", "n", *(f"{name[:20]} " for name in names)))
+    for name, row in rows.items():
+        row["models"] = dict(zip(names, map(interval, ratios[name].T)))
+        row["differences"] = dict(zip(names[1:], map(interval, np.diff(ratios[name]).T)))
+        cells = []
         for model, cell in row["models"].items():
             gap = row["differences"].get(model, dict(low=0, high=0))  # none: the first model
             mark = "+" if gap["low"] > 0 else "-" if gap["high"] < 0 else " "
             cells.append(percent(cell) + mark)
-        table.append(cells)
-    print(aligned(table))
-    for before, (model, gap) in zip(names, report["mean"]["differences"].items()):
+        print(form.format(name, row["metric"], row["n"], *cells))
+    for before, (model, gap) in zip(names, rows[mean]["differences"].items()):
         print(f"{model} - {before}: {percent(gap, '+.1f')} points, paired over the records")
     print("percent [95% interval]; +, -: above, below the model to the left (paired)")
-    if report["left_out"]:
-        print(f"left out, since not all models have them: {', '.join(report['left_out'])}")
+    if left_out:
+        print(f"left out, since not all models have them: {', '.join(left_out)}")
+    report = dict(mean=rows.pop(mean), benchmarks=rows, left_out=left_out)
     if args.out:
         write_whole(args.out, json.dumps(report, indent=1))
+    return report
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>
 body { font: 15px/1.5 sans-serif; margin: 1rem } p, pre { overflow: auto }
 p { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 24rem }
-article { display: inline-block; vertical-align: top; width: min-content; min-width: 20rem }
-article { border: 1px solid #ddd; padding: .8rem; margin: .2rem }
+article { display: inline-block; vertical-align: top; width: min-content; min-width: 20rem;
+border: 1px solid #ddd; padding: .8rem; margin: .2rem }
 </style>Orange: the answer; green: the truth."""
 
 
 def card(record, line):
     """One answer of the report as HTML, drawn over its truth. What a model says is escaped."""
-    task, image, marks = data.task_of(record), "", {}
-    for colour, answer in (("lime", record["answer"]), ("orange", line["answer"])):
-        marks[colour] = data.marks_of(task, answer)
+    task, image = data.task_of(record), ""
+    marks = dict(lime=data.marks_of(task, record["answer"]))  # the truth shows beneath
+    marks["orange"] = data.marks_of(task, line["answer"])
     limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
         medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
         pixels = data.read_medium(medium, limits, record.get("fps"))
-        if medium["type"] == "video":
-            drawn = data.draw_strip(pixels.frames, np.array(pixels.indices) / pixels.fps, marks)
-        else:
-            drawn = data.enlarged(Image.fromarray(pixels))
-            for scale, (colour, each) in zip((2, 1), marks.items()):  # the truth shows beneath
-                drawn = data.draw(drawn, each, colour=colour, scale=scale)
-        code = in_base64(drawn, "jpeg")
-        image = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{code}">'
+        drawn = data.draw_medium(pixels, marks)
+        image = f'<img loading="lazy" src="data:image/jpeg;base64,{in_base64(drawn, "jpeg")}">'
     said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
     said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]
     said += [f"accuracy: {line['accuracy']:.2f}", "; ".join(line["trouble"])]
@@ -769,21 +697,6 @@ def card(record, line):
     response = html.escape((line["response"] or "")[:20000])
     details = f"<details><summary>response {line['position']}</summary><p>{response}</p></details>"
     return f"<article>{image}<p>{text}</p>{details}</article>"
-
-
-def write_report(out, table, said, benchmarks, lines, count=9):
-    """report.html, one file: the table, and `count` answers per benchmark, from worst to best."""
-    args = read_object(f"{out}/args.json")
-    settings = [f"{key} {args[key]}" for key in ("model", "dtype", "max_frames") if key in args]
-    about = "\n".join([", ".join([f"{datetime.now():%d %B %Y}", *settings]), *said])
-    parts = [PAGE, f"<p>{html.escape(about)}</p><pre>{html.escape(table)}</pre>"]
-    for name, each in lines.items():
-        graded = [line for line in each if line["accuracy"] is not None]
-        graded.sort(key=lambda line: line["accuracy"])
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        for i in np.linspace(0, len(graded) - 1, min(count, len(graded)), dtype=int):
-            parts.append(card(benchmarks[name][graded[i]["position"]], graded[i]))
-    write_whole(f"{out}/report.html", "\n".join(parts))
 
 
 # ---- Running
@@ -806,19 +719,16 @@ def evaluate(args):
 
     # 1 What is to do? Also once more what lacks its media or masks.
     start_run(args)
-    if rank == 0:
-        write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-        join_parts(args.out)
-    dist.barrier(group=patient)
     todo = []
     for name, records in benchmarks.items():
-        lines = read_lines(f"{args.out}/{name}.jsonl")
-        for record in records.values():
-            line, masked = lines.get(record["index"]), args.sam2 and record["masked"]
-            if not line or "skipped" in line["trouble"] or masked and "masks" not in line:
-                todo.append(record)
+        for position, line in read_lines(f"{args.out}/{name}.jsonl", records).items():
+            lacks_masks = args.sam2 and records[position]["masked"] and "masks" not in line
+            if line["response"] is None or lacks_masks:
+                todo.append(records[position])
+    dist.barrier(group=patient)  # before any rank adds lines
     mine = todo[rank::world]
     if rank == 0:
+        write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
         count = sum(map(len, benchmarks.values()))
         print(f"{count} records, {len(todo)} to answer on {world} ranks", flush=True)
 
@@ -834,11 +744,10 @@ def evaluate(args):
         asked = zip(tqdm(mine, disable=rank > 0, desc="rank 0's records"), stream)
         tokenizer = encode["processor"].tokenizer
         for record, text, trouble in answers(asked, llm, tokenizer, args.max_response_tokens):
-            line = dict(problem_id=record["problem_id"], position=record["index"])
-            line |= dict(response=text, trouble=trouble)
+            line = dict(position=record["index"], response=text, trouble=trouble)
             if sam2 and record["masked"]:
                 line["masks"] = masks_of(record, answer_of(record, text), sam2)
-            append(args.out, rank, record["benchmark"], line)
+            append(f"{args.out}/{record['benchmark']}.jsonl", line)
 
     # 3 Grades and numbers.
     dist.barrier(group=patient)
@@ -849,48 +758,58 @@ def evaluate(args):
     sys.exit(code)
 
 
-def sum_up(args, benchmarks):
-    """Stored responses -> grades, verdicts, metrics, report; exit code 1 if some are missing."""
-    join_parts(args.out)
-    if not any(os.path.exists(f"{args.out}/{name}.jsonl") for name in benchmarks):
-        data.refuse(f"{args.out} holds no answers to {', '.join(benchmarks)}")
-    grade(benchmarks, args.out, args.judge_model)
-    if args.judge_url:
-        judge_answers(benchmarks, args.out, args.judge_url, args.judge_model)
-    lines, results, headlines = {}, {}, {}
-    for name, records in benchmarks.items():
-        if each := [*read_lines(f"{args.out}/{name}.jsonl").values()]:
-            lines[name] = each
-            results[name] = metrics_of(name, each, failed=len(records) - len(each))
-            headlines[name] = headline_metric(name, each, results[name])
-    path, (rows, said) = f"{args.out}/results.json", table_of(results, headlines)
+def sum_up(args, benchmarks, shown=9):
+    """Stored responses -> grades, verdicts, results.json and report.html, one file with the numbers
+    and `shown` answers per benchmark, from worst to best. Exit code 1: some are not answered."""
+    stored = [name for name in benchmarks if os.path.exists(f"{args.out}/{name}.jsonl")]
+    need(stored, f"{args.out} holds no answers to {', '.join(benchmarks)}")
+    cards, results = [], {}
+    with rewards.Grader() as grader:
+        for name, records in benchmarks.items():
+            path = f"{args.out}/{name}.jsonl"
+            lines = read_lines(path, records)
+            grade(records, lines, grader, args.judge_model)
+            if args.judge_url:
+                judge_answers(records, lines, path, args.judge_url, args.judge_model)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
+            results[name] = metrics_of(name, [*lines.values()])
+            graded = [line for line in lines.values() if line["accuracy"] is not None]
+            graded.sort(key=lambda line: line["accuracy"])
+            cards.append(f"<h2>{html.escape(name)}</h2>")
+            for i in np.linspace(0, len(graded) - 1, min(shown, len(graded)), dtype=int):
+                cards.append(card(records[graded[i]["position"]], graded[i]))
+    if killed := grader.counts["killed"]:
+        print(f"{killed} answers took too long to grade and count 0")
+    path, text = f"{args.out}/results.json", "\n".join(table_of(results))
     write_whole(path, json.dumps(read_object(path) | results, indent=1))
-    table = aligned(rows)
-    write_report(args.out, table, said, benchmarks, lines)
-    print("", table, *said, f"written to {args.out}: results.json, report.html", sep="\n")
-    return int(sum(map(len, lines.values())) < sum(map(len, benchmarks.values())))
+    old = read_object(f"{args.out}/args.json")
+    about = ", ".join(f"{key} {old.get(key)}" for key in ("model", "dtype", "max_frames"))
+    about = html.escape(f"{datetime.now():%d %B %Y}, {about}\n{text}")
+    write_whole(f"{args.out}/report.html", "\n".join([PAGE, f"<pre>{about}</pre>", *cards]))
+    print(f"\n{text}\nwritten to {args.out}: results.json, report.html")
+    return int(any(metrics["unanswered"]["value"] for metrics in results.values()))
 
 
 def parse_args():
     parser, count = data.new_parser(__doc__), data.at_least
-    group = parser.add_argument_group("what")
-    group.add_argument("--list", action="store_true", help="print the paper's benchmarks")
-    group.add_argument("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
-    group.add_argument("--data", nargs="+", help="record files, one per benchmark")
-    group.add_argument("--media-root", help="folder of media paths (default: the file's)")
-    group.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
-    group.add_argument("--system", help="file with a system prompt, see --list")
-    group.add_argument("--out", help="folder; with --compare a JSON file")
-    group.add_argument("--max-response-tokens", type=count(1), default=8192, help="(%(default)s)")
-    group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks")
-    group.add_argument("--regrade", action="store_true", help="grade stored answers again")
-    group.add_argument("--judge-url", help="such as http://localhost:8000/v1; key: OPENAI_API_KEY")
-    group.add_argument("--judge-model", help="its name there; another one grades all anew")
-    group.add_argument("--compare", nargs="+", metavar="DIR", help="--out folders, in order")
-    group.add_argument("--names", nargs="+", help="of the models (default: the folders')")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    group.add_argument("--workers", type=count(0), default=data.WORKERS, help="processes per rank")
+    add = parser.add_argument_group("what").add_argument
+    add("--list", action="store_true", help="print the paper's benchmarks")
+    add("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
+    add("--data", nargs="+", help="record files, one per benchmark")
+    add("--media-root", help="folder of media paths (default: the file's)")
+    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--system", help="file with a system prompt, see --list")
+    add("--out", help="folder; with --compare a JSON file")
+    add("--max-response-tokens", type=count(1), default=8192, help="(%(default)s)")
+    add("--sam2", help="folder or hub id of a SAM2, for masks")
+    add("--regrade", action="store_true", help="grade stored answers again")
+    add("--judge-url", help="such as http://localhost:8000/v1; key: OPENAI_API_KEY")
+    add("--judge-model", help="its name there; another one grades all anew")
+    add("--compare", nargs="+", metavar="DIR", help="--out folders, in order")
+    add("--names", nargs="+", help="of the models (default: the folders')")
+    add = parser.add_argument_group("machine").add_argument
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    add("--workers", type=count(0), default=data.WORKERS, help="processes per rank")
     # 128 frames of 256 tokens per pair are 16,384 tokens; the release allows 24,576
     pixels = dict(image_max_pixels=1024 * 1024, frame_max_pixels=256 * 1024)
     data.add_limits(parser, **pixels, video_total_pixels=24576 * 1024, max_prompt_tokens=20480)

@@ -39,17 +39,15 @@ UNUSABLE = (OSError, ValueError, data.MediaError)
 # ---- Drawing
 
 
-def iter_frames(path, folder_fps):
-    """Yields (second, PIL image) of all frames of a video (file, or folder of numbered images),
-    upright and in their own size."""
-    if os.path.isdir(path):
-        for i, name in enumerate(data.list_frame_folder(path)):
-            yield i / folder_fps, ImageOps.exif_transpose(Image.open(name))
+def iter_frames(medium, folder_fps):
+    """Yields (second, PIL image) of a record's image, or of all frames of its video (file, or folder
+    of numbered images), upright and in their own size."""
+    path, is_image = medium["path"], medium["type"] == "image"
+    if is_image or os.path.isdir(path):
+        for i, name in enumerate([path] if is_image else data.list_frame_folder(path)):
+            yield i / folder_fps, ImageOps.exif_transpose(Image.open(name)).convert("RGB")
         return
-    with data.open_video(path) as container:
-        stream = container.streams.best("video")
-        pts, _ = data.list_frames(container, stream)
-        seconds = (pts - pts[0]) * float(stream.time_base)
+    seconds, pts, _ = data.list_frames(path)
     with data.open_video(path) as container:
         decoded = container.decode(container.streams.best("video"))
         shown = (frame for frame in decoded if frame.pts is None or frame.pts >= pts[0])
@@ -87,21 +85,18 @@ def save_drawing(path, record, answer, limits, sam2=None):
     if marks.span:
         caption = "time {:.1f} to {:.1f} s".format(*marks.span)
     (medium,) = record["media"]
-    if medium["type"] == "image":
-        with Image.open(medium["path"]) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-        # To SAM2 an image is a video of one frame.
-        mask = segment_video(sam2, np.array(image)[None], 0, marks)[0] if sam2 else None
-        return data.captioned(data.draw(data.enlarged(image), marks, mask=mask), caption).save(path)
-
     fps, masks = record.get("fps") or limits.fps, None
-    video = data.read_medium(medium, limits, fps)
-    seconds = [index / video.fps for index in video.indices]
-    if sam2 and marks.time is not None:
-        masks = segment_video(sam2, video.frames, data.nearest(seconds, marks.time), marks)
+    if medium["type"] == "image":
+        pixels = np.array(next(iter_frames(medium, fps))[1])
+        frames, seconds = pixels[None], [0.0]  # to SAM2 an image is a video of one frame
+    else:
+        pixels = data.read_medium(medium, limits, fps)
+        frames, seconds = pixels.frames, [index / pixels.fps for index in pixels.indices]
+    if sam2 and (marks.time is not None or medium["type"] == "image"):
+        masks = segment_video(sam2, frames, data.nearest(seconds, marks.time or 0), marks)
     if path.endswith(".png"):
-        strip = data.draw_strip(video.frames, seconds, {"orange": marks}, masks)
-        return data.captioned(strip, caption).save(path)
+        image = data.draw_medium(pixels, {"orange": marks}, masks)
+        return data.captioned(image, caption).save(path)
 
     def drawn(frames):
         for second, image in frames:
@@ -109,22 +104,15 @@ def save_drawing(path, record, answer, limits, sam2=None):
             image = data.draw(data.enlarged(image), marks, second, mask=mask)
             yield second, data.captioned(image, caption)
 
-    length = video.total / video.fps
-    save_video(path, drawn(iter_frames(medium["path"], fps)), length)
-
-
-def check_sam2(path):
-    """Raises ValueError for what is neither a folder with a model nor looks like a hub id."""
-    hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
-    if not hub_id and not os.path.exists(f"{path}/config.json"):
-        raise ValueError(f"--sam2 {path}: no folder of a SAM2, and no hub id: owner/name")
+    length = pixels.total / pixels.fps
+    save_video(path, drawn(iter_frames(medium, fps)), length)
 
 
 def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
-    check_sam2(str(path))
+    data.check_path(path)
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
 
@@ -245,27 +233,23 @@ def stream_server(request, url):
 def parse_args():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("what")
-    group.add_argument("question", nargs="?", help="without it: a prompt for questions")
+    add = group.add_argument
+    add("question", nargs="?", help="without it: a prompt for questions")
     medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
-    medium.add_argument("--video", help="video file, or folder of numbered images, shown at --fps")
-    group.add_argument("--task", choices=PROBLEM_TYPES, default="open-ended", help="(%(default)s)")
-    group.add_argument(
-        "--options", nargs="+", default=[], help="of a multiple choice, after the question"
-    )
-    group.add_argument("--save", help="draw the answer: .png, of a video also .mp4 or .gif")
-    group.add_argument("--json", action="store_true", help="print a JSON object")
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", help="folder or hub id; with --base-url its name there")
-    group.add_argument("--base-url", help="vLLM server, .../v1; its key is in OPENAI_API_KEY")
-    group.add_argument("--sam2", help="folder or hub id of a SAM2, for masks from box and points")
-    group.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
-    group.add_argument(
-        "--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)"
-    )
-    limits = dict(image_max_pixels=1024 * 32 * 32, frame_max_pixels=256 * 32 * 32)
-    limits |= dict(video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
-    data.add_limits(parser, **limits)
+    medium.add_argument("--video", help="video file, or folder of images shown at --fps")
+    add("--task", choices=PROBLEM_TYPES, default="open-ended", help="(%(default)s)")
+    add("--options", nargs="+", default=[], help="of a multiple choice, after the question")
+    add("--save", help="draw the answer: .png, of a video also .mp4 or .gif")
+    add("--json", action="store_true", help="print a JSON object")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", help="folder or hub id; with --base-url its name there")
+    add("--base-url", help="vLLM server, .../v1; its key is in OPENAI_API_KEY")
+    add("--sam2", help="folder or hub id of a SAM2, for masks")
+    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)")
+    pixels = dict(image_max_pixels=1024 * 1024, frame_max_pixels=256 * 1024)
+    data.add_limits(parser, **pixels, video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
     return parser.parse_args()
 
 
@@ -363,10 +347,7 @@ def main():
         endings = (".png",) if kind == "image" else (".png", ".mp4", ".gif")
         if not args.save.endswith(endings):
             raise ValueError(f"--save {args.save}: expected {' or '.join(endings)}")
-        folder = os.path.dirname(os.path.abspath(args.save))
-        os.makedirs(folder, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise OSError(f"--save: {folder} cannot be written")
+        os.makedirs(os.path.dirname(os.path.abspath(args.save)), exist_ok=True)
     prompts = data.load_prompts(args.prompts)
 
     # 2 The model

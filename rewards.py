@@ -27,18 +27,15 @@ import resource
 import signal
 import sys
 import urllib.request
-from collections import namedtuple
+from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
-from functools import lru_cache
 from http.client import HTTPException
 from subprocess import PIPE, Popen
 from unicodedata import category, normalize
 
-SLOW_TYPES = ("math", "open-ended", "OCR")  # graded in worker processes
+SLOW_TYPES = ("math", "open-ended", "OCR")  # by workers
 Score = namedtuple("Score", "reward accuracy format structure", defaults=4 * (0.0,))
-
-# ---- The JSON of each task
 
 
 def are_numbers(x, n):
@@ -65,82 +62,50 @@ PROBLEM_TYPES = TEXT_TYPES + JSON_TYPES
 
 # ---- Reading tags and JSON
 
+_TAG = "</?(?:think|answer)>"
+_TEXT = f"((?:(?!{_TAG}).)*)"
+
 
 def parse_response(text):
     """The answer of a well-formed response, without outer white space; None if tags are wrong."""
-    if len(re.findall("</?(?:think|answer)>", text)) != 4:
-        return None
-    match = re.fullmatch(r"\s*<think>.*</think>\s*<answer>(.*)</answer>\s*", text, re.DOTALL)
-    return match and match[1].strip()
+    match = re.fullmatch(rf"(?s)\s*<think>{_TEXT}</think>\s*<answer>{_TEXT}</answer>\s*", text)
+    return match and match[2].strip()
 
 
 def find_answer(text):
-    """The answer as a lenient reader finds it, or None: after the thinking the last pair of tags, else
-    what follows an opening tag, else everything. A response without </think> may be a thought that was
-    cut off: its tags count only if nothing follows them."""
+    """The answer as a lenient reader finds it, or None: after the thinking the last pair of tags,
+    else the last text beside tags. A response without </think> may be a thought that was cut off: its
+    tags count only if nothing follows them."""
     text = re.sub(r"(?:\s*<\|\w+\|>)+\s*$", "", text or "").strip()  # <|im_end|>
-    _, thought, rest = text.partition("</think>")
-    if not thought and re.search("<think>|</answer>", text):
-        if not re.search("<answer>.*</answer>$", text, re.DOTALL):
+    if "</think>" not in text and re.search("<think>|</answer>", text):
+        if not re.search("(?s)<answer>.*</answer>$", text):
             return None
-    rest = rest if thought else text
-    answers = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", rest, re.DOTALL)
-    answers = [answer for answer in answers if re.search(r"\w", answer)]
-    if not answers:
-        last = re.sub(r"(?:\s*</think>)+$", "", rest).rpartition("</think>")[2]
-        answers = [last.rpartition("<answer>")[2].partition("</answer>")[0]]
-    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answers[-1].strip()).strip() or None
+    rest = text.split("</think>", 1)[-1]
+    pairs = re.findall(f"(?s)(?:^|<answer>){_TEXT}</answer>", rest)
+    answers = [part for part in re.split(_TAG, rest) + pairs if re.search(r"[^\s.]", part)]
+    answer = answers[-1].strip() if answers else ""
+    return re.sub(r"^```(?:json\b|\w+\n)?|```$", "", answer).strip() or None
 
 
-@lru_cache(256)  # the truth is read once per group, the answer once for accuracy and structure
 def read_json(text):
-    """The JSON object that `text` is, else {}. The result is shared: do not change it."""
+    """The JSON object that `text` is, else {}."""
     try:
-        value = json.loads(text, parse_constant=int)  # NaN is no JSON: int("NaN") raises
-    except (ValueError, RecursionError):  # ValueError also: an integer of more than 4,300 digits
+        value = json.loads(text, parse_constant=int)  # int("NaN") raises
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-_MENDED = [  # JSON as base models write it -> as the schemas have it
-    (r",(\s*[}\]])", r"\1"),  # trailing commas
-    (r"([{,]\s*)\"?(\d+)(?:\.0*)?\"?(\s*:)", r'\1"\2"\3'),  # seconds: 4, "4.0"
-    (r"\"(-?\d+(?:\.\d+)?)(?: ?s)?\"(?!\s*:)", r"\1"),  # numbers as text
-    (r'"(?:bbox_2d|bbox|box)"', '"boxes"'),
-    (r'\{[^][{}]*"boxes"\s*:\s*(\[[^][{}]*\])[^][{}]*\}', r"\1"),  # a box and its label
-    (r"\[\s*(\[[^][]*\])\s*\]", r"\1"),  # a list of one
-]
-_JSON = re.compile(r'\{\s*"(?:[^{}]|\{[^{}]*\})*\}|\[(?:[^][{}]|\[[^][{}]*\])*\]')
-
-
-def loose_json(record, text):
-    """The one answer in the task's schema that a text holds, as JSON; None if none or several."""
-    text = text[:20_000] if '"' in text else text[:20_000].replace("'", '"')
-    for pattern, new in _MENDED:
-        text = re.sub(pattern, new, text)
-    kind, found = record["problem_type"], set()
-    field = "time" if kind == "temporal grounding" else "boxes"
-    for part in _JSON.findall(text):
-        value = read_json(part if part[0] == "{" else f'{{"{field}": {part}}}')
-        if kind == "tracking" and isinstance(value.get("boxes"), list):  # one a second, from 1 on
-            value = {"boxes": {str(k): box for k, box in enumerate(value["boxes"], 1)}}
-        found.add(json.dumps(value))
-    found = [answer for answer in found if readable(record, answer)]
-    return found[0] if len(found) == 1 else None
 
 
 def truth_of(record):
     """The true answer of a record as text: `answer` or `solution`, without its <answer> tags."""
     truth = next((record[key] for key in ("answer", "solution") if record.get(key) is not None), "")
     truth = truth if isinstance(truth, str) else json.dumps(truth)
-    truth = truth.rpartition("<answer>")[2].partition("</answer>")[0]
-    return normalize("NFC", truth.strip())
+    return normalize("NFC", re.sub("(?s)^.*<answer>|</answer>.*", "", truth).strip())
 
 
 # ---- Reading units and numbers
 
-_SIGNS = {"−": "-", "–": "-", "⁄": "/", "。": ".", "、": ",", "’": "'", "“": '"', "”": '"'}
-_SIGNS = str.maketrans(_SIGNS | {"π": r"\pi ", "∞": r"\infty "})
+_SIGNS = str.maketrans("−–⁄。、’“”", '--/.,\'""') | {ord("π"): r"\pi ", ord("∞"): r"\infty "}
 _MARKUP = [
     (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r"\1"),
     (r"(?<=\d)(?:\{,\}|\\[,!])(?=\d{3}(?!\d))", ","),
@@ -149,24 +114,22 @@ _MARKUP = [
     (r"\\(?:mbox|text\w*|math(?:rm|bf|it|sf)|operatorname)\s*\{([^{}]*)\}", r" \1 "),
     (r"(?<!\w)(\*\*|__)(.+?)\1(?!\w)", r"\2"),
     (r"\^?\s*\{?\s*\\(?:circ|degree)\b\s*\}?|\^°", "°"),
-    (r"\\([%$])", r"\1"),
-    (r"\\Omega\b", "Ω"),
+    (r"\\([%$]|Omega\b)", r"\1"),
     (r"[^\S\n]+", " "),
 ]
 
 
-@lru_cache(1024)
 def plain(text):
-    """Text without the marks of LaTeX and Markdown, in ASCII's letters and digits."""
+    """Text without the marks of LaTeX and Markdown; full-width letters and digits become ASCII."""
     text = re.sub("([⁰¹²³⁴-⁹⁻]+)", r"^{\1}", re.sub("([¼½¾])", r" \1", text))
-    text = normalize("NFKC", text).translate(_SIGNS)  # also full-width letters and digits
+    text = normalize("NFKC", text).translate(_SIGNS)
     for pattern, new in _MARKUP:
         text = re.sub(pattern, new, text)
     return text.strip("*_#\"' \n")
 
 
-_FILLER = (  # words around an answer that do not change it
-    r"\b(?:so|thus|hence|therefore|then|finally|overall|the|my|final|correct|right|true|best|most|"
+_FILLER = (  # words around an answer
+    r"\b(?:so|thus|hence|therefore|then|finally|the|my|final|correct|right|true|best|most|"
     r"likely|appropriate|suitable|accurate|probably|clearly|definitely|clear|sure|answer|option|"
     r"choice|letter|one|result|value|score|rating|total|that|this|it's|it|is|was|i am|about|around|"
     r"(?:would|must|should|will|has to) be|approximately|roughly|nearly|(?:(?:i|we)(?: would|'d| can)? )?"
@@ -175,32 +138,27 @@ _FILLER = (  # words around an answer that do not change it
     r"综上|我|认为|应该?|本题|正确|最终|[的故]|答案|选项?|择|是|为|答え|正解|は|정답"
 )
 _LEADS = rf"(?i)^(?:(?:[=≈]|\\approx\b|{_FILLER})(?:[\s:,*_#\"']|- (?=[a-z(]))*)+(?=\S)"
-bare = lambda text: re.sub(_LEADS, "", plain(text))  # without "So the answer is"
+bare = lambda text: re.sub(_LEADS, "", plain(text))
 
 _named = lambda rows: {word: row.split()[0] for row in rows.split(", ") for word in row.split()}
 _PREFIXES = _named("k kilo 千, c centi 厘, d deci, m milli 毫, μ micro, n nano, M mega, G giga")
-_METRIC = _named(  # rows: the name, its other spellings
+_METRIC = _named(  # a name, its spellings
     "m meter metre 米, g gram 克, L liter litre 升, s second 秒, N newton, J joule, W watt, V volt, "
-    "A ampere amp, Pa pascal, Hz hertz, Ω ohm, K kelvin, mol mole, eV, cal calorie, Wh"
+    "A ampere amp, Pa pascal, Hz hertz, Ω ohm Omega, K kelvin, mol mole, eV, cal calorie"
 )
 _UNITS = {p + unit: _PREFIXES[p] + _METRIC[unit] for p in _PREFIXES for unit in _METRIC}
 _UNITS |= _METRIC | _named(
     "km 公里, kg kilo kilos 公斤, s sec, min minute 分钟, h hr hour 小时, day 天, month 月, yr year 年 岁, "
     "in inch inche, ft foot feet, yd yard, mi mile, lb pound, oz ounce, km/h kmh kph, mi/h mph, "
     "° deg degree 度, °C celsius, °F fahrenheit, % percent pct, $ US$ USD dollar 美元, ¢ cent, € EUR euro, "
-    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha hectare, 个, 只, 本, 条, 张, 次, 块"
+    "£ GBP, ¥ yuan RMB CNY 元, ₹, ₩, person people 人, cc, ha hectare, 个, 只, 本, 条, 张, 次, 块, "
+    # "?": words that change the number before them, so no units
+    "? half halve third quarter hundred thousand lakh crore dozen squared cubed root floor sin cos "
+    "tan log sqrt time plus minus below not and alpha beta gamma delta theta lambda sigma tau phi omega"
 )
 _UNITS = {word.lower(): name for word, name in _UNITS.items() if len(word) > 1} | _UNITS
-_NO_UNIT = re.compile(  # words that change the number before them, without a last "s"
-    r"\w*(?:illion|teen|ty|th|fold)|zero|one|two|hundred|thousand|lakh|crore|dozen|score|half|halve|"
-    r"third|quarter|and|but|not|plus|minus|time|squared|cubed|more|les|fewer|least|most|below|above|"
-    r"out|per|except|wrong|incorrect|maybe|perhap|none|infinite|factorial|(?:arc)?(?:sin|cos|tan)|"
-    r"exp|sqrt|root|floor|ceil|alpha|beta|gamma|delta|theta|lambda|sigma|tau|phi|omega|"
-    r"double|triple|gross|cubic|three|under|over|until|without|false|possibly|choose|power|log"
-)
-_UNIT_WORD = re.compile(r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+")
-_UNIT = rf"(?:{_UNIT_WORD.pattern})\.?(?:\^-?\d)?"
-_UNIT = re.compile(rf"/?{_UNIT}(?: ?[ /·*⋅.] ?{_UNIT}){{0,3}}")
+_WORD = r"US\$|°[CF]\b|[%°$€£¥₹₩¢℃℉]|[^\W\d_]+"
+_UNIT = rf"/?(?:{_WORD})\.?(?:\^-?\d)?(?: ?[ /·*⋅.] ?(?:{_WORD})\.?(?:\^-?\d)?){{0,3}}"
 _UNIT_FORMS = [
     (r"(?i)(?:\b(?:square|sq)\b\.? ?|平方)([^\W\d_]+)", r"\1^2"),
     (r"(?i)(?:\b(?:cubic|cu)\b\.? ?|立方)([^\W\d_]+)", r"\1^3"),
@@ -212,98 +170,76 @@ _UNIT_FORMS = [
 
 def name_unit(match):
     """The one name of a word of a unit however spelled, or "?" if it is none."""
-    word, low = match[0], match[0].lower()
-    forms = (word, low, low.removesuffix("s")) if len(word) > 1 else (word,)
-    known = next((_UNITS[form] for form in forms if form in _UNITS), None)
-    unknown = len(word) > 2 and word.isascii() and not any(map(_NO_UNIT.fullmatch, forms))
-    return known or (forms[-1] if unknown else "?")
+    low = match[0].lower() if len(match[0]) > 1 else match[0]
+    name = low.removesuffix("s")
+    known = _UNITS.get(match[0]) or _UNITS.get(low) or _UNITS.get(name)
+    unknown = re.fullmatch("(?!.*(?:illion|teen|ty|th|fold)s?$)[a-z]{3,}", low)
+    return known or (name if unknown else "?")
 
 
-_CURRENCY = r"^([+-]?) ?(US\$|(?:USD|EUR|GBP|CNY|RMB)\b|[$€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
-_WITH_UNIT = re.compile(
-    r"((?:[^=]*=)?(?:\\[a-zA-Z]+|[^a-zA-Z])*?(?:[\d.)}]|\\pi)) ?((?!e[+-]?\d)(?:/?[^\W\d_]|[%°$€£¥₹₩¢]).*)"
-)
-
-
-def split_unit(text):
-    """Plain text -> (text without its unit, the unit's one name or ""): words of the list, unknown
-    ones of three letters or more, their powers, quotients and products. 2x m is a product of letters."""
-    match = _WITH_UNIT.fullmatch(re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 a day -> 5 $ a day
-    number, unit = match.groups() if match else (text, "")
-    for pattern, new in _UNIT_FORMS:
-        unit = re.sub(pattern, new, unit[:60])
-    unit = _UNIT_WORD.sub(name_unit, unit).rstrip(".")
-    return (number, unit) if _UNIT.fullmatch(unit) else (text, "")
-
-
+_CURRENCY = r"^([+-]?) ?(US\$|USD|EUR|GBP|CNY|RMB|[$€£¥₹₩]) ?([+-]?[\d.,]*\d)(?: ?USD$)?"
+_BEFORE = r"(?:[^=]*=)?(?:\\[a-z]+|[^a-z])*?(?:[\d.)}]|\\pi)"
+_SPLIT = rf"(?i)({_BEFORE}) ?((?!e[+-]?\d)/?(?:{_WORD}).*)"
 _DIGITS = r"(?=\.?\d)(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d*)(?:\.\d*)?"
 _VALUE = rf"([+-]?) ?(?:(\d+) (?=\d+ ?/))?({_DIGITS}(?:[eE][+-]?\d\d?)?)(?: ?/ ?({_DIGITS}))?"
-_VALUE = re.compile(_VALUE, re.ASCII)
 _TEN_TO = re.compile(r"(?:(?<=[\d.]) ?(?:\\times|\\cdot|[×x*·]) ?|^)10 ?\^ ?\{? ?([+-]?\d\d?) ?\}?")
 _FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{([\d.,]+)\}|(\d)) ?(?:\{([\d.,]+)\}|(\d))")
 _NAME = re.compile(r"^\\?[^\W\d][\w\\{}()' ]*[=≈] ?")  # x =
 
 
 def read_quantity(text, named=True):
-    """One number -> (its Decimal, its unit or "", its text). It may be a fraction, a power of ten, a
-    mixed number, in brackets or, if `named`, behind "x =". Of any other text the value is None.
+    """One number -> (its Decimal, its unit's one name or "", its text without the unit). It may be
+    a fraction, a power of ten, a mixed number, in brackets or, if `named`, behind "x =". Of any other
+    text the value is None. Unknown words of three letters are units; 2x m is a product of letters.
     >>> [read_quantity(t)[1] for t in ("x = 5 km/h", "5 square meters per second", "5 red balls")]
     ['km/h', 'm^2/s', 'red ball']
     """
-    text = _NAME.sub("", bare(text)) if named else bare(text)
-    text, unit = split_unit(text.rstrip(".,; "))
+    text = (_NAME.sub("", bare(text)) if named else bare(text)).rstrip(".,; ")
+    match = re.fullmatch(_SPLIT, re.sub(_CURRENCY, r"\1\3 \2", text)[:200])  # $5 -> 5 $
+    number, unit = match.groups() if match else (text, "")
+    for pattern, new in _UNIT_FORMS:
+        unit = re.sub(pattern, new, unit[:60])
+    unit = re.sub(_WORD, name_unit, unit).rstrip(".")
+    text, unit = (number, unit) if re.fullmatch(_UNIT, unit) else (text, "")
+
     digits = re.sub(r"^[\[({](.*)[\])}]$", r"\1", text) if len(text) <= 200 else ""
     digits = _TEN_TO.sub(lambda match: ("e" if match.start() else "1e") + match[1], digits)
-    match = _VALUE.fullmatch(_FRACTION.sub(r" \1\2/\3\4", digits).strip())
+    match = re.fullmatch(_VALUE, _FRACTION.sub(r" \1\2/\3\4", digits).strip())
     sign, whole, number, below = match.groups() if match else "0000"  # 0 / 0: no number
     number, below = (Decimal((part or "1").replace(",", "")) for part in (number, below))
-    if not below:
-        return None, unit, text
-    value = number / below + int(whole or 0)
-    return (-value if sign == "-" else value), unit, text
+    value = Decimal(f"{sign}1") * (number / below + int(whole or 0)) if below else None
+    return value, unit, text
 
 
-read_number = lambda text: read_quantity(text)[0]  # a Decimal, or None
+read_number = lambda text: read_quantity(text)[0]
 
 # ---- Reading choices
 
+_DOUBT = r"(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?"
 _LETTER = re.compile(
-    r"(?is)[(\[{]? ?([a-z])(?![\w'])(?:"
-    rf"(?:[^\w?/&+]|{_FILLER})*"
+    rf"(?is)[(\[{{]? ?([a-z])(?![\w'])(?:(?:[^\w?/&+]|{_FILLER})*"
     r"(?:\b(?:because|since|as|for|rather)\b.*|not [a-z]\W*)?|"  # "B since ...", "B, not C"
-    r"(?:[)\]}:;.,]| [-–—=(])"  # "B: ...", without another letter or a doubt behind it
-    r"(?:(?!(?<![\w'])(?:[b-h]|[ai](?! [a-z]))(?![\w'])|\b(?:or|and|not|wrong|incorrect)\b|\?).)*)"
+    rf"(?:[)\]}}:;.,]| [-–—=(])(?:(?!{_DOUBT}).)*)"  # "B: ..."
 )
 _LABEL = re.compile(r"^\W*([a-z])(?:[).:,\]]+ ?\(?| is | \(| [-–—=→] )(?=\S)")
-_STATEMENT = re.compile(  # between two statements: a sentence's end, or ", the answer is"
+_STATEMENT = re.compile(  # a sentence's end, or ", it is"
     r"(?i)(?<=[^.][.!?。！？])\s+(?!or\b|and\b)|\n+|\b(?=(?:so|thus|hence|therefore)\b)|"
-    r"[,;] (?:but )?(?!or\b|and\b|[^.!?\n]{0,200}\b(?:not(?! [a-z]\b(?! \w))|wrong|incorrect)\b)"
-    r"(?=[^.!?\n]{0,200}(?:\bis\b|it's|\bi\b|answer|option))"
+    r"[,;] (?:but )?(?!(?:or|and)\b|[^.!?\n]*\b(?:not|wrong|incorrect)\b)"
+    r"(?=[^.!?\n]*(?:\bis\b|it's|\bi\b|answer|option))"
 )
 fold = lambda text: _LABEL.sub(r"\1 ", " ".join(text.split()).casefold()).strip(" .!\"')]")
-
-
-def option_names(options):
-    """Options -> {text with or without its letter: letter}; None for a text that two have."""
-    names = {}
-    for letter, option in zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options):
-        body = fold(plain(str(option))).removeprefix(f"{letter.lower()} ")
-        for name in {body, fold(bare(body)), f"{letter.lower()} {body}"}:
-            names[name] = None if name in names else letter
-    return names
 
 
 def read_phrase(phrase, names):
     """The letter of one phrase: an option's text, or a letter without anything that takes it back."""
     text = bare(phrase)
     for name in (fold(plain(phrase)), fold(text)):
-        if len(name) > 1 and name in names:  # it may itself look like a letter or a lead
+        if name in names:
             return names[name]
     match = _LETTER.fullmatch(text)
     letter = match and match[1].upper()
-    if not match or names and letter not in names.values():
-        return names.get(name)
-    return letter if names.get(name[2:], letter) == letter else None
+    right = letter in names.values() and names.get(name[2:], letter) == letter
+    return letter if right else None
 
 
 def read_choice(text, options=()):
@@ -312,12 +248,16 @@ def read_choice(text, options=()):
     >>> [read_choice(t) for t in ("(b)", "B is correct", "答案是B", "I see. So B.", "Not B", "It may be B")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    names = option_names(options or ())
-    if letter := read_phrase(text[:2000], names):
-        return letter
-    statements = _STATEMENT.split(text[-5000:])
-    named = {read_phrase(statement[:500], names) for statement in statements} - {None}
-    return named.pop() if len(named) == 1 else None
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options) if options else None]
+    names = {}  # text -> letter; None if two have it
+    for letter, option in zip(letters, options or ()):
+        body = fold(plain(str(option))).removeprefix(f"{letter.lower()} ")
+        for name in {body, fold(bare(body)), f"{letter.lower()} {body}"}:
+            names[name] = None if name in names else letter
+    names |= {letter.lower(): letter for letter in letters}
+    read = lambda phrases: {read_phrase(phrase[:2000], names) for phrase in phrases} - {None}
+    found = read([text]) or read(_STATEMENT.split(text[-5000:]))
+    return found.pop() if len(found) == 1 else None
 
 
 def readable(record, answer):
@@ -329,13 +269,36 @@ def readable(record, answer):
     return bool(answer) and structure(record, answer) > 0
 
 
+_MENDED = [  # JSON as base models write it
+    (r",(\s*[}\]])", r"\1"),  # trailing commas
+    (r"([{,]\s*)\"?(\d+)(?:\.0*)?\"?(\s*:)", r'\1"\2"\3'),  # seconds: 4, "4.0"
+    (r"\"(-?\d+(?:\.\d+)?)(?: ?s)?\"(?!\s*:)", r"\1"),  # numbers as text
+    (r'"(?:bbox_2d|bbox|box)"', '"boxes"'),
+    (r'\{[^][{}]*"boxes"\s*:\s*(\[[^][{}]*\])[^][{}]*\}', r"\1"),  # a box and its label
+    (r"\[\s*(\[[^][]*\])\s*\]", r"\1"),  # a list of one
+]
+_JSON = re.compile(r'\{\s*"(?:[^{}]|\{[^{}]*\})*\}|\[(?:[^][{}]|\[[^][{}]*\])*\]')
+
+
 def answer_of(record, response):
     """The answer that evaluation grades and inference shows: find_answer; of a choice its letter, of
     JSON the one object of the schema, where they can be made out. Training is strict about JSON."""
     answer, kind = find_answer(response), record["problem_type"]
     if answer and kind == "multiple choice":
         return read_choice(answer, record.get("options")) or answer
-    return answer and kind in JSON_TYPES and loose_json(record, answer) or answer
+    if not answer or kind not in JSON_TYPES:
+        return answer
+    text = answer[:20_000] if '"' in answer else answer[:20_000].replace("'", '"')
+    for pattern, new in _MENDED:
+        text = re.sub(pattern, new, text)
+    field, found = "time" if kind == "temporal grounding" else "boxes", set()
+    for part in _JSON.findall(text):
+        value = read_json(part if part[0] == "{" else f'{{"{field}": {part}}}')
+        if kind == "tracking" and isinstance(value.get("boxes"), list):  # one a second
+            value = {"boxes": {str(k): box for k, box in enumerate(value["boxes"], 1)}}
+        if structure(record, json.dumps(value)):
+            found.add(json.dumps(value))
+    return found.pop() if len(found) == 1 else answer
 
 
 # ---- Metrics: p is the prediction, y the truth
@@ -346,10 +309,46 @@ def mean_relative_accuracy(p, y):
     >>> mean_relative_accuracy(90, 100)  # the error 0.1 is below 0.5, 0.45, .., 0.15, not below 0.1
     0.8
     """
-    if y == 0:  # nothing is near it
-        return float(p == 0)
-    return sum(20 * abs(p - y) < k * abs(y) for k in range(1, 11)) / 10
+    return sum(p == y or 20 * abs(p - y) < k * abs(y) for k in range(1, 11)) / 10  # y = 0 too
 
+
+def mean_box_iou(p, y, over="truth"):
+    """Mean box IoU of {"second": box} dicts, over the true seconds (a missing box counts 0), or
+    over="shared": only those that both sides have, as the release does. Of two boxes their IoU.
+    >>> mean_box_iou({"3": [0, 0, 9, 9]}, {"3": [0, 0, 9, 9], "4": [0, 0, 9, 9]})
+    0.5
+    """
+    if not (isinstance(p, dict) and isinstance(y, dict)):
+        return iou_box(p, y)
+    seconds = [k for k in y if k in p] if over == "shared" else y
+    return sum(iou_box(p.get(k), y[k]) for k in seconds) / max(1, len(seconds))
+
+
+def point_kernel(p, y, sigma=50.0):
+    """G = exp(-d^2 / (2 sigma^2)), d = mean distance of 3 points to 3 under the best of 6 matchings.
+    >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # d = sigma
+    0.6065
+    """
+    d = min(sum(map(math.dist, order, y)) for order in itertools.permutations(p)) / 3
+    return math.exp(-(d**2) / (2 * sigma**2))
+
+
+def iou(p, y):
+    """Intersection over union of two spans [start, end] or two boxes [x1, y1, x2, y2]; 0 if one is
+    malformed, reversed or empty.
+    >>> iou_1d([0, 4], [2, 6]), iou_box([0, 0, 10, 10], [0, 5, 10, 15])
+    (0.3333333333333333, 0.3333333333333333)
+    """
+    if not (is_span(p) and is_span(y) or is_box(p) and is_box(y)):
+        return 0.0
+    n = len(p) // 2  # axes
+    size = lambda low, high: math.prod(max(0.0, b - a) for a, b in zip(low, high))
+    both = size(map(max, p[:n], y[:n]), map(min, p[n:], y[n:]))
+    union = size(p[:n], p[n:]) + size(y[:n], y[n:]) - both
+    return both / union if union > 0 else 0.0
+
+
+iou_1d = iou_box = iou
 
 # Thai, Lao, Burmese, Khmer, Japanese, Chinese: no spaces between words, each character is one
 _UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff])")
@@ -361,7 +360,7 @@ def word_error_rate(p, y):
     0.6666666666666666
     """
     p, y = (_UNSPACED.sub(r" \1 ", text).split() for text in (p, y))
-    row = list(range(len(p) + 1))  # edits from each beginning of p to a beginning of y
+    row = list(range(len(p) + 1))  # edits from beginnings of p to one of y
     for i, word in enumerate(y, 1):
         above, row = row, [i]
         for j, other in enumerate(p):
@@ -370,14 +369,13 @@ def word_error_rate(p, y):
 
 
 def rouge(p, y):
-    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L with stemming. A single word has no ROUGE-2 and scores 2/3
-    at most, as in the release. Reads 20,000 characters, and 40 of a word.
+    """Mean F of ROUGE-1, -2 and -L with stemming; at most 2/3 for a single word, as in the release.
     >>> rouge("a dog runs", "A dog runs."), round(rouge("cat", "cat"), 4), rouge("一只狗", "一只狗。")
     (1.0, 0.6667, 1.0)
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    def words(text):  # rouge-score sees ASCII only: other words as hexadecimal digits
+    def words(text):  # rouge-score sees ASCII only: other words in hex
         text = "".join(c if category(c)[0] in "LMN" else " " for c in text[:20_000].lower())
         parts = [part[:40] for part in _UNSPACED.sub(r" \1 ", text).split()]
         return " ".join(part if part.isascii() else part.encode().hex() + "0" for part in parts)
@@ -387,8 +385,7 @@ def rouge(p, y):
 
 
 def math_side(text, named):
-    """The value of a text if it is one number, its unit, and the LaTeX of the rest. Of prose it reads
-    what follows the last "is" of the last sentence."""
+    """The value, unit and LaTeX of a text; of prose, of what follows the last "is"."""
     if "\\boxed" in text or len(re.findall(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}", text)) > 2:
         text = re.split(r"(?<=[.!?])\s+|\n+|\b(?:is|are|equals)\b", text.strip())[-1]
     value, unit, latex = read_quantity(text, named)
@@ -420,65 +417,13 @@ def math_equal(p, y):
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
 
-    rules = NormalizationConfig(malformed_operators=True, nits=True)  # the units are off already
+    rules = NormalizationConfig(malformed_operators=True, nits=True)
     latex = [LatexExtractionConfig(normalization_config=rules)]
     return bool(verify(parse(f"${y}$", latex), parse(f"${p}$", latex)))
 
 
-def iou_1d(p, y):
-    """Intersection over union of two spans [start, end]; 0 if one is malformed or reversed.
-    >>> iou_1d([0, 4], [2, 6])
-    0.3333333333333333
-    """
-    if not (are_numbers(p, 2) and are_numbers(y, 2)):
-        return 0.0
-    union = max(p[1], y[1]) - min(p[0], y[0])
-    return max(0.0, min(p[1], y[1]) - max(p[0], y[0])) / union if union > 0 else 0.0
-
-
-def iou_box(p, y):
-    """Intersection over union of two boxes [x1, y1, x2, y2]; 0 if one is malformed, reversed or empty.
-    >>> iou_box([0, 0, 10, 10], [0, 5, 10, 15])
-    0.3333333333333333
-    """
-    if not (are_numbers(p, 4) and are_numbers(y, 4)):
-        return 0.0
-    (a, b, c, d), (e, f, g, h) = p, y
-    both = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
-    union = (c - a) * (d - b) + (g - e) * (h - f) - both
-    return both / union if union > 0 else 0.0
-
-
-def mean_box_iou(p, y, over="truth"):
-    """Mean box IoU of {"second": box} dicts, over the true seconds (a missing box counts 0), or
-    over="shared": only those that both sides have, as the release does.
-    >>> mean_box_iou({"3": [0, 0, 9, 9]}, {"3": [0, 0, 9, 9], "4": [0, 0, 9, 9]})
-    0.5
-    """
-    if not (isinstance(p, dict) and isinstance(y, dict)):
-        return 0.0
-    seconds = [k for k in y if k in p] if over == "shared" else y
-    return sum(iou_box(p.get(k), y[k]) for k in seconds) / max(1, len(seconds))
-
-
-def point_kernel(p, y, sigma=50.0):
-    """G = exp(-d^2 / (2 sigma^2)), d = mean distance of 3 points to 3 under the best of 6 matchings.
-    >>> round(point_kernel([[250, 0], [50, 0], [150, 0]], [[0, 0], [100, 0], [200, 0]]), 4)  # d = sigma
-    0.6065
-    """
-    d = min(sum(map(math.dist, order, y)) for order in itertools.permutations(p)) / 3
-    return math.exp(-(d**2) / (2 * sigma**2))
-
-
-# ---- Grading
-
-
 def accuracy(record, answer):
-    """How right an answer (text inside the tags) is, in [0, 1], in training and evaluation.
-    >>> record = {"problem_type": "temporal grounding", "answer": '{"time": [2, 6]}'}
-    >>> accuracy(record, '{"time": [0, 4]}')
-    0.3333333333333333
-    """
+    """How right an answer (text inside the tags) is, in [0, 1], in training and evaluation."""
     kind, truth = record["problem_type"], truth_of(record)
     if kind not in PROBLEM_TYPES:
         raise ValueError(f"problem_type is {kind!r}, expected one of {PROBLEM_TYPES}")
@@ -506,20 +451,18 @@ def accuracy(record, answer):
     boxes, times, positive, negative = ([p.get(field), y.get(field)] for field in fields)
     if kind == "temporal grounding":
         return iou_1d(*times)
-    if kind == "spatial grounding":
-        return iou_box(*boxes)
+    if kind in ("spatial grounding", "tracking"):
+        return mean_box_iou(*boxes)
     if kind == "spatial-temporal grounding":
         return 0.5 * iou_1d(*times) + 0.5 * mean_box_iou(*boxes)
-    if kind == "tracking":
-        return mean_box_iou(*boxes)
     # segmentation: 0 without 3 + 3 points or a video's time
     image = record.get("data_type") == "image"
     if not all(map(is_points, positive + negative)) or not (image or are_numbers(times, 2)):
         return 0.0
-    iou, points = iou_box(*boxes), point_kernel(*positive) + point_kernel(*negative)
+    box, points = iou_box(*boxes), point_kernel(*positive) + point_kernel(*negative)
     if image:
-        return 0.5 * iou + 0.25 * points
-    return 0.3 * iou + 0.3 * math.exp(-abs(times[0] - times[1]) / 2) + 0.2 * points
+        return 0.5 * box + 0.25 * points
+    return 0.3 * box + 0.3 * math.exp(-abs(times[0] - times[1]) / 2) + 0.2 * points
 
 
 def structure(record, answer):
@@ -529,47 +472,37 @@ def structure(record, answer):
     0.375
     """
     kind, p = record["problem_type"], read_json(answer)
-    fits = all(holds(p.get(field)) for field, holds in SCHEMAS.get(kind, {}).items())
-    if kind == "segmentation" and record.get("data_type") != "image":
-        fits = fits and is_number(p.get("time"))
-    if not fits:
+    video = kind == "segmentation" and record.get("data_type") != "image"
+    schema = SCHEMAS.get(kind, {}) | ({"time": is_number} if video else {})
+    if not all(fits(p.get(field)) for field, fits in schema.items()):
         return 0.0
-    if kind not in ("tracking", "spatial-temporal grounding"):
+    boxes, seconds = p.get("boxes"), read_json(truth_of(record)).get("boxes")
+    if not (isinstance(boxes, dict) and isinstance(seconds, dict)):
         return 0.5
-    seconds = read_json(truth_of(record)).get("boxes")
-    seconds = seconds if isinstance(seconds, dict) else {}
-    return 0.25 + 0.25 * sum(k in p["boxes"] for k in seconds) / max(1, len(seconds))
+    return 0.25 + 0.25 * sum(k in boxes for k in seconds) / max(1, len(seconds))
 
 
 def gradable(record):
-    """Why no answer could be graded against a record's truth, or ""; free text and math always can.
-    >>> gradable({"problem_type": "temporal grounding", "answer": '{"time": [6, 2]}'})
-    'has a time that does not end after its start'
-    """
-    kind, truth = record["problem_type"], truth_of(record)
-    choice = kind == "multiple choice"
-    masks_alone = not truth and record.get("segmentation_output")
-    if kind in SLOW_TYPES or masks_alone or choice and not record.get("options"):
+    """Why no answer can be graded against a record's truth, or ""; free text and math always can."""
+    kind, truth, options = record["problem_type"], truth_of(record), record.get("options")
+    if kind in SLOW_TYPES or not truth and record.get("segmentation_output"):
         return ""
-    if kind in TEXT_TYPES and not readable(record, truth):
-        return "is none of the options" if choice else "is no number"
+    if kind == "multiple choice":
+        return "" if not options or read_choice(truth, options) else "is none of the options"
     if structure(record, truth) < 0.5:
         return "does not keep to the schema of its task"
-    y = {field: read_json(truth).get(field) for field in SCHEMAS.get(kind, {})}
-    if "temporal" in kind and not iou_1d(y["time"], y["time"]):
-        return "has a time that does not end after its start"
-    boxes = y.get("boxes", {})
-    boxes = list(boxes.values()) if isinstance(boxes, dict) else [boxes]
-    if not all(iou_box(box, box) for box in boxes):
-        return "has a box [x1, y1, x2, y2] that is reversed or empty"
-    shapes = boxes + y.get("positive_points", []) + y.get("negative_points", [])
-    inside = all(0 <= min(shape) and max(shape) <= 1000 for shape in shapes)
+    if accuracy(record, truth) < 1:
+        text = kind in TEXT_TYPES
+        return "is no number" if text else "has a time or box that is reversed or empty"
+    y = read_json(truth)
+    places = json.dumps([y[field] for field in SCHEMAS.get(kind, {}) if field != "time"])
+    numbers = re.findall(r"[-+.\de]+(?=[],])", places)  # not the seconds, which are keys
+    inside = all(0 <= float(number) <= 1000 for number in numbers)
     return "" if inside else "has a coordinate outside 0-1000"
 
 
 def score(record, response, graded=None):
-    """Grade one response here and now, unless its accuracy is `graded` already. Math can take 15 s or,
-    on hostile text, hang: use `Grader`.
+    """Grade one response, unless its accuracy is `graded` already. Math can hang: use `Grader`.
     >>> score({"problem_type": "numerical", "answer": "3"}, "<think>1 + 2</think><answer>3</answer>")
     Score(reward=1.5, accuracy=1.0, format=1.0, structure=0.5)
     """
@@ -585,63 +518,54 @@ def score(record, response, graded=None):
 #     vllm serve internlm/POLAR-7B --runner pooling --trust-remote-code --port 8100
 
 
-def polar_text(record, answer):
-    """What POLAR reads: question and truth against question and answer, without special tokens."""
-    problem = record.get("problem", "")
-    answer = re.sub(r"<\|[^|]*\|>|\[UNUSED_TOKEN_\d+\]", " ", answer[:20_000])
-    return f"{problem}\n{truth_of(record)}<|reward|>{problem}\n{answer}[UNUSED_TOKEN_130]"
-
-
 def polar_scores(url, pairs, seconds=60.0):
     """Accuracy of open-ended answers by POLAR: list of (record, answer) -> list of values in [0, 1].
     The scores of one prompt are min-max normalised (all 1 if all are equal). All None if the server
     fails: ROUGE for a part of them would be a second scale."""
     from numpy import ravel
 
-    texts = [polar_text(*pair) for pair in pairs]
+    texts = []
+    for record, answer in pairs:
+        asked = record.get("problem", "")
+        answer = re.sub(r"<\|[^|]*\|>|\[UNUSED_TOKEN_\d+\]", " ", answer[:20_000])
+        texts.append(f"{asked}\n{truth_of(record)}<|reward|>{asked}\n{answer}[UNUSED_TOKEN_130]")
     body = json.dumps({"input": texts, "use_activation": False}).encode()  # no sigmoid
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url.rstrip('/')}/pooling", body, kind)
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy
     try:
-        with opener.open(request, timeout=seconds) as response:
-            items = json.load(response)["data"]
-        scores = [float(ravel(item["data"])[-1]) for item in items]  # of the last token
+        reply = json.load(urllib.request.urlopen(request, timeout=seconds))
+        scores = [float(ravel(item["data"])[-1]) for item in reply["data"]]  # of the last token
     except (OSError, HTTPException, ValueError, LookupError, TypeError):
         scores = None
     if not are_numbers(scores, len(pairs)):
         return [None] * len(pairs)
-    prompts, relative = [text.split("<|reward|>")[0] for text in texts], []
-    for prompt, value in zip(prompts, scores):
-        group = [score for other, score in zip(prompts, scores) if other == prompt]
+    relative = []
+    for (record, _), value in zip(pairs, scores):
+        group = [score for (other, _), score in zip(pairs, scores) if other == record]
         low, high = min(group), max(group)
         relative.append((value - low) / (high - low) if high > low else 1.0)
     return relative
 
 
 class Grader:
-    """Grades lists of responses, in order, whatever the model wrote.
+    """Grades lists of responses, in order. Math, ROUGE and OCR go to worker processes, since sympy
+    can hang in C code where no Python time limit reaches: the kernel ends a worker after `seconds` of
+    CPU time for one item. The item of a worker that ends, for whatever reason, scores 0.
+    counts: "killed" (items that scored 0 so), "polar_failed" (answers)."""
 
-    Math, ROUGE and OCR go to worker processes, since sympy can hang in C code where no Python time
-    limit reaches. The kernel ends a worker after `seconds` of CPU time for one item, which scores 0.
-    Of a worker that dies otherwise the item is tried once more.
-    counts: {"killed": items that scored 0 so}, and "polar_failed" (answers) if polar_url is given.
-    """
-
-    command = (sys.executable, os.path.abspath(__file__))
+    command = (sys.executable, __file__)
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *_: self.close()
 
     def __init__(self, workers=2, seconds=10.0, polar_url=None):
-        self.seconds, self.polar_url = seconds, polar_url
-        self.counts = {"killed": 0} | ({"polar_failed": 0} if polar_url else {})
-        # Launched by this thread: a fork elsewhere in the middle of Popen would keep its pipe open, and
-        # the worker would never be ready. The threads, as many as workers, only wait.
+        self.seconds, self.polar_url, self.counts = seconds, polar_url, Counter()
+        # By this thread: a fork while another one is inside Popen would keep a pipe open for good.
         self.idle = [self._launch() for _ in range(workers)]
-        self.pool = ThreadPoolExecutor(workers)
 
     def _launch(self):
-        command, env = [*self.command, str(self.seconds)], os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdin=PIPE, stdout=PIPE, text=True)
-        return Popen(command, env=env, start_new_session=True, **pipes)  # deaf to Ctrl-C
+        command = [*self.command, str(self.seconds)]
+        return Popen(command, start_new_session=True, **pipes)  # deaf to Ctrl-C
 
     def score(self, pairs):
         """list of (record, response) -> list of Score."""
@@ -654,51 +578,42 @@ class Grader:
         opens = [i for i, kind in enumerate(kinds) if self.polar_url and kind == "open-ended"]
         scores = polar_scores(self.polar_url, [pairs[i] for i in opens]) if opens else []
         polar = dict(zip(opens, scores))
-        values = list(self.pool.map(self._grade, pairs, map(polar.get, range(len(pairs)))))
-        self.counts["killed"] += values.count(None)
-        if self.polar_url:
-            self.counts["polar_failed"] += scores.count(None)
+        with ThreadPoolExecutor(len(self.idle)) as pool:
+            values = list(pool.map(self._grade, pairs, map(polar.get, range(len(pairs)))))
+        self.counts.update(killed=values.count(None), polar_failed=scores.count(None))
         return [value or 0.0 for value in values]
 
     def _grade(self, pair, polar):
-        """One item, in one of the pool's threads -> accuracy, or None if it ended its worker."""
+        """One item -> accuracy, or None if it ended its worker."""
         record, answer = pair
         if polar is not None:
             return polar
         if answer is None or record["problem_type"] not in SLOW_TYPES:
             return accuracy(record, answer)
-        record = {"problem_type": record["problem_type"], "answer": truth_of(record)}
-        for _ in range(2):
-            worker = self.idle.pop()
-            ready = worker.stdout.readline() == "ready\n"
-            try:
-                print(json.dumps([record, answer]), file=worker.stdin, flush=True)
-                value = float(worker.stdout.readline())
-                self.idle.append(worker)
-                return value
-            except (BrokenPipeError, ValueError):  # it is dead, or babbles
-                worker.kill()
-                worker.communicate()  # closes the pipes and waits for the end
-                self.idle.append(self._launch())
-            if worker.returncode == -signal.SIGPROF:
-                break
-        if not ready:  # no wrong answer, but a broken grader
+        worker = self.idle.pop()
+        if worker.stdout.readline() != "ready\n":
             raise RuntimeError(f"a grading worker ended before it was ready: {self.command}")
+        try:
+            task = {"problem_type": record["problem_type"], "answer": truth_of(record)}
+            print(json.dumps([task, answer]), file=worker.stdin, flush=True)
+            value = float(worker.stdout.readline())
+        except (BrokenPipeError, ValueError):  # it is dead, or babbles
+            worker.kill()
+            worker.communicate()  # waits for its end
+            worker, value = self._launch(), None
+        self.idle.append(worker)
+        return value
 
-    def close(self, *_):
-        self.pool.shutdown(cancel_futures=True)
+    def close(self):
         for worker in self.idle:
             worker.kill()
             worker.communicate()
 
-    __enter__ = lambda self: self
-    __exit__ = close
-
 
 def work(seconds):
-    """A worker: says that it is ready, reads one JSON line [record, answer], writes one line with the
-    accuracy, and so on until the pipe ends."""
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    """A worker: reads a JSON line [record, answer], writes a line with the accuracy, and so on."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    logging.disable()  # math-verify's words on what it gave up
     resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))  # 4 GiB, for huge integers
     math_equal("x", "y + 1"), rouge("", "")  # imports
     print("ready", flush=True)

@@ -50,7 +50,7 @@ import data
 import sft
 from data import Prompt, encode, next_items, task_of
 from rewards import Grader
-from sft import DUMMY, gather, microbatches, pack, peak_gb
+from sft import DUMMY, gather, microbatches, pack
 
 # ---- The method
 
@@ -492,17 +492,16 @@ def main():
     rank, world, device = sft.init_distributed()
     refusal = "an SFT record (messages), where answers are needed"
     records, settings = sft.load_inputs(args, lambda record: record["answer"], refusal)
-    state = dict(step=0, cursor=0, keep_rate=1.0, moments={}, counts={}) | sft.start_run(args)
+    state = dict(cursor=0, keep_rate=1.0, moments={}) | sft.start_run(args)
     tokenizer, dtype = settings["processor"].tokenizer, getattr(torch, args.dtype)
 
     # The trainer, the reference, the engine, in this order: the engine needs what memory is left.
     shards = dict(shard_size=args.shard_size, recompute=args.recompute)
     model = sft.load_model(args.model, device, dtype, **shards)
-    optimizer = sft.adamw(model, args.lr, args.weight_decay)
+    optimizer = sft.load_optimizer(args, model, state["step"])
     reference = None
     if args.kl_coef > 0:
         reference = sft.load_model(args.model, device, dtype, trainable=False, **shards)
-    sft.load_checkpoint(args, model, optimizer)
     ema = EMAStd(args.ema_decay)
     ema.load_state_dict(state["moments"])
     kinds = [Counter(medium["type"] for medium in r["media"]) for r in records]
@@ -550,7 +549,6 @@ def main():
         with phase(row, "update"):
             batches = zip(minibatches, old_logps, ref_logps)
             done = [update(model, optimizer, *batch, args, device) for batch in batches]
-        row["gb"] = peak_gb() - pool  # PyTorch counts the pool even while it is freed
 
         # 7 log
         row["seconds/step"] = time.time() - start
@@ -559,7 +557,7 @@ def main():
         graded = Counter({f"grader/{what}": count for what, count in grader.counts.items()})
         state["counts"] = sum(gather(tally + graded), Counter())
         row |= state["counts"]
-        sft.log_metrics(args.out, row)
+        sft.log_metrics(args.out, row, pool)
         if rank == 0:
             report(args, row, seen, tokenizer)
 
@@ -571,7 +569,7 @@ def main():
         if stopping:
             break
 
-    sft.end_run(args, model, state["step"], args.steps)
+    sft.export_model(model, args.model, args.out)
     grader.close()
     llm.llm_engine.engine_core.shutdown()  # ends the process group too
 

@@ -11,7 +11,6 @@ and to itself. SFT is n = 1, RL is n = 8; both take their log-probabilities from
 Where this departs from the release:
  1. A plain loop over FSDP2, no trainer.
  2. The loss is the mean over all response tokens of the global batch, whatever their rank.
- 3. A prompt that is too long is skipped and counted, never cut.
 
 Letters of dimensions: T packed tokens, R response tokens, P patches, M media (images and videos),
 V vocabulary, E width of the model, H attention heads, D width of a head.
@@ -37,15 +36,12 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface
 
 import data
 
@@ -95,9 +91,7 @@ def pack(groups, device):
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling, plan, **_):
     """Causal attention in which the responses of a group see their prompt and themselves only.
-
-    query (1, H, T, D); key, value (1, Hkv, T, D); plan: see `pack`. Returns (1, T, H, D), None.
-    """
+    query (1, H, T, D); key, value (1, Hkv, T, D); plan: see `pack`. Returns (1, T, H, D), None."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
     key_rows, *ends = plan
     key, value = key.index_select(0, key_rows), value.index_select(0, key_rows)
@@ -114,12 +108,9 @@ def attend_one_by_one(query, key, value, query_ends, key_ends, *_, scale, **__):
     keys, values = (x.split(key_ends.diff().tolist()) for x in (key, value))
     out = []
     for q, k, v in zip(queries, keys, values):
-        before, mask = len(k) - len(q), None  # keys that stand before the first query
-        if before:
-            mask = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).tril(before)
+        mask = q.new_ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        settings = dict(is_causal=not before, scale=scale, enable_gqa=True)
-        seen = F.scaled_dot_product_attention(q, k, v, mask, **settings)
+        seen = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
         out.append(seen[0].transpose(0, 1))
     return torch.cat(out)
 
@@ -181,17 +172,14 @@ def response_logps(model, batch):
 # backward calls, the vision tower included. A rank that has fewer micro-batches than another runs
 # this dummy in their place, with its loss multiplied by zero.
 NO_MEDIA = torch.zeros(0, 1536, dtype=torch.uint8), torch.zeros(0, 3, dtype=torch.int64)
-ORIGIN = torch.zeros(3, 1, dtype=torch.int64).numpy()
-DUMMY = Group(data.Prompt({}, [0], ORIGIN, *NO_MEDIA, vllm={}), [[0]])
+DUMMY = Group(data.Prompt({}, [0], torch.zeros(3, 1).long().numpy(), *NO_MEDIA, vllm={}), [[0]])
 
 
 def microbatches(groups, limit):
     """Packs groups into micro-batches of at most `limit` tokens, first fit, longest first; equally
-    many on every rank (all ranks call this, see DUMMY).
-
-    Returns a list of ([Group], at): where their response tokens stand among those of all `groups`,
-    (R,); ([], []) for a dummy. A group that is too long is split; each part repeats the prompt.
-    """
+    many on every rank (all ranks call this, see DUMMY). A group that is too long is split, and each
+    part repeats the prompt. Returns a list of ([Group], at); of a dummy both are empty. at (R,):
+    where their response tokens stand among those of all `groups`."""
     parts, position = [], 0  # [tokens, Group, positions of its response tokens]
     for group in groups:
         for i, response in enumerate(group.responses):
@@ -212,7 +200,7 @@ def microbatches(groups, limit):
     return [(members, torch.tensor(at, dtype=torch.int64)) for _, members, at in bins]
 
 
-# ---- Distributed: one process per device, FSDP2. A single process is a group of one.
+# ---- Distributed: one process per device, FSDP2
 
 
 def init_distributed():
@@ -245,11 +233,9 @@ def gather(value):
 
 def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=False):
     """A Hugging Face Qwen3-VL -> FSDP2-sharded model, float32 weights, that computes in `dtype`.
-
     Rank 0 reads the weights and broadcasts the shards: host memory holds one copy. trainable=False:
-    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the trainer.
-    recompute: layers are computed again in backward.
-    """
+    frozen, kept in `dtype` (the KL reference). shard_size: ranks that share one copy of the model.
+    recompute: layers are computed again in backward. All ranks call this."""
     if dtype == torch.bfloat16:  # TF32 for the head: its operands are bfloat16 values anyway
         torch.set_float32_matmul_precision("high")
     master, weights = torch.float32 if trainable else dtype, {}
@@ -265,7 +251,8 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
         model.gradient_checkpointing_enable({"use_reentrant": False})
     world = dist.get_world_size()
     shape = (world // shard_size, shard_size) if shard_size and shard_size < world else (world,)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
+    names = ("copies", "shards")[-len(shape) :]
+    mesh = dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
     # Inputs stay as they are: patches are uint8, and rotary tables stay in float32.
     precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for block in [*model.model.visual.blocks, *model.model.language_model.layers, model]:
@@ -283,32 +270,16 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
     return model.train()
 
 
-def adamw(model, lr, weight_decay):
-    params = [param for param in model.parameters() if param.requires_grad]
-    return torch.optim.AdamW(params, lr, weight_decay=weight_decay, fused=True)
-
-
-def optimizer_step(model, optimizer, grad_clip, loss):
-    """Clips the global gradient norm and steps. Nothing moves, on any rank, where the norm or the
-    loss of all ranks is not finite. Returns the norm before clipping; nan if the step was skipped."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip).full_tensor().item()
-    finite = math.isfinite(norm + loss)
-    if finite:
-        optimizer.step()
-    optimizer.zero_grad()
-    return norm if finite else math.nan
-
-
 # ---- Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
 
 
 def start_run(args):
-    """Makes the run folder and writes args.json. Returns the state in the newest checkpoint, or {}.
-    All ranks call this before a model is loaded. Other settings than before need --force."""
+    """Makes the run folder and writes args.json. Returns the newest checkpoint's state, or that of
+    step 0. All ranks call this before a model is loaded. Changed settings need --force."""
     if os.path.realpath(args.out) == os.path.realpath(args.model):
         data.refuse(f"--out {args.out} is the folder of --model: name another")
-    folders = list_checkpoints(args.out)
-    state = json.loads((folders[-1] / "state.json").read_text()) if folders else {}
+    saved = sorted(Path(args.out).glob("checkpoints/step-*[0-9]/state.json"))  # half saved: .tmp
+    state = json.loads(saved[-1].read_text()) if saved else dict(step=0, counts={})
     old, new = state.get("args", {}), vars(args)
     changed = [name for name in new if old.get(name, new[name]) != new[name] and name != "force"]
     if changed and not args.force:
@@ -320,14 +291,12 @@ def start_run(args):
             Path(args.out, "args.json").write_text(json.dumps(new, indent=1))
         except OSError as error:
             data.refuse(f"--out {args.out} cannot be written: {error}")
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            truncate_log(Path(args.out, name), state.get("step", 0))
+        for path in Path(args.out, "metrics.jsonl"), Path(args.out, "rollouts.jsonl"):
+            if path.exists():  # steps after the checkpoint will be run, and logged, again
+                whole, _, torn = path.read_text().rpartition("\n")  # a kill may tear a line
+                kept = [x for x in whole.splitlines() if json.loads(x)["step"] <= state["step"]]
+                path.write_text("".join(row + "\n" for row in kept))
     return state
-
-
-def list_checkpoints(out):
-    """The folders of a run's checkpoints, oldest first. One that is not whole has another name."""
-    return sorted(Path(out, "checkpoints").glob("step-*[0-9]"))
 
 
 def save_checkpoint(args, model, optimizer, state):
@@ -335,9 +304,9 @@ def save_checkpoint(args, model, optimizer, state):
     renamed, so a checkpoint is there whole or not at all. Raises OSError. All ranks call this."""
     folder = Path(args.out, "checkpoints", f"step-{state['step']:06d}")
     aside = folder.with_suffix(".tmp")
-    model_state, optimizer_state = states.get_state_dict(model, optimizer)
+    weights, moments = states.get_state_dict(model, optimizer)
     try:
-        dcp.save(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=aside)
+        dcp.save(dict(model=weights, optimizer=moments), checkpoint_id=aside)
     except dcp.api.CheckpointException as error:
         raise OSError(f"{folder} could not be saved (disk full?), older ones are whole") from error
     if dist.get_rank() == 0:
@@ -346,22 +315,24 @@ def save_checkpoint(args, model, optimizer, state):
             file.flush()
             os.fsync(file.fileno())  # dcp.save has done so with its own files
         aside.rename(folder)
-        for old in list_checkpoints(args.out)[: -args.keep]:
+        for old in sorted(folder.parent.glob("step-*[0-9]"))[: -args.keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def load_checkpoint(args, model, optimizer):
-    """Restores weights and optimiser from the newest checkpoint, if any, on any number of ranks."""
-    folders = list_checkpoints(args.out)
-    if not folders:
-        return
-    model_state, optimizer_state = states.get_state_dict(model, optimizer)
-    dcp.load(dict(model=model_state, optimizer=optimizer_state), checkpoint_id=folders[-1])
-    loaded = dict(model_state_dict=model_state, optim_state_dict=optimizer_state)
-    states.set_state_dict(model, optimizer, **loaded)
-    # The old ones came with the checkpoint.
-    optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
+def load_optimizer(args, model, step):
+    """AdamW for the weights that are trained. After step 0 its state and the weights are those of
+    the checkpoint of that step, which any number of ranks may have saved. All ranks call this."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay, fused=True)
+    if step:
+        weights, moments = states.get_state_dict(model, optimizer)
+        folder = Path(args.out, "checkpoints", f"step-{step:06d}")
+        dcp.load(dict(model=weights, optimizer=moments), checkpoint_id=folder)
+        states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        # The old ones came with the checkpoint.
+        optimizer.param_groups[0].update(lr=args.lr, weight_decay=args.weight_decay)
+    return optimizer
 
 
 def full_weights(model, dtype):
@@ -371,9 +342,8 @@ def full_weights(model, dtype):
         yield name, shard.to(dtype).full_tensor()  # cast first: half the traffic
 
 
-# The last three are ours: RL starts from an SFT run.
-NOT_COPIED = """.safetensors .index.json .bin .pt .pth .gguf .h5 .msgpack .onnx
-    metrics.jsonl rollouts.jsonl args.json""".split()
+# The last two are ours: RL starts from an SFT run.
+NOT_COPIED = ".safetensors .index.json .bin .pt .pth .jsonl args.json".split()
 
 
 def export_model(model, source, out):
@@ -388,45 +358,24 @@ def export_model(model, source, out):
             del weights["lm_head.weight"]
         if not os.path.isdir(source):
             source = snapshot_download(source, ignore_patterns=["*" + end for end in NOT_COPIED])
-        os.makedirs(out, exist_ok=True)
         save_torch_state_dict(weights, out)
         for path in Path(source).iterdir():
             if path.is_file() and not path.name.endswith(tuple(NOT_COPIED)):
                 shutil.copyfile(path, Path(out, path.name))
+        print(f"model in {out}; python tests/curves.py {out} draws its curves", flush=True)
     dist.barrier()
 
 
-def end_run(args, model, step, steps):
-    """Writes the model and prints where it is. All ranks call this."""
-    export_model(model, args.model, args.out)
-    if dist.get_rank() == 0:
-        more = "; the same command goes on from here" if step < steps else ""
-        print(f"step {step} of {steps}: model in {args.out}{more}")
-        print(f"python tests/curves.py {args.out} draws its curves", flush=True)
-
-
-def log_metrics(out, row):
-    """Appends one line to metrics.jsonl (rank 0). A number that is not finite becomes null."""
-    if dist.get_rank() == 0:
-        row = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        with open(Path(out, "metrics.jsonl"), "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def truncate_log(path, step):
-    """Drops the lines of steps after the last checkpoint: they will be run, and logged, again."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may tear the last one
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
-
-
-def peak_gb():
-    """Largest GPU memory since the last call; 0 on a CPU."""
-    peak = torch.cuda.max_memory_allocated() / 1e9
+def log_metrics(out, row, pool=0.0):
+    """Rank 0 appends a step's row to metrics.jsonl; nan and inf become null. It gets "gb": the peak
+    of GPU memory less vLLM's pool, which counts even while it is freed. All ranks call this."""
+    row["gb"] = torch.cuda.max_memory_allocated() / 1e9 - pool  # 0 on a CPU
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    return peak
+    if dist.get_rank() == 0:
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        with open(Path(out, "metrics.jsonl"), "a") as file:
+            file.write(json.dumps(finite) + "\n")
 
 
 class Stop:
@@ -464,7 +413,6 @@ def training_pair(record, processor, limits, prompts=data.PROMPTS):
 
 def learning_rate(step, steps, peak, warmup_share):
     """Cosine with a linear warm-up.
-
     >>> [round(learning_rate(step, 10, 1.0, warmup_share=0.2), 2) for step in (0, 2, 4, 6, 8, 10)]
     [0.5, 1.0, 0.85, 0.5, 0.15, 0.0]
     """
@@ -476,11 +424,10 @@ def learning_rate(step, steps, peak, warmup_share):
 
 def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-logps, {})):
     """One optimiser step on this rank's groups. All ranks call this.
-
     loss_of(logps (R,), at (R,)) -> losses (R,) of a micro-batch's response tokens, and numbers for
     the log, each (R,). at: where these tokens stand among those of all `groups`. Default: SFT's.
-    Returns a dict: the means over all response tokens of the global batch, tokens, grad_norm.
-    """
+    Returns a dict: the means over all response tokens of the global batch, tokens, and grad_norm
+    before clipping. Where that or the loss is not finite nothing moves, and grad_norm is nan."""
     tokens = sum(gather(sum(len(response) for group in groups for response in group.responses)))
     totals, means = Counter(), Counter(loss=0.0)
     for members, at in microbatches(groups, args.tokens_per_microbatch):
@@ -496,56 +443,58 @@ def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-l
             totals[name] += values.sum().item() / tokens
     for each in gather(totals):
         means.update(each)  # adds
-    norm = optimizer_step(model, optimizer, args.grad_clip, means["loss"])
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip).full_tensor().item()
+    if math.isfinite(norm + means["loss"]):
+        optimizer.step()
+    else:
+        norm = math.nan
+    optimizer.zero_grad()
     return {**means, "tokens": tokens, "grad_norm": norm}
 
 
-# fmt: off
 def new_parser(doc, lr, weight_decay, save_every):
     """A parser with the options that sft.py and rl_ema_grpo.py share."""
     parser, positive, number = data.new_parser(doc), data.at_least(1), data.at_least(0, float)
-    group = parser.add_argument_group("what")
-    group.add_argument("--model", required=True, help="Hugging Face folder or hub id of a Qwen3-VL")
-    group.add_argument("--data", nargs="+", required=True, help="record files (JSON or JSONL)")
-    group.add_argument("--media-root", help="folder of the media paths (default: each file's own folder)")
-    group.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
-    group.add_argument("--out", required=True, help="run folder; the same command resumes from it")
-    group.add_argument("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
-    group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints (%(default)s)")
-    group.add_argument("--keep", type=positive, default=2, help="checkpoints that stay (%(default)s)")
-    group.add_argument("--force", action="store_true", help="resume with other settings than before")
-    group = parser.add_argument_group("optimiser")
-    group.add_argument("--lr", type=number, default=lr, help="learning rate (%(default)s)")
-    group.add_argument("--weight-decay", type=number, default=weight_decay, help="(%(default)s)")
-    group.add_argument("--grad-clip", type=number, default=1.0, help="largest global gradient norm (%(default)s)")
-    group.add_argument("--seed", type=int, default=0)
-    group = parser.add_argument_group("machine")
-    group.add_argument("--tokens-per-microbatch", type=positive, default=16384, help="per forward and rank (%(default)s)")
-    group.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="compute; weights are float32")
-    group.add_argument("--shard-size", type=positive, help="ranks that share one copy of the trainer (default: all)")
-    group.add_argument("--recompute", action=BooleanOptionalAction, default=True, help="layers again in backward: less memory")
-    group.add_argument("--workers", type=data.at_least(0), default=data.WORKERS, help="decoding processes per rank (%(default)s)")
-    group.add_argument("--max-bad-share", type=number, default=0.05, help="largest share of unusable records (%(default)s)")
+    add = parser.add_argument_group("what").add_argument
+    add("--model", required=True, help="folder or hub id of a Qwen3-VL")
+    add("--data", nargs="+", required=True, help="record files (JSON or JSONL)")
+    add("--media-root", help="folder of the media paths (default: the file's)")
+    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--out", required=True, help="run folder; the same command resumes from it")
+    add("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
+    add("--save-every", type=positive, default=save_every, help="steps (%(default)s)")
+    add("--keep", type=positive, default=2, help="checkpoints that stay (%(default)s)")
+    add("--force", action="store_true", help="resume with other settings than before")
+    add = parser.add_argument_group("optimiser").add_argument
+    add("--lr", type=number, default=lr, help="learning rate (%(default)s)")
+    add("--weight-decay", type=number, default=weight_decay, help="(%(default)s)")
+    add("--grad-clip", type=number, default=1.0, help="largest global gradient norm (%(default)s)")
+    add("--seed", type=int, default=0)
+    add = parser.add_argument_group("machine").add_argument
+    add("--tokens-per-microbatch", type=positive, default=16384, help="per rank (%(default)s)")
+    add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="to compute in")
+    add("--shard-size", type=positive, help="ranks that share one copy of the trainer (all)")
+    add("--recompute", action=BooleanOptionalAction, default=True, help="less memory, slower")
+    add("--workers", type=data.at_least(0), default=data.WORKERS, help="per rank (%(default)s)")
+    add("--max-bad-share", type=number, default=0.05, help="of unusable records (%(default)s)")
     return parser
 
 
 def parse_args():
-    parser, positive, number = new_parser(__doc__, 1e-5, 1e-6, save_every=500), data.at_least(1), data.at_least(0, float)
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=data.at_least(0.001, float), default=1.0, help="passes over the data (%(default)s)")
-    group.add_argument("--steps", type=positive, help="optimiser steps, in place of --epochs")
-    group.add_argument("--sequences-per-step", type=positive, default=32, help="per optimiser step, all ranks (%(default)s)")
-    group.add_argument("--warmup-share", type=number, default=0.02, help="of the steps (%(default)s)")
-    group.add_argument("--train-vision", action="store_true", help="train the vision tower too (the paper freezes it)")
+    parser, positive = new_parser(__doc__, 1e-5, 1e-6, save_every=500), data.at_least(1)
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=data.at_least(0.001, float), default=1.0, help="passes (%(default)s)")
+    add("--steps", type=positive, help="optimiser steps, in place of --epochs")
+    add("--sequences-per-step", type=positive, default=32, help="all ranks (%(default)s)")
+    add("--warmup-share", type=data.at_least(0, float), default=0.02, help="of steps (%(default)s)")
+    add("--train-vision", action="store_true", help="train the vision tower (the paper does not)")
     data.add_limits(parser, image_max_pixels=802816, frame_max_pixels=100352)
     return parser.parse_args()
-# fmt: on
 
 
 def load_inputs(args, needed, refusal):
-    """The records of all files, and the settings of data.encode. What is wrong with them ends the script
-    here, before a model is loaded. needed(record): None where it lacks what the script trains on; the
-    script then ends with the sentence `refusal`."""
+    """The records of all files, and the settings of data.encode. Refuses what is wrong with them
+    before a model is loaded: with the sentence `refusal` where needed(record) is None."""
     if args.shard_size and dist.get_world_size() % args.shard_size:
         data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
     try:
@@ -566,26 +515,24 @@ def main():
     args = parse_args()
     stop = Stop(args.minutes)
     rank, world, device = init_distributed()
-    refusal = "no messages and no process, so there is nothing to imitate"
-    records, settings = load_inputs(args, data.demonstration, refusal)
+    records, settings = load_inputs(args, data.demonstration, "no messages or process to imitate")
     size = args.sequences_per_step
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")
     steps = args.steps or math.ceil(args.epochs * len(records) / size)
     state = start_run(args)
-    step = state.get("step", 0)
+    step = state["step"]
     if rank == 0:
         print(f"{len(records)} records; {steps} steps of {size} on {world} ranks, from {step}")
 
     shards = dict(shard_size=args.shard_size, recompute=args.recompute)
     model = load_model(args.model, device, getattr(torch, args.dtype), **shards)
     model.model.visual.requires_grad_(args.train_vision)
-    optimizer = adamw(model, args.lr, args.weight_decay)
-    load_checkpoint(args, model, optimizer)
+    optimizer = load_optimizer(args, model, step)
 
     order = data.data_order(len(records), args.seed, step * size, rank, world)
     stream = data.prefetch(records, partial(training_pair, **settings), order, args.workers)
-    tally, losses = Counter(state.get("counts") if rank == 0 else {}), []
+    tally = Counter(state["counts"] if rank == 0 else {})
     bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
     for step in bar:
         begin = time.time()
@@ -596,18 +543,16 @@ def main():
         numbers = update(model, optimizer, groups, args, device)
         tally["skipped_updates"] += math.isnan(numbers["grad_norm"]) and rank == 0
         counts, seconds = sum(gather(tally), Counter()), time.time() - begin
-        row = dict(step=step, **numbers, lr=rate, gb=peak_gb()) | counts
+        row = dict(step=step, **numbers, lr=rate) | counts
         row |= {"seconds/step": seconds, "seconds/data": waited}
         log_metrics(args.out, row | dict(tokens_per_second=numbers["tokens"] / seconds))
-        losses = [*losses[-49:], numbers["loss"]]
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}, mean of 50 {sum(losses) / len(losses):.3f}")
+        bar.set_postfix(loss=numbers["loss"])
         stopping = stop.now()
         if step % args.save_every == 0 or step == steps or stopping:
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
         if stopping:
             break
-    bar.close()
-    end_run(args, model, step, steps)
+    export_model(model, args.model, args.out)
     dist.destroy_process_group()
 
 

@@ -308,8 +308,8 @@ def checkpoint():
     with tempfile.TemporaryDirectory() as folder:
         groups = small_model(folder)
         model = sft.load_model(folder, DEVICE, torch.bfloat16)
-        optimizer = sft.adamw(model, 1e-3, 0.0)
         args = argparse.Namespace(out=f"{folder}/run", keep=1, lr=1e-3, weight_decay=0.0)
+        optimizer = sft.load_optimizer(args, model, 0)
 
         def everything():
             moments = [value for state in optimizer.state.values() for value in state.values()]
@@ -317,13 +317,14 @@ def checkpoint():
 
         def step():
             (-model.response_logps(sft.pack(groups, DEVICE)).mean()).backward()
-            sft.optimizer_step(model, optimizer, 1.0, 0.0)
+            optimizer.step()
+            optimizer.zero_grad()
             return everything()
 
         saved, start = step(), time.perf_counter()
         sft.save_checkpoint(args, model, optimizer, dict(step=1))
         seconds, moved = time.perf_counter() - start, step()
-        sft.load_checkpoint(args, model, optimizer)
+        optimizer = sft.load_optimizer(args, model, 1)
         files = [path for path in Path(args.out).rglob("*") if path.is_file()]
         size = sum(path.stat().st_size for path in files) / 1e6
     same = all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(saved, everything(), strict=True))
@@ -367,7 +368,8 @@ def engine():
     figures["gap"] = gap(sampled)
     batch = sft.pack([(rollout.prompt, rollout.responses) for rollout in sampled], device)
     (-model.response_logps(batch).mean()).backward()
-    sft.optimizer_step(model, sft.adamw(model, 1e-2, 0.0), 1.0, 0.0)
+    torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0).step()
+    model.zero_grad()
     figures["gap after an update"] = before = gap(rollouts())
     start = time.perf_counter()
     rl_ema_grpo.sync_weights(llm, sft.full_weights(model, torch.bfloat16), compare=True)

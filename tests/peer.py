@@ -149,7 +149,8 @@ def our_update(folder, side):
     *_, device = sft.init_distributed()
     processor = data.load_processor(str(folder))
     model = sft.load_model(folder, device, torch.float32)
-    optimizer, step, rollouts = sft.adamw(model, 1e-6, 0.0), sft.optimizer_step, []
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-6, weight_decay=0.0, fused=True)
+    clip, rollouts = torch.nn.utils.clip_grad_norm_, []
     for i, work in enumerate(json.loads((folder / "work.json").read_text())):
         record = data.normalise(work["record"], "work.json", i, str(folder))
         prompt = data.encode(record, processor)
@@ -162,11 +163,11 @@ def our_update(folder, side):
     args = dict(tokens_per_microbatch=group if side == "ours-group" else 32_768, grad_clip=1e9)
     args |= dict(clip_low=0.2, clip_high=0.3, dual_clip=3.0, kl_coef=0.0, tis_cap=None)
 
-    def watched(model, *rest):
+    def watched(*rest):
         keep_gradients(folder / f"{side}.safetensors", model)
-        return step(model, *rest)
+        return clip(*rest)
 
-    sft.optimizer_step = watched
+    torch.nn.utils.clip_grad_norm_ = watched
     args = argparse.Namespace(**args)
     while True:
         start = wait_for_turn()

@@ -79,15 +79,15 @@ result["own"] = sft.gather(sum(bool(members) for members, _ in sft.microbatches(
 result["rl"] = {name: value - start[name] for name, value in weights().items()}
 
 moved = weights()
-optimizer = sft.adamw(model, 1e-3, 0.0)
+run = argparse.Namespace(out=out, model="", keep=2, lr=1e-3, weight_decay=0.0, force=False)
+optimizer = sft.load_optimizer(run, model, 0)
 sft.update(model, optimizer, mine, settings, device)  # gives the optimiser a state
 after = weights()
-run = argparse.Namespace(out=out, model="", keep=2, lr=1e-3, weight_decay=0.0, force=False)
 sft.save_checkpoint(run, model, optimizer, {"step": 1, "note": "as it was"})
 sft.update(model, optimizer, mine, settings, device)
 set_weights(moved)
 state = sft.start_run(run)
-sft.load_checkpoint(run, model, optimizer)
+optimizer = sft.load_optimizer(run, model, state["step"])
 restored = weights()
 same = all(torch.equal(after[name], restored[name]) for name in after)
 step = next(iter(optimizer.state.values()))["step"].item()

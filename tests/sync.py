@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 toy, out = sys.argv[1:]
 rank, world, device = sft.init_distributed()
 model = sft.load_model(f"{toy}/model", device, torch.float32)
-optimizer = sft.adamw(model, 1e-2, 0.0)
+optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
 processor = AutoProcessor.from_pretrained(f"{toy}/model")
 llm = rl.make_engine(f"{toy}/model", "float32", 512, {"image": 1, "video": 1}, seed=rank)
 

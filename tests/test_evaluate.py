@@ -41,6 +41,10 @@ def values(name, lines):
     return {metric: cell["value"] for metric, cell in evaluate.metrics_of(name, lines).items()}
 
 
+def write_lines(path, lines):
+    evaluate.write_whole(path, "".join(json.dumps(line) + "\n" for line in lines.values()))
+
+
 def stored(out, name):
     return evaluate.read_lines(f"{out}/{name}.jsonl")
 
@@ -136,29 +140,25 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
     """The release counts segmentation as 0 in its mean; a caption set without a judge must not count
     either, while one missing verdict of many does not take it out."""
     cell = lambda value, n=40: dict(value=value, low=value, high=value, n=n)
-    clean = {"no grade": cell(0.0)}
+    clean = {"unreadable": cell(0.0)}
     results = {
         "eval_charades": {"accuracy": cell(0.1), "mIoU": cell(0.6), **clean},
         "eval_seg_mevis": {"accuracy": cell(0.9), **clean},  # of the prompts: no masks yet
-        "Video_MMLU_CAP": {"accuracy": cell(0.4, 39), "no grade": cell(0.025)},
-        "MMT-Caption": {"accuracy": cell(0.4, 20), "no grade": cell(0.5)},
-        "mine": {"accuracy": cell(0.4), "no grade": cell(0.1)},
+        "Video_MMLU_CAP": {"accuracy": cell(0.4, 39), "unreadable": cell(0.025)},
+        "MMT-Caption": {"accuracy": cell(0.4, 20), **clean},
+        "mine": {"accuracy": cell(0.4, 36), **clean},
     }
-    tasks = "temporal grounding", "segmentation-video", "open-ended", "open-ended", "math"
-    headlines = {
-        name: evaluate.headline_metric(name, [dict(task=task)], results[name])
-        for name, task in zip(results, tasks)
-    }
-    rows, said = evaluate.table_of(results, headlines)
-    assert said == [
-        "mean over 2 benchmarks, each by its headline metric *: 50.0",
-        "not in the mean: eval_seg_mevis: no J&F: needs --sam2 and true masks",
-        "not in the mean: MMT-Caption: 20 have no grade: run again (captions: --judge-url)",
-        "not in the mean: mine: 4 have no grade: run again (captions: --judge-url)",
+    lines = evaluate.table_of(results)
+    why = "run again (captions: --judge-url, masks: --sam2)"
+    assert lines[-4:] == [
+        f"not in the mean: eval_seg_mevis: 40 of 40 have no J&F: {why}",
+        f"not in the mean: MMT-Caption: 20 of 40 have no accuracy: {why}",
+        f"not in the mean: mine: 4 of 40 have no accuracy: {why}",
+        "mean over 2 benchmarks (metrics with *): 50.0",
     ]
-    assert ["", "no grade", "40", "  2.5 [  2.5,   2.5]", "", ""] in rows
-    assert ["", "mIoU*", "40", " 60.0 [ 60.0,  60.0]", "59.9", "36.7"] in rows
-    assert len(evaluate.table_of({"mine": results["mine"]}, headlines)[0][0]) == 4  # no paper
+    rows = [line.split() for line in lines[:-4]]
+    assert ["unreadable", "40", "2.5", "[", "2.5,", "2.5]"] in rows and len(rows) == 8
+    assert ["mIoU*", "40", "60.0", "[", "60.0,", "60.0]", "59.9", "36.7"] in rows
 
 
 def test_circular_accuracy_wants_every_order_of_the_options():
@@ -234,7 +234,8 @@ def test_ciou_is_cumulative_and_giou_is_not():
     assert cell["high"] == pytest.approx(2700 / 3070)  # three draws of the large one
     assert values("eval_seg_refcoco", lines)["gIoU"] == pytest.approx(0.09)
     lines[3]["parts"] = dict(box_mIoU=0.0)  # SAM2 has not come to it yet
-    assert "cIoU" not in evaluate.metrics_of("eval_seg_refcoco", lines)
+    metrics = evaluate.metrics_of("eval_seg_refcoco", lines)
+    assert "1 of 10 have no cIoU" in evaluate.headline_metric("eval_seg_refcoco", metrics)[1]
 
 
 def segmentation_records(toy, name, count=2):
@@ -387,7 +388,7 @@ def loaded(path, out="nowhere"):
 
 def test_tsv_rows_become_records(forms, tmp_path, monkeypatch, capsys):
     """A row of another split as a question, images in the wrong order or outside a relative --out,
-    an answer of the wrong kind, a list of numbers left to the judge, choices inside the question."""
+    an answer of the wrong kind, choices inside the question."""
     monkeypatch.chdir(tmp_path)
     load = lambda name: loaded(forms / f"{name}.tsv", "out")
     two, number, text = load("MMMU_DEV_VAL")
@@ -401,7 +402,6 @@ def test_tsv_rows_become_records(forms, tmp_path, monkeypatch, capsys):
     assert [p.read_bytes() for p in images] == [(forms / r["path"]).read_bytes() for r in originals]
     assert number["answer"] == "1,200" and "\nare there?" in number["problem"]
     assert [r["problem_type"] for r in (number, text)] == ["numerical", "open-ended"]
-    assert [r["judged"] for r in (number, text)] == [False, True]
 
     turned, straight = load("MMBench_DEV_EN")
     assert turned["media"] == straight["media"] and turned["problem_id"] == "1000007"
@@ -411,8 +411,8 @@ def test_tsv_rows_become_records(forms, tmp_path, monkeypatch, capsys):
     listed, measure, years = load("MathVista_MINI")
     assert (listed["problem"], listed["answer"]) == ("<image>Which?", "B")
     assert listed["options"] == ["A. 3", "B. 8"]
-    assert [r["problem_type"] for r in (measure, years)] == ["numerical", "math"]
-    assert load("MMSci_DEV_Captioning_image_only")[0]["judged"]
+    assert [r["problem_type"] for r in (measure, years)] == ["numerical", "open-ended"]
+    assert load("MMSci_DEV_Captioning_image_only")[0]["problem_type"] == "open-ended"
 
 
 def test_video_tsv_and_json_become_records(forms):
@@ -424,18 +424,17 @@ def test_video_tsv_and_json_become_records(forms):
         assert record["media"] == [dict(type="video", path=str(forms / folder / "abc.mp4"))]
     assert (holmes["options"], holmes["answer"]) == (["A. he", "B. she"], "B")
     assert (long["options"], long["answer"]) == (["A. he", "B. she"], "A")
-    assert caption["answer"] == "Who comes? Ann.\nWhen? Late." and caption["judged"]
+    assert caption["answer"] == "Who comes? Ann.\nWhen? Late."
 
 
 def test_list_names_every_benchmark():
-    """A benchmark without a way to get it, or without its mark for the system prompt."""
+    """A benchmark without a way to get it; one of the release under a name that says otherwise."""
     said = run("evaluate.py", "--list").stdout
     for stem, row in evaluate.BENCHMARKS.items():
         line = rf"^{re.escape(row.name)} +{re.escape(stem)} .*{row.paper[0]}.*\n +(\S*)$"
         source = re.search(line, said, re.MULTILINE)[1]
         assert source.startswith(row.source) and not source.endswith("/"), stem
-        marked = re.search(rf"^.* {re.escape(stem)} .*system.*$", said, re.MULTILINE)
-        assert bool(marked) == (not stem.startswith("eval_"))
+        assert (row.source == evaluate.HUB) == stem.startswith("eval_")
     assert said.count(".tsv\n") == 9
 
 
@@ -482,7 +481,7 @@ def server():
         yield server
 
 
-CAPTION = dict(problem="<image>Describe it.", options=[], answer="a red fox", judged=True)
+CAPTION = dict(problem="<image>Describe it.", options=[], answer="a red fox")
 CAPTION |= dict(problem_type="open-ended", data_type="image")
 NOTHING = "[]", '{"choices": []}', '{"choices": [{}]}'
 
@@ -533,24 +532,29 @@ def test_judge_is_asked_once_and_its_silence_is_no_grade(server, tmp_path, capsy
     answers = ["a fox", "a cow", "a hen", None]
     lines = [dict(problem_id="p", response=text, trouble=[]) for text in answers]
     lines = {i: line | dict(position=i) for i, line in enumerate(lines)}
-    evaluate.write_whole(f"{out}/{name}.jsonl", lines)
+    write_lines(f"{out}/{name}.jsonl", lines)
 
     def accuracies(model="m"):
-        evaluate.grade({name: records}, out, model)
-        evaluate.judge_answers({name: records}, out, server.url, model)
-        return [line["accuracy"] for line in stored(out, name).values()]
+        lines = stored(out, name)
+        with evaluate.rewards.Grader() as grader:
+            evaluate.grade(records, lines, grader, model)
+        evaluate.judge_answers(records, lines, f"{out}/{name}.jsonl", server.url, model)
+        for p, line in stored(out, name).items():  # a verdict is written at once
+            assert line == lines[p] or "verdict" not in lines[p]
+        write_lines(f"{out}/{name}.jsonl", lines)
+        return [line["accuracy"] for line in lines.values()]
 
     server.replies = [(503, "asleep"), "no", "no"]
     assert accuracies() == [None] * 3 + [0.0] and len(server.asked) == 3
     said = capsys.readouterr().out
-    assert said.count("judge: record") == 1 and "3 of 3 answers have no verdict" in said
-    found = values(name, list(stored(out, name).values()))
-    assert found["no grade"] == 0.75 and found["accuracy"] == 0.0  # of the one that says nothing
+    assert "no verdict for 3 of 3 answers, see record 0: " in said
+    found = evaluate.metrics_of(name, list(stored(out, name).values()))
+    assert found["accuracy"]["value"] == 0.0 and found["accuracy"]["n"] == 1  # that says nothing
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 6
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 6  # nothing left to ask
     changed = stored(out, name)
     changed[0]["response"] = "an owl"
-    evaluate.write_whole(f"{out}/{name}.jsonl", changed)
+    write_lines(f"{out}/{name}.jsonl", changed)
     assert accuracies() == [0.7] * 3 + [0.0] and len(server.asked) == 7
     server.replies = ["5", "5", "no"]  # another judge, which is silent about one answer
     assert sorted(map(str, accuracies("other"))) == ["0.0", "0.5", "0.5", "None"]
@@ -569,8 +573,8 @@ def test_interval_covers_the_truth_about_95_times_in_100():
     """An interval of the values, not of their mean; wrong percentiles (90%, or one-sided)."""
     rng, hits = np.random.default_rng(1), 0
     for i in range(300):
-        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")[1]
-        cell = evaluate.interval(0, means)
+        means = evaluate.resampled(column_of(rng.random(60) < 0.4), f"benchmark {i}")[:, 0]
+        cell = evaluate.interval(means)
         hits += cell["low"] <= 0.4 <= cell["high"]
     assert 0.91 <= hits / 300 <= 0.98
 
@@ -578,7 +582,7 @@ def test_interval_covers_the_truth_about_95_times_in_100():
 def test_resamples_are_the_same_for_a_name_and_independent_between_names():
     """One seed for all benchmarks couples their draws: the mean's interval is then wrong."""
     scores = np.random.default_rng(0).random(50)
-    a, again, b = (evaluate.resampled(column_of(scores), name)[1][:, 0] for name in ("a", "a", "b"))
+    a, again, b = (evaluate.resampled(column_of(scores), name)[1:, 0] for name in ("a", "a", "b"))
     assert (a == again).all() and abs(np.corrcoef(a, b)[0, 1]) < 0.1
 
 
@@ -586,26 +590,35 @@ def test_resamples_are_the_same_for_a_name_and_independent_between_names():
 # Stored outputs
 
 
-def test_parts_are_joined_in_position_order_with_what_was_there(tmp_path):
-    """Outputs in the order of the ranks; "10" before "2"; parts lost, or left behind and counted
-    twice; a torn line that ends the run; records with one problem id that overwrite each other."""
-    out, names = str(tmp_path), ("a", "a.b", "x[1]")  # no name swallows another's parts
-    for position in range(12):
-        for name in names:
-            line = dict(problem_id="same", position=position, response=name)
-            evaluate.append(out, position % 3, name, line)
-    with open(f"{out}/parts/a/0.jsonl", "a") as file:
+def test_lines_of_several_ranks_in_one_file(tmp_path):
+    """Outputs in the order of the ranks; "10" before "2"; a torn line that ends the run, or takes
+    the next one with it; records with one problem id that overwrite each other."""
+    path = f"{tmp_path}/a.jsonl"
+    for position in (0, 10, 2, 3):
+        evaluate.append(path, dict(problem_id="same", position=position, response="said"))
+    with open(path, "a") as file:
         file.write('{"problem_id": "same", "posit')  # killed here
-    evaluate.join_parts(out)
-    assert not list(tmp_path.glob("parts/*/*"))
-    evaluate.append(out, 0, "a", dict(position=12, response="new"))
-    evaluate.append(out, 1, "a", dict(position=5, response="tried again"))
-    evaluate.join_parts(out)
-    texts = (tmp_path / "a.jsonl").read_text().splitlines()
-    assert [json.loads(text)["position"] for text in texts] == list(range(13))
-    assert stored(out, "a")[5]["response"] == "tried again"
-    assert all(stored(out, name)[6]["response"] == name for name in names)
+    evaluate.append(path, dict(position=12, response="new"))
+    evaluate.append(path, dict(position=3, response="tried again"))
+    lines = evaluate.read_lines(path, range(13))
+    assert list(lines) == list(range(13)) and lines[3]["response"] == "tried again"
+    answered = [position for position, line in lines.items() if line["response"]]
+    assert answered == [0, 2, 3, 10, 12] and lines[1]["trouble"] == ["unanswered"]
+    write_lines(path, lines)
+    assert [json.loads(text) for text in open(path)] == list(lines.values())
     assert evaluate.read_lines(tmp_path / "none.jsonl") == {}
+
+
+def test_ranks_do_not_write_into_each_others_lines(tmp_path):
+    """Two processes that add to one file at once, long lines and many."""
+    code = "import sys; sys.path.insert(0, '.'); import evaluate\nrank = int(sys.argv[1])\n"
+    code += "for i in range(200): evaluate.append(sys.argv[2], dict(position=2 * i + rank, x='y' * 99_999))"
+    path = f"{tmp_path}/a.jsonl"
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen([*command, str(rank), path], cwd=ROOT) for rank in (0, 1)]
+    assert [each.wait() for each in both] == [0, 0]
+    lines = evaluate.read_lines(path)
+    assert sorted(lines) == list(range(400)) and {len(x["x"]) for x in lines.values()} == {99_999}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,18 +631,19 @@ def store(out, name, accuracies, **more):
     common = dict(task="math", parts={}, trouble=[]) | more
     lines = [dict(accuracy=float(accuracy)) | common for accuracy in accuracies]
     lines = [line | dict(position=i, problem_id=str(i)) for i, line in enumerate(lines)]
-    evaluate.write_whole(f"{out}/{name}.jsonl", dict(enumerate(lines)))
+    write_lines(f"{out}/{name}.jsonl", dict(enumerate(lines)))
     results = evaluate.read_object(f"{out}/results.json")
     results[name] = evaluate.metrics_of(name, lines)
     evaluate.write_whole(f"{out}/results.json", json.dumps(results))
 
 
 def compared(tmp_path, **models):
-    """compare_models of {model: {benchmark: accuracies}}."""
+    """compare of {model: {benchmark: accuracies}}."""
     for model, found in models.items():
         for name, accuracies in found.items():
             store(tmp_path / model, name, accuracies)
-    return evaluate.compare_models({model: str(tmp_path / model) for model in models})
+    folders = [str(tmp_path / model) for model in models]
+    return evaluate.compare(SimpleNamespace(compare=folders, names=None, out=None))
 
 
 def test_difference_is_paired_over_the_records(tmp_path):
@@ -662,25 +676,30 @@ def test_mean_weighs_benchmarks_not_records(tmp_path):
     assert mean("a", large=[0.0] * 90, small=[1.0] * 10)["value"] == 0.5
     stems = [f"eval_refcoco_{split}" for split in ("val", "testA", "testB")]
     assert evaluate.mean_of(dict.fromkeys(stems, 1.0) | {"eval_charades": 0.0}) == 0.5
-    store(tmp_path / "b", "seg", [0.0, 0.0], task="segmentation-image", parts={"cIoU": (90, 100)})
-    lines = stored(tmp_path / "b", "seg")
+    seg = "eval_seg_refcoco"
+    store(tmp_path / "b", seg, [0.0, 0.0], task="segmentation-image", parts={"cIoU": (90, 100)})
+    lines = stored(tmp_path / "b", seg)
     lines[1]["parts"]["cIoU"] = [0, 10]
-    evaluate.write_whole(f"{tmp_path}/b/seg.jsonl", lines)
-    row = evaluate.compare_models({"b": f"{tmp_path}/b"})["benchmarks"]["seg"]
+    write_lines(f"{tmp_path}/b/{seg}.jsonl", lines)
+    row = compared(tmp_path, b={})["benchmarks"][seg]
     assert row["metric"] == "cIoU" and row["models"]["b"]["value"] == pytest.approx(90 / 110)
 
 
 def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(tmp_path, capsys):
-    """Models compared over different benchmarks, metrics or records, in silence."""
-    a, b = dict(x=[1.0, 0.0], y=[1.0], z=[1.0]), dict(x=[0.0, 0.0])
-    masks = dict(task="segmentation-image", parts={"cIoU": (1, 1)})
-    store(tmp_path / "b", "z", [1.0], **masks)  # whose headline metric is another one
-    assert compared(tmp_path, a=a, b=b)["left_out"] == ["y", "z"]
+    """Models compared over different benchmarks or records, in silence; one without its masks."""
+    seg = "eval_seg_mevis"
+    a, b = {"x": [1.0, 0.0], "y": [1.0], seg: [1.0]}, {"x": [0.0, 0.0], seg: [1.0]}
+    report = compared(tmp_path, a=a, b=b)
+    assert report["left_out"] == [seg, "y"] and list(report["benchmarks"]) == ["x"]
+    assert f"left out, since not all models have them: {seg}, y\n" in capsys.readouterr().out
     lines = {p: line | dict(problem_id="other") for p, line in stored(tmp_path / "b", "x").items()}
-    evaluate.write_whole(f"{tmp_path}/b/x.jsonl", lines)
+    write_lines(f"{tmp_path}/b/x.jsonl", lines)
     with pytest.raises(SystemExit):
         compared(tmp_path, a=a, b={})
-    assert "x: the models did not answer the same records" in capsys.readouterr().err
+    assert "x: the models have different records" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compared(tmp_path, a=a, lost={})
+    assert "lost has no results.json" in capsys.readouterr().err
 
 
 def test_compare_command_prints_and_writes(tmp_path):
@@ -743,40 +762,39 @@ def test_chunks_are_bounded_by_count_and_by_tokens(monkeypatch):
 def test_failed_generations_are_no_answers_and_missing_media_are_zeros(monkeypatch, tmp_path):
     """The release writes a failed batch as answers, and drops what it cannot read from the mean."""
     common = dict(problem_type="numerical", data_type="image", answer="3", problem_id="p")
-    records = [common | dict(index=i, benchmark="a", judged=False) for i in range(5)]
+    records = [common | dict(index=i, benchmark="a") for i in range(5)]
     pairs = [(record, data.Prompt(record, [0], None, None, None, {})) for record in records]
     pairs[3] = records[3], data.Skipped("missing_media", "no file x.png")
     responses = [("<answer>3</answer>", True), ("", False), ("<think>3? 3.", False)]
     made, _ = answered(monkeypatch, pairs, [*responses, ("<answer>two</answer>", True)])
     lines = {r["index"]: dict(response=said, trouble=trouble) for r, said, trouble in made}
     assert sorted(lines) == [0, 2, 3, 4]  # 1 has neither ended nor used its tokens up: it failed
-    lines = {p: line | dict(position=p, problem_id="p") for p, line in lines.items()}
-    evaluate.write_whole(f"{tmp_path}/a.jsonl", lines)
-    evaluate.grade({"a": dict(enumerate(records))}, tmp_path, None)
-    lines = stored(tmp_path, "a")
-    assert [line["accuracy"] for line in lines.values()] == [1.0, 0.0, 0.0, 0.0]
+    write_lines(f"{tmp_path}/a.jsonl", {p: line | dict(position=p) for p, line in lines.items()})
+    lines = evaluate.read_lines(f"{tmp_path}/a.jsonl", range(5))
+    with evaluate.rewards.Grader() as grader:
+        evaluate.grade(dict(enumerate(records)), lines, grader)
+    assert [line["accuracy"] for line in lines.values()] == [1.0, None, 0.0, 0.0, 0.0]
     assert lines[2]["trouble"][0] == "cut off" and lines[4]["trouble"] == ["unreadable"]
     assert lines[3]["trouble"] == ["skipped", "missing_media"] and lines[3]["response"] is None
-    metrics = evaluate.metrics_of("a", list(lines.values()), failed=1)
-    assert metrics["accuracy"]["n"] == 4 and metrics["no grade"]["value"] == pytest.approx(1 / 5)
-    troubles = {"unreadable": 0.5, "cut off": 0.25, "skipped": 0.25}
+    metrics = evaluate.metrics_of("a", list(lines.values()))
+    assert metrics["accuracy"]["n"] == 4 and metrics["accuracy"]["value"] == 1 / 4
+    troubles = {"unreadable": 0.4, "cut off": 0.2, "skipped": 0.2, "unanswered": 0.2}
     assert {trouble: metrics[trouble]["value"] for trouble in troubles} == troubles
-    assert evaluate.headline_metric("a", list(lines.values()), metrics)[1].startswith("1 have no")
+    assert evaluate.headline_metric("a", metrics)[1].startswith("1 of 5 have no accuracy")
 
 
 def test_masks_of_what_was_read_as_the_answer_before_are_dropped(tmp_path):
     """After a change of the reader: the masks of the old answer counted as those of the new one."""
-    record = dict(
-        problem_type="segmentation", data_type="image", answer="{}", index=0, judged=False
-    )
-    line = dict(problem_id="p", position=0, response="read", trouble=[])
-    for name, said in (("same", "read"), ("other", "read otherwise")):
+    record = dict(problem_type="segmentation", data_type="image", answer="{}")
+    records = {i: record | dict(index=i, benchmark="a", problem_id="p") for i in range(2)}
+    lines = {}
+    for i, said in enumerate(("read", "read otherwise")):
         masks = dict(answer=said, parts=dict(gIoU=0.5))
-        evaluate.write_whole(f"{tmp_path}/{name}.jsonl", {0: line | dict(masks=masks)})
-    evaluate.grade({"same": {0: record}, "other": {0: record}}, str(tmp_path), None)
-    for name, kept in (("same", True), ("other", False)):
-        graded = stored(tmp_path, name)[0]
-        assert ("masks" in graded) == ("gIoU" in graded["parts"]) == kept
+        lines[i] = dict(position=i, response="read", trouble=[], masks=masks)
+    with evaluate.rewards.Grader() as grader:
+        evaluate.grade(records, lines, grader)
+    for i, kept in enumerate((True, False)):
+        assert ("masks" in lines[i]) == ("gIoU" in lines[i]["parts"]) == kept
 
 
 def test_each_benchmark_is_asked_as_the_release_asks_it(toy, processor):
@@ -829,7 +847,7 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
         return str(tmp_path / name)
 
     said = lambda **changes: refused(request_of(**changes), capsys)
-    assert "no such folder" in said(model=str(tmp_path / "nothing"))
+    assert "no folder of a model" in said(model=str(tmp_path / "nothing"))
     assert "none.json" in said(data=[str(tmp_path / "none.json")])
     twice = [
         str(tmp_path / "math.json"),
@@ -838,19 +856,19 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     assert "a second file of 'math'" in said(data=twice)
     turns = [dict(role="user", content="?"), dict(role="assistant", content="!")]
     assert "SFT records" in said(data=[file("sft.json", [dict(messages=turns)])])
-    assert "math.json: no medium exists: " in said(media_root=str(tmp_path / "elsewhere"))
-    assert "go together" in said(judge_url="http://x/v1")
+    assert "math.json: no medium exists, " in said(media_root=str(tmp_path / "elsewhere"))
+    assert "goes with" in said(judge_url="http://x/v1")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # whose args.json would be overwritten
-    assert "the folder of a training run" in said(out=str(tmp_path / "run"))
+    assert "a training run's folder" in said(out=str(tmp_path / "run"))
     for sam2 in ("nowhere", str(tmp_path), f"{tmp_path}/sam2"):
-        assert f"--sam2 {sam2}: no folder of a SAM2" in said(sam2=sam2)
+        assert f"{sam2}: no folder of a model, and no hub id" in said(sam2=sam2)
     assert "record 0: cannot be read: KeyError('question')" in said(
         data=[file("Video_Holmes.json", '{"a": 1}')]
     )
     choice = f"index\tquestion\tanswer\timage\tA\tB\n1\t?\tD\t{100 * 'A'}\tx\ty\n"
     assert "record 0: answer 'D' is none of the options" in said(data=[file("c.tsv", choice)])
     for row, sentence in (
-        ("1\t?\tB\t7", "KeyError('7')"),
+        ("1\t?\tB\t7", "base64"),
         ("1\t?\tB\t" + 100 * "!", "base64"),
         ("1\t?\t\t" + 100 * "A", "answer"),
     ):
@@ -911,19 +929,17 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature):
     return made
 
 def run(out, stage, left):
-    def append(folder, rank, name, line):
+    def append(path, line):
         nonlocal left
-        here = "judge" if rank == "judge" else "mask" if "masks" in line else "answer"
+        here = "judge" if "verdict" in line else "mask" if "masks" in line else "answer"
         left -= here == stage or stage == "^C"
         if left == 0 and stage == "^C":
             os.kill(os.getpid(), signal.SIGINT)
         if left == 0 and here == stage:
-            path = f"{folder}/parts/{name}/{rank}.jsonl"
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             with open(path, "a") as file:
-                file.write(json.dumps(line)[:40])
+                file.write("\\n" + json.dumps(line)[:40])
             os._exit(9)
-        write(folder, rank, name, line)
+        write(path, line)
 
     write, evaluate.append = evaluate.append, append
     sys.argv[1:] = [*common, "--out", out]
@@ -1014,7 +1030,7 @@ def test_regrading_gives_the_same_grades_without_a_model(runs, tmp_path, capsys)
     for name in ("eval_charades", "MathVerse_MINI", "eval_seg_mevis"):
         spoilt = dict(accuracy=0.25, trouble=["unreadable"])
         lines = {p: line | spoilt for p, line in stored(out, name).items()}
-        evaluate.write_whole(f"{out}/{name}.jsonl", lines)
+        write_lines(f"{out}/{name}.jsonl", lines)
     paths = json.loads((out / "args.json").read_text())["data"]
     done = run("evaluate.py", "--regrade", "--data", *paths, "--out", out)
     assert outputs(out) == outputs(runs / "whole") and "mean over 17 benchmarks" in done.stdout
@@ -1033,7 +1049,7 @@ def test_nothing_in_the_report_is_code(runs):
     assert links and all(link.startswith("data:") for link in links) and "http" not in bare
     assert bare.count("<article") == bare.count("<details>") > 25
     assert bare.count("skipped; missing_media") == 1
-    assert re.search(r"<p>\d+ \w+ 20\d\d, model .*/model, dtype float32, max_frames \d+\n", bare)
+    assert re.search(r"<pre>\d+ \w+ 20\d\d, model .*/model, dtype float32, max_frames \d+\n", bare)
 
 
 def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
@@ -1050,5 +1066,5 @@ def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):
     assert {name: metrics["unreadable"]["n"] for name, metrics in results.items()} == counts
     for metrics in results.values():
         assert not metrics["skipped"]["value"]
-    assert "not in the mean: eval_seg_refcoco: no cIoU: needs --sam2" in result.stdout
+    assert "not in the mean: eval_seg_refcoco: 2 of 2 have no cIoU" in result.stdout
     assert (tmp_path / "report.html").exists()

@@ -50,13 +50,13 @@ TRACK = {"1": BOX, "3": MOVED, "0": [1, 1, 2, 2], "x": [1, 1, 2, 2]}
         ("open-ended", "video", '{"boxes": [1, 2, 3, 4]}', True, Marks()),
         ("temporal grounding", "video", {"time": [12.3, 25.7]}, True, Marks(span=(12.3, 25.7))),
         ("temporal grounding", "video", "from the start on", False, Marks()),
-        ("spatial grounding", "image", f'It is [{{"bbox_2d": {BOX}}}].', True, Marks(boxes={None: BOX})),
+        ("spatial grounding", "image", f'It is [{{"bbox_2d": {BOX}}}].', True, Marks(boxes={0: BOX})),
         ("spatial grounding", "image", '{"boxes": [120, 250, 480]}', False, Marks()),
         ("spatial-temporal grounding", "video", {"time": [3.0, 4.6], "boxes": {"3": BOX, "4": MOVED}}, True,
          Marks((3.0, 4.6), {3.0: BOX, 4.0: MOVED})),
         ("tracking", "video", {"boxes": TRACK}, True, Marks(boxes={0.0: BOX, 2.0: MOVED})),
         ("tracking", "video", {"boxes": {"1": BOX, "2": "gone"}}, False, Marks(boxes={0.0: BOX})),
-        ("segmentation", "image", {"boxes": BOX, **SIX}, True, Marks(None, {None: BOX}, *SIX.values())),
+        ("segmentation", "image", {"boxes": BOX, **SIX}, True, Marks(None, {0: BOX}, *SIX.values())),
         ("segmentation", "video", {"time": 4.0, "boxes": BOX, **SIX}, True, Marks(None, {4.0: BOX}, *SIX.values(), 4.0)),
         ("segmentation", "video", {"boxes": BOX, **SIX}, False, Marks()),
     ],
@@ -111,7 +111,7 @@ def outline(pixels, colour=ORANGE, tolerance=0):
 def test_a_box_covers_its_pixels():
     """Width and height exchanged, x2 one pixel too far, a reversed box, one beyond the edge."""
     white = Image.new("RGB", (400, 300), "white")
-    drawn = lambda box: data.draw(white, Marks(boxes={None: box}))
+    drawn = lambda box: data.draw(white, Marks(boxes={0: box}))
     pixels = np.asarray(drawn([100, 200, 500, 800]))
     assert outline(pixels) == (40, 60, 200, 240)
     assert (pixels[60:62, 40:200] == ORANGE).all() and (pixels[60:240, 198:200] == ORANGE).all()
@@ -233,7 +233,7 @@ def test_frames_are_turned_the_way_the_model_sees_them(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
     turned(tmp_path / "a.mp4", tmp_path / "turned.mp4")
-    frames = infer.iter_frames(str(tmp_path / "turned.mp4"), None)
+    frames = infer.iter_frames(dict(type="video", path=str(tmp_path / "turned.mp4")), None)
     shown = [image for _, image in frames]
     assert len(shown) == 4 and shown[0].size == (200, 300)
     seen = Image.fromarray(data.read_video(tmp_path / "turned.mp4").frames[0]).resize((200, 300))
@@ -260,10 +260,9 @@ def test_a_gif_keeps_time(tmp_path):
 def test_the_strip_of_a_video():
     """A strip of other seconds than it says, a span that is off, the prompted frame left out."""
     frames = np.stack([np.full((60, 90, 3), 5 * i, np.uint8) for i in range(21)])
-    seconds = [i / 2 for i in range(21)]  # 0 to 10
     answer = Marks(boxes={4.5: [0, 0, 1000, 1000]}, time=4.5)
     marks = {"lime": Marks(span=(5.0, 10.0)), "orange": answer}
-    strip = data.draw_strip(frames, seconds, marks)
+    strip = data.draw_medium(data.Video(frames, [*range(21)], 2.0, 21), marks)
     levels = np.asarray(strip)[60, 80::162, 0]
     assert (levels / 10).tolist() == [0, 1, 3, 4.5, 5, 6, 8, 10]
     cells = [strip.crop((162 * i, 0, 162 * i + 160, 120)) for i in range(8)]
@@ -295,11 +294,11 @@ def test_folders_of_frames(tmp_path):
 def sam2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sam2")
     tiny_sam2(folder)
-    return folder, infer.load_sam2(folder, "cpu")
+    return folder, infer.load_sam2(str(folder), "cpu")
 
 
 POINTS = [[300, 300], [400, 300], [300, 400]], [[900, 900], [50, 900], [900, 50]]
-PROMPT = Marks(None, {None: [100, 100, 600, 700]}, *POINTS)
+PROMPT = Marks(None, {0: [100, 100, 600, 700]}, *POINTS)
 
 
 def noise(*shape):
@@ -376,13 +375,13 @@ def test_masks_are_drawn(sam2, tmp_path):
         ("--image a.png --task tracking follow", "--task 'tracking' does not go with --image"),
         ("--image a.png --save o.mp4 read", "--save o.mp4: expected .png"),
         ("--image a.png --save a.png/o.png", "File exists"),
-        ("--image a.png --json", "--json: a question is needed"),
         ("--image a.png which --options one two", "--options are needed for a multiple choice"),
         ("--image torn.png what", "torn.png: cannot identify image file"),
         ("what", "--image or --video is needed"),
         ("--image a.png what<image>is<image>this", "<image>"),
-        ("--image a.png what --sam2 none", "--sam2 none: no folder of a SAM2"),
-        ("--image a.png what --model none", "none: no such folder, and no hub id"),
+        ("--image a.png --json", "--json: a question is needed"),
+        ("--image a.png what --sam2 none", "none: no folder of a model, and no hub id"),
+        ("--image a.png what --model none", "none: no folder of a model, and no hub id"),
     ],
 )  # fmt: skip
 def test_wrong_requests_are_refused_at_once(toy, tmp_path, monkeypatch, words, sentence):
@@ -648,5 +647,5 @@ def test_ctrl_c_stops_an_answer_and_keeps_the_model(ask, canned, monkeypatch, ca
 def test_a_refusal_is_one_sentence_and_exit_code_2():
     """A script that calls this one takes a wrong request for an answer, or gets a traceback."""
     result = run("infer.py", "--model", "none", "--image", "none.png", "hi", check=False)
-    said = result.returncode, result.stderr
-    assert said == (2, "infer.py: none: no such folder, and no hub id of the form owner/name\n")
+    sentence = "infer.py: none: no folder of a model, and no hub id of the form owner/name\n"
+    assert (result.returncode, result.stderr) == (2, sentence)

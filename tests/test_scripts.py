@@ -1,16 +1,10 @@
 """The scripts as a person runs them: --help, wrong input, and the whole demo in a few steps."""
 
-import base64
 import json
-import os
 import re
 import runpy
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import pytest
 from conftest import ROOT, run
@@ -31,28 +25,17 @@ def test_help(monkeypatch, capsys):
         assert text.startswith("usage:") and "--model" in text, script
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        ({"--data": "no_answer.json"}, "no_answer.json: record 3: answer is"),
-        ({"--model": "other_model"}, "model_type is 'qwen2_5_vl', expected 'qwen3_vl'"),
-    ],
-)
-def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path, flags, sentence):
+def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path):
     """The release loads 8B parameters on every GPU and then dies of a typing error. Under torchrun the
     sentence must not be lost above forty lines of its own."""
     records = json.loads((toy / "rl_train.json").read_text())[:8]
     del records[3]["answer"]
     (toy / "no_answer.json").write_text(json.dumps(records))
-    (toy / "other_model").mkdir(exist_ok=True)
-    (toy / "other_model" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
-    flags = {"--model": "model", "--data": "rl_train.json", "--steps": 1, **flags}
-    at_toy = lambda value: toy / value if (toy / str(value)).exists() else value
-    command = [part for flag, value in flags.items() for part in (flag, at_toy(value))]
-    run_folder = tmp_path / "run"
-    result = run("rl_ema_grpo.py", *command, "--out", run_folder, ranks=2, check=False)
-    assert result.returncode != 0 and not run_folder.exists()
+    files = ["--model", toy / "model", "--data", toy / "no_answer.json", "--out", tmp_path / "run"]
+    result = run("rl_ema_grpo.py", *files, ranks=2, check=False)
+    assert result.returncode != 0 and not (tmp_path / "run").exists()
     said = [line for line in result.stderr.splitlines() if line.startswith("rl_ema_grpo.py: ")]
+    sentence = "no_answer.json: record 3: answer is"
     assert len(said) == 1 and sentence in said[0], result.stderr
     assert sentence in "".join(result.stderr.splitlines()[-3:]) and "Loading" not in result.stderr
 
@@ -66,7 +49,7 @@ def test_wrong_values_and_paths_are_named(monkeypatch, capsys, tmp_path):
     assert "argument --steps: 0 is not a number from 1 on" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
-    with pytest.raises(ValueError, match="^runs/nothere: no such folder, and no hub id"):
+    with pytest.raises(ValueError, match="^runs/nothere: no folder of a model, and no hub id"):
         data.load_processor("runs/nothere")
     with pytest.raises(OSError, match="nowhere.json"):
         data.load_records("nowhere.json")
@@ -169,40 +152,3 @@ def test_trained_folder_opens_with_transformers(demo):
         answer.shape[1] == inputs["input_ids"].shape[1] + 4
         or processor.tokenizer.eos_token_id in answer[0, -4:]
     )
-
-
-def test_trained_folder_is_served_over_the_openai_protocol(demo):
-    """A folder that only our own scripts can read: one chat request with a picture through vLLM's server."""
-    from openai import OpenAI
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    picture = next((demo[0] / "toy" / "media").glob("*.png")).read_bytes()
-    server = subprocess.Popen(
-        [sys.executable, "tests/serve.py", "--model", str(demo[0] / "rl"), "--served-model-name", "toy", "--dtype", "float32",
-         "--max-model-len", "512", "--enforce-eager", "--host", "127.0.0.1", "--port", str(port)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-    try:
-        for _ in range(240):
-            assert server.poll() is None, server.stdout.read()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(0.5)
-        url = "data:image/png;base64," + base64.b64encode(picture).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": "What is in the picture?"},
-        ]
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
-        reply = client.chat.completions.create(
-            model="toy", messages=[{"role": "user", "content": content}], max_tokens=8
-        )
-        assert reply.choices[0].message.content
-        assert reply.usage.prompt_tokens > 9  # the picture alone has nine
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
