@@ -262,7 +262,17 @@ def normalise(raw, file, index, root):
         need(is_text(text), field, "a text" if field in record else FORMS)
         need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
         need(found or kind not in JSON_TYPES, "images", "an image or a video for this task")
-        record["answer"] = read_truth(record, need)
+        said = "answer" if "answer" in record or "solution" not in record else "solution"
+        answer = record.get(said)
+        if record.get("segmentation_output") and not answer:
+            record["answer"] = ""
+        else:
+            is_json = isinstance(answer, (dict, list))
+            need(kind in JSON_TYPES or not is_json, said, "a text or a number")
+            truth = rewards.truth_of(record)
+            need(answer == answer and truth, said, "the true answer")  # NaN is not itself
+            letter = kind == "multiple choice" and rewards.read_choice(truth, record.get("options"))
+            record["answer"] = letter or truth  # of a choice its letter
     lead = ""
     for kind, paths in media.items():
         missing = len(paths) - text.count(f"<{kind}>")
@@ -294,18 +304,6 @@ def find_media(record, root, need):
             need(path.startswith(root), field, f"none that is outside the media folder {root}")
             media[kind].append(path)
     return media
-
-
-def read_truth(record, need):
-    """The true answer as text without tags, of a choice its letter; "" if masks are the truth."""
-    field = "answer" if "answer" in record or "solution" not in record else "solution"
-    answer, kind, text = record.get(field), record["problem_type"], rewards.truth_of(record)
-    if not answer and record.get("segmentation_output"):
-        return ""
-    need(kind in JSON_TYPES or not isinstance(answer, (dict, list)), field, "a text or a number")
-    need(answer == answer and text, field, "the true answer")  # NaN is not itself
-    letter = kind == "multiple choice" and rewards.read_choice(text, record.get("options"))
-    return letter or text
 
 
 def demonstration(record):
@@ -814,30 +812,9 @@ def draw_medium(pixels, marks, masks=None):
 # ---- --peek: what training will see
 
 
-def peek(prompt, tokenizer, limits):
-    """Prints the media and the text of a prompt, its truth, and the text that SFT learns. Draws what
-    the model sees, with the truth in green: peek-<record>-<medium>.png."""
-    record, given = prompt.record, len(prompt.token_ids)
-    for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
-        frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-        tokens = f"{t * h * w // MERGE**2} of {given} tokens"
-        print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
-    count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-    print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-    if shown := demonstration(record):
-        learned = target_ids(prompt, tokenizer)
-        print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
-    truth = record["answer"] or rewards.find_answer(shown) or ""
-    print(f"--- truth: {truth}")
-    marks = {"lime": marks_of(task_of(record), truth)}
-    for i, medium in enumerate(record["media"]):
-        image = draw_medium(read_medium(medium, limits, record.get("fps")), marks)
-        path = f"peek-{record['index']}-{i}.png"
-        captioned(image, truth).save(path)
-        print(f"--- drawn: {path}")
-
-
 def main():
+    """Prints the media and the text of some prompts, their truth, and the text that SFT learns. Draws
+    what the model sees, with the truth in green: peek-<record>-<medium>.png."""
     parser = new_parser(__doc__)
     parser.add_argument("file", help="record file")
     parser.add_argument("--model", required=True, help="folder or hub id")
@@ -852,15 +829,34 @@ def main():
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
+    tokenizer = processor.tokenizer
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
         try:
-            prompt = encode(record, processor, limits, prompts)
-            peek(prompt, processor.tokenizer, limits)
+            prompt, shown = encode(record, processor, limits, prompts), demonstration(record)
+            learned = target_ids(prompt, tokenizer) if shown else []
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
+            continue
+        given = len(prompt.token_ids)
+        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
+            tokens = f"{t * h * w // MERGE**2} of {given} tokens"
+            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
+        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+        if shown:
+            print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
+        truth = record["answer"] or rewards.find_answer(shown) or ""
+        print(f"--- truth: {truth}")
+        marks = {"lime": marks_of(task_of(record), truth)}
+        for i, medium in enumerate(record["media"]):
+            image = draw_medium(read_medium(medium, limits, record.get("fps")), marks)
+            path = f"peek-{record['index']}-{i}.png"
+            captioned(image, truth).save(path)
+            print(f"--- drawn: {path}")
 
 
 if __name__ == "__main__":
