@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,5 +54,6 @@ def grade_by_tokens(rollouts, grader, tokenizer):
 if restart < len(deaths):
     path, at, who = deaths[restart].split(":")
     doom(importlib.import_module(path.split(".")[0]), path.split(".")[1], int(at), who)
-script.grade = grade_by_tokens  # of rl_ema_grpo; sft has no such name
+script.grade = grade_by_tokens  # of rl_ema_grpo; sft has no such names
+script.Grader = lambda **_: SimpleNamespace(counts={}, close=lambda: None)
 script.main()

@@ -480,21 +480,20 @@ def test_cases(tmp_path, case):
         (dict(answer=["x"]), "answer is .*, expected a text or a number"),
         (dict(answer=float("nan")), "answer is 'nan', expected the true answer"),
         (dict(answer=None, solution=""), "solution is '', expected the true answer"),
-        (dict(problem_type="tracking", answer="left"), "'left' .*schema.*, expected JSON like {.bo"),
-        (dict(problem_type="tracking", answer="[" * 50_000), "expected JSON like {"),
-        (dict(problem_type="tracking", answer='{"time": [1, NaN]}'), "expected JSON like {"),
+        (dict(problem_type="tracking", answer="left"), "'left' .*schema.*, expected .* JSON like {.bo"),
+        (dict(problem_type="tracking", answer="[" * 50_000), "expected .* JSON like {"),
+        (dict(problem_type="tracking", answer='{"time": [1, NaN]}'), "expected .* JSON like {"),
         (dict(problem=7), "problem is '7', expected a text"),
         (dict(problem="<image><image>?"), "problem is .*, expected 1 <image> placeholders"),
-        (dict(images=["../../etc/passwd"]), "is outside the media folder"),
-        (dict(images=["/etc/passwd"]), "is outside the media folder"),
-        (dict(images=[""]), "is outside the media folder"),
+        (dict(images=["../../etc/passwd"]), "files below the media folder"),
+        (dict(images=["/etc/passwd"]), "files below the media folder"),
+        (dict(images=[""]), "files below the media folder"),
         (dict(images={"a.png": 1}), "images is \"{'a.png': 1}\", expected a list of paths"),
         (dict(images=[{"bytes": "x"}]), "images is .*, expected a list of paths"),
         (dict(images=["data:image/png;base64," + "x" * 9999]), "images is .{100,120}, expected"),
         (dict(images=[], path=["a.png"]), "path is .*, expected a text"),
         (dict(images=[], path=None), "data_type is 'image', expected 'text' by the media"),
         (dict(images=None, data_type=None, image_path="a.png"), "image_path is 'a.png', expected"),
-        (dict(BOX, images=None, data_type="text", problem="?"), "expected an image or a video"),
         (dict(data_type="video"), "data_type is 'video', expected 'image' by the media"),
         (dict(data_type="text"), "data_type is 'text', expected 'image' by the media"),
         (dict(data_type="sound"), "data_type is 'sound', expected 'image' by the media"),
@@ -715,7 +714,7 @@ def test_skipped_updates_are_no_bad_records():
 
 def test_too_many_unusable_records_stop_the_run():
     """A wrong media folder that trains on nothing."""
-    stream = iter([data.Skipped("missing_media", "no file")] * 300)
+    stream = iter([data.MediaError("missing_media", "no file")] * 300)
     with pytest.raises(RuntimeError, match="max-bad-share"):
         data.next_items(stream, 300, Counter(), 0.05)
 
@@ -806,8 +805,8 @@ def test_peek_shows_what_is_learned(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data.main()
     shown = capsys.readouterr().out
-    assert shown.count("video: 16 frames of 64 x 64 pixels, 32 of ") == 2
-    assert len(re.findall(r"image: \d+ x \d+ pixels, \d+ of ", shown)) == 4
+    assert shown.count("video: 16 frames of 64 x 64 pixels, drawn: peek-") == 2
+    assert len(re.findall(r"image: \d+ x \d+ pixels, drawn: peek-", shown)) == 4
     assert "<|video_pad|>x4" in shown and "<|image_pad|>x" in shown
     assert shown.count("skipped, missing_media: no file") == 1
     learned = (

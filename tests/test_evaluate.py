@@ -764,7 +764,7 @@ def test_failed_generations_are_no_answers_and_missing_media_are_zeros(monkeypat
     common = dict(problem_type="numerical", data_type="image", answer="3", problem_id="p")
     records = [common | dict(index=i, benchmark="a") for i in range(5)]
     pairs = [(record, data.Prompt(record, [0], None, None, None, {})) for record in records]
-    pairs[3] = records[3], data.Skipped("missing_media", "no file x.png")
+    pairs[3] = records[3], data.MediaError("missing_media", "no file x.png")
     responses = [("<answer>3</answer>", True), ("", False), ("<think>3? 3.", False)]
     made, _ = answered(monkeypatch, pairs, [*responses, ("<answer>two</answer>", True)])
     lines = {r["index"]: dict(response=said, trouble=trouble) for r, said, trouble in made}

@@ -108,10 +108,14 @@ def outline(pixels, colour=ORANGE, tolerance=0):
     return (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) if len(xs) else None
 
 
+def draw(image, marks, second=0, masks=()):
+    return data.draw(image, {"orange": marks}, second, masks)
+
+
 def test_a_box_covers_its_pixels():
     """Width and height exchanged, x2 one pixel too far, a reversed box, one beyond the edge."""
     white = Image.new("RGB", (400, 300), "white")
-    drawn = lambda box: data.draw(white, Marks(boxes={0: box}))
+    drawn = lambda box: draw(white, Marks(boxes={0: box}))
     pixels = np.asarray(drawn([100, 200, 500, 800]))
     assert outline(pixels) == (40, 60, 200, 240)
     assert (pixels[60:62, 40:200] == ORANGE).all() and (pixels[60:240, 198:200] == ORANGE).all()
@@ -124,24 +128,24 @@ def test_a_box_covers_its_pixels():
 def test_points_and_masks():
     """Points at (y, x), negative ones like positive ones, a mask stretched to the wrong shape."""
     white = Image.new("RGB", (400, 300), "white")
-    disc = np.asarray(data.draw(white, Marks(positive=[[250, 500]])))
-    cross = np.asarray(data.draw(white, Marks(negative=[[250, 500]])))
+    disc = np.asarray(draw(white, Marks(positive=[[250, 500]])))
+    cross = np.asarray(draw(white, Marks(negative=[[250, 500]])))
     assert (disc[150, 100] == ORANGE).all() and (cross[150, 100] == ORANGE).all()
     assert (disc[152, 100] == ORANGE).all() and (cross[152, 100] != ORANGE).any()
     mask = np.zeros((30, 40), bool)
     mask[:10, 20:] = True  # at a tenth of the size
-    assert outline(data.draw(white, Marks(), mask=mask), (255, 210, 127), 1) == (200, 0, 400, 100)
+    assert outline(draw(white, Marks(), masks=[mask]), (255, 210, 127), 1) == (200, 0, 400, 100)
 
 
 def test_boxes_between_seconds():
     """Boxes that jump from second to second, stay for ever, or appear before they are named."""
     grey = Image.new("RGB", (400, 300), "grey")
     marks = Marks(boxes={2.0: [0, 0, 500, 500], 3.0: [500, 0, 1000, 500]})
-    places = [outline(data.draw(grey, marks, second)) for second in (1.9, 2.0, 2.5, 3.9, 4.0)]
+    places = [outline(draw(grey, marks, second)) for second in (1.9, 2.0, 2.5, 3.9, 4.0)]
     between = [(0, 0, 200, 150), (100, 0, 300, 150), (200, 0, 400, 150)]
     assert places == [None, *between, None]
     prompt = Marks(boxes={2.0: [0, 0, 500, 500]}, positive=[[900, 900]], time=2.0)
-    drawn = [outline(data.draw(grey, prompt, second)) for second in (1.9, 2.0, 2.9, 3.0)]
+    drawn = [outline(draw(grey, prompt, second)) for second in (1.9, 2.0, 2.9, 3.0)]
     assert [place is not None for place in drawn] == [0, 1, 1, 0]
 
 
@@ -174,8 +178,8 @@ def test_text_answers_stand_below_a_tiny_image(tmp_path):
     Image.new("RGB", (48, 96), "blue").save(tmp_path / "tiny.png")
     for task, answer in (("OCR", "TWO WORDS"), ("spatial grounding", "[1, 2")):
         drawn = save(tmp_path / "o.png", tmp_path / "tiny.png", "image", task, answer)
-        assert outline(drawn, BLUE) == (0, 0, 144, 288)  # three times as large
-        assert outline(np.asarray(drawn)[288:], (0, 0, 0), 60) is not None
+        assert outline(drawn, BLUE) == (0, 0, 96, 192)  # twice as large
+        assert outline(np.asarray(drawn)[192:], (0, 0, 0), 60) is not None
 
 
 def turned(path, out):

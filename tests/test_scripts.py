@@ -32,7 +32,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(toy, tmp_path):
     del records[3]["answer"]
     (toy / "no_answer.json").write_text(json.dumps(records))
     files = ["--model", toy / "model", "--data", toy / "no_answer.json", "--out", tmp_path / "run"]
-    result = run("rl_ema_grpo.py", *files, ranks=2, check=False)
+    result = run("rl_ema_grpo.py", *files, ranks=2, torchrun=True, check=False)
     assert result.returncode != 0 and not (tmp_path / "run").exists()
     said = [line for line in result.stderr.splitlines() if line.startswith("rl_ema_grpo.py: ")]
     sentence = "no_answer.json: record 3: answer is"
@@ -114,7 +114,7 @@ def test_same_command_resumes(demo, toy):
     options += "--max-prompt-tokens 400 --image-min-pixels 4096".split()
     data = sorted((out / "toy").glob("sft_*.json"))
     files = ["--model", out / "toy/model", "--data", *data, "--out", out / "sft"]
-    run("sft.py", *files, "--steps", 5, "--force", *options, ranks=2)
+    run("sft.py", *files, "--steps", 5, "--force", *options, ranks=2, torchrun=True)
     metrics = rows(out / "sft" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5] and metrics[3]["loss"] != 9.9
     assert (out / "sft" / "model.safetensors").read_bytes() != before
