@@ -98,13 +98,9 @@ def load_processor(path):
 def one_matrix_patch_embedding(visual):
     """Makes the patch embedding of a vision tower one matrix product: it is a Conv3d whose kernel
     covers each patch exactly once, which is slow and in some versions of cuDNN fails."""
-    conv = visual.patch_embed.proj
-
-    def forward(patches):
-        weight = conv.weight.flatten(1)
-        return torch.nn.functional.linear(patches.to(weight.dtype), weight, conv.bias)
-
-    visual.patch_embed.forward = forward
+    conv, linear = visual.patch_embed.proj, torch.nn.functional.linear
+    rows = lambda: conv.weight.flatten(1)
+    visual.patch_embed.forward = lambda x: linear(x.to(conv.weight.dtype), rows(), conv.bias)
 
 
 # ---- Prompts: one instruction per task, coordinates 0-1000 of width and height, times in seconds
@@ -113,6 +109,7 @@ THINK = "Think first, between <think> and </think>. "
 THINK += "Then write only the final answer between <answer> and </answer>: "
 MARKS = '"boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
 MARKS += '"negative_points": [[90, 240], [500, 260], [300, 750]]'
+POINTS = "three points on the object and three beside it, in coordinates from 0 to 1000, as JSON"
 PROMPTS = {
     "multiple choice": "the letter of the right option.",
     "numerical": "one number.",
@@ -128,11 +125,9 @@ PROMPTS = {
     '{"time": [3.0, 4.6], "boxes": {"3": [120, 250, 480, 700], "4": [130, 250, 490, 700]}}.',
     "tracking": "the box in coordinates from 0 to 1000 once a second, key 1 for the first frame, "
     'as JSON like {"boxes": {"1": [120, 250, 480, 700], "2": [130, 250, 490, 700]}}.',
-    "segmentation-image": "the box, three points on the object and three beside it, in coordinates "
-    f"from 0 to 1000, as JSON like {{{MARKS}}}.",
+    "segmentation-image": f"the box, {POINTS} like {{{MARKS}}}.",
     "segmentation-video": "a second at which the object is well seen, and for that frame its box, "
-    "three points on the object and three beside it, in coordinates from 0 to 1000, as JSON like "
-    f'{{"time": 4.0, {MARKS}}}.',
+    f'{POINTS} like {{"time": 4.0, {MARKS}}}.',
 }
 PROMPTS = {task: THINK + instruction for task, instruction in PROMPTS.items()}
 
@@ -171,46 +166,38 @@ def load_prompts(path):
 
 # ---- Records: three forms, as a JSON list or JSONL, become one.
 
-FORMS = "one of three forms: problem and answer (RL) or solution (evaluation), or messages (SFT)"
+FORMS = "one of three forms: problem and answer, problem and solution, or messages"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-MEDIA_FIELDS = dict(images="image", image="image", videos="video", video="video")
 is_text = lambda x: isinstance(x, str)
 is_turn = lambda x: isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
-TURNS = "a list of turns with a role and a content"
-FIELDS = dict.fromkeys(("process", "path", "additional_path"), (is_text, "a text"))
-FIELDS["options"] = lambda x: isinstance(x, list), "a list"
-FIELDS["messages"] = lambda x: isinstance(x, list) and all(map(is_turn, x)), TURNS
-FIELDS["fps"] = lambda x: rewards.is_number(x) and x > 0, "a number above 0"
+TURNS = "a list of turns with a role and a content: one of the user, a last turn of the assistant"
 
 
-def load_records(path, media_root=None, max_bad_share=0.0):
+def load_records(path, media_root=None, max_bad_share=0.0, raws=None):
     """Reads a JSON list or JSONL file of records into plain dicts of one form: their own fields and
     problem_id (text), problem (with one placeholder per medium), problem_type (None where an SFT
     record does not say), data_type, options (list), answer (text without tags, None for SFT), media
     ([{"type", "path"}], absolute paths), file, index (where it stood). Paths are relative to
     media_root, by default the file's folder, and must stay below it. Raises ValueError naming file,
-    record, field and value, also when more than max_bad_share of the truths cannot be graded."""
+    record, field and value, also when more than max_bad_share of the truths cannot be graded; fewer
+    are printed and left out. raws: {index: raw record}, in place of what the file holds."""
     root = os.path.abspath(media_root or Path(path).parent)
-    records = [normalise(raw, str(path), i, root) for i, raw in enumerate(read_values(path))]
-    return gradable(records, max_bad_share)
-
-
-def gradable(records, max_bad_share=0.0):
-    """The records less those whose truth no answer could match, which are printed and counted."""
-    reasons = [record["answer"] and rewards.gradable(record) for record in records]
-    bad = [(record, reason) for record, reason in zip(records, reasons) if reason]
-    if bad:
-        message = f"{records[0]['file']}: {len(bad)} of {len(records)} records cannot be graded"
-        for record, reason in bad[:5]:
-            field = "solution" if "solution" in record else "answer"
-            message += f"; record {record['index']}: {field} {record['answer'][:100]!r} {reason}"
-            example = re.search(r"\{.*\}", PROMPTS[task_of(record)])
-            message += f", expected JSON like {example[0]}" if example else ""
-        if len(bad) > max_bad_share * len(records):
-            raise ValueError(message)
-        if FIRST_RANK:
-            print(f"left out: {message}")
-    return [record for record, reason in zip(records, reasons) if not reason]
+    raws = dict(enumerate(read_values(path))) if raws is None else raws
+    records, bad = [], []
+    for i, raw in raws.items():
+        record = normalise(raw, str(path), i, root)
+        if reason := record["answer"] and rewards.gradable(record):
+            field, truth = "solution" if "solution" in record else "answer", record["answer"][:100]
+            expected = PROMPTS[task_of(record)].removeprefix(THINK).rstrip(".")
+            bad.append(f"record {i}: {field} {truth!r} {reason}, expected {expected}")
+        else:
+            records.append(record)
+    message = f"{path}: {len(bad)} of {len(raws)} records cannot be graded; {'; '.join(bad[:5])}"
+    if len(bad) > max_bad_share * len(raws):
+        raise ValueError(message)
+    if bad and FIRST_RANK:
+        print(f"left out: {message}")
+    return records
 
 
 def read_values(path):
@@ -236,61 +223,21 @@ def normalise(raw, file, index, root):
 
     def need(right, field, expected):
         if not right:
-            found = repr(str(record[field])[:100]) if field in record else "missing"
+            found = "missing" if record.get(field) is None else repr(str(record[field])[:100])
             raise ValueError(f"{file}: record {index}: {field} is {found}, expected {expected}")
 
     record = raw if isinstance(raw, dict) else {"record": raw}
     need(record is raw, "record", "an object")
-    record = {field: value for field, value in raw.items() if value is not None}
-    for field, (holds, expected) in FIELDS.items():
-        need(not record.get(field) or holds(record[field]), field, expected)
-    media = find_media(record, root, need)
-    found = "-".join(kind for kind in ("video", "image") if media[kind])
-    hints = list(filter(re.compile("image|img|video|media|frames").search, record))
-    if hints and not found and "data_type" not in record:
-        need(False, hints[0], "media under images, videos or path, or data_type 'text'")
-    matches = record.setdefault("data_type", found or "text") == (found or "text")
-    need(matches, "data_type", f"{found or 'text'!r} by the media in images, videos or path")
-    if "messages" in record:
-        field, turns, record["answer"] = "messages", record["messages"] or [], None
-        asked = [turn for turn in turns if turn["role"] == "user"]
-        ended = asked and turns[-1]["role"] == "assistant"
-        need(ended, field, "a turn of the user, and a last turn of the assistant")
-        text = "\n".join(turn["content"] for turn in asked)  # media may be in any turn of the user
-    else:
-        field, text, kind = "problem", record.get("problem"), record.get("problem_type")
-        need(is_text(text), field, "a text" if field in record else FORMS)
-        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
-        need(found or kind not in JSON_TYPES, "images", "an image or a video for this task")
-        said = "answer" if "answer" in record or "solution" not in record else "solution"
-        answer = record.get(said)
-        if record.get("segmentation_output") and not answer:
-            record["answer"] = ""
-        else:
-            is_json = isinstance(answer, (dict, list))
-            need(kind in JSON_TYPES or not is_json, said, "a text or a number")
-            truth = rewards.truth_of(record)
-            need(answer == answer and truth, said, "the true answer")  # NaN is not itself
-            letter = kind == "multiple choice" and rewards.read_choice(truth, record.get("options"))
-            record["answer"] = letter or truth  # of a choice its letter
-    lead = ""
-    for kind, paths in media.items():
-        missing = len(paths) - text.count(f"<{kind}>")
-        need(missing >= 0, field, f"{len(paths)} <{kind}> placeholders, one per {kind}")
-        lead += f"<{kind}>" * missing
-    if "messages" in record:
-        asked[0]["content"] = lead + asked[0]["content"]
-    order = re.findall("<(image|video)>", lead + text)  # pixels and tokens in this order
-    record["media"] = [{"type": kind, "path": media[kind].pop(0)} for kind in order]
-    record |= dict(problem=lead + text, file=file, index=index)
-    record["problem_id"] = str(record.get("problem_id", index))
-    record["options"] = [str(option) for option in record.get("options", [])]
-    return {"problem_type": None} | record
+    record = dict(problem_type=None, problem_id=index, options=[])
+    record |= {field: value for field, value in raw.items() if value is not None}
+    for field in ("process", "path", "additional_path"):
+        need(is_text(record.get(field) or ""), field, "a text")
+    need(isinstance(record["options"] or [], list), "options", "a list")
+    fps = record.get("fps") or 1
+    need(rewards.is_number(fps) and fps > 0, "fps", "a number above 0")
 
-
-def find_media(record, root, need):
-    """The paths of a record's media: {"image": list, "video": list}."""
-    media, root, fields = {"image": [], "video": []}, os.path.join(root, ""), MEDIA_FIELDS
+    fields = dict(images="image", image="image", videos="video", video="video")
+    media = {"video": [], "image": []}
     if not any(map(record.get, fields)):  # the evaluation form
         by_name = str(record.get("path")).lower().endswith(IMAGE_ENDINGS)
         kind = "image" if by_name or record.get("data_type") == "image" else "video"
@@ -299,11 +246,46 @@ def find_media(record, root, need):
         paths = record.get(field) or []
         for path in paths if isinstance(paths, list) else [paths]:
             local = is_text(path) and not re.match(r"data:|\w+://", path)
-            need(local, field, "a list of paths of files on this machine")
-            path = os.path.normpath(os.path.join(root, path))
-            need(path.startswith(root), field, f"none that is outside the media folder {root}")
+            path = os.path.normpath(os.path.join(root, path)) if local else ""
+            inside = path.startswith(os.path.join(root, ""))
+            need(inside, field, f"a list of paths of files below the media folder {root}")
             media[kind].append(path)
-    return media
+    found = "-".join(filter(media.get, media)) or "text"
+    hints = list(filter(re.compile("image|img|video|media|frames").search, record))
+    if hints and found == "text" and "data_type" not in record:
+        need(False, hints[0], "media in images, videos, path, or data_type 'text'")
+    matches = record.setdefault("data_type", found) == found
+    need(matches, "data_type", f"{found!r} by the media")
+
+    if "messages" in record:
+        field, turns, record["answer"] = "messages", record["messages"], None
+        right = isinstance(turns, list) and all(map(is_turn, turns))
+        asked = [turn for turn in turns if turn["role"] == "user"] if right else []
+        need(asked and turns[-1]["role"] == "assistant", field, TURNS)
+    else:
+        field, text, kind = "problem", record.get("problem"), record["problem_type"]
+        need(is_text(text), field, "a text" if field in record else FORMS)
+        need(kind in PROBLEM_TYPES, "problem_type", f"one of {', '.join(PROBLEM_TYPES)}")
+        need(found != "text" or kind not in JSON_TYPES, "images", "an image or a video")
+        said = "answer" if "answer" in record or "solution" not in record else "solution"
+        answer, truth = record.get(said), rewards.truth_of(record)
+        is_json = isinstance(answer, (dict, list))
+        need(kind in JSON_TYPES or not is_json, said, "a text or a number")
+        truth = "" if answer != answer else truth  # NaN
+        need(truth or record.get("segmentation_output"), said, "the true answer")
+        letter = kind == "multiple choice" and rewards.read_choice(truth, record["options"])
+        record["answer"] = letter or truth  # of a choice its letter
+        asked = [dict(content=text)]
+    for kind, paths in media.items():  # in any turn of the user
+        missing = len(paths) - sum(turn["content"].count(f"<{kind}>") for turn in asked)
+        need(missing >= 0, field, f"{len(paths)} <{kind}> placeholders, one per {kind}")
+        asked[0]["content"] = f"<{kind}>" * missing + asked[0]["content"]
+
+    record["problem"] = "\n".join(turn["content"] for turn in asked)
+    order = re.findall("<(image|video)>", record["problem"])  # that of their pixels
+    record["media"] = [dict(type=kind, path=media[kind].pop(0)) for kind in order]
+    record["options"] = [str(option) for option in record["options"]]
+    return record | dict(problem_id=str(record["problem_id"]), file=file, index=index)
 
 
 def demonstration(record):
@@ -320,14 +302,12 @@ def demonstration(record):
 
 
 class MediaError(Exception):
-    """A record that cannot be used. `reason` is a short word for the counts."""
+    """MediaError(reason, message): a record that cannot be used. reason: a word for the counts."""
 
-    def __init__(self, reason, message):
-        super().__init__(message)
-        self.reason = reason
+    reason = property(lambda self: self.args[0])
+    __str__ = lambda self: self.args[1]
 
 
-Skipped = namedtuple("Skipped", ["reason", "message"])  # stands where a prompt would be
 # frames: uint8 (T, H, W, 3), T even. Each was one of `total`, shown at its index / fps seconds.
 Video = namedtuple("Video", "frames indices fps total")
 # What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
@@ -407,12 +387,12 @@ def sample_positions(total, duration, fps, max_frames):
 
 
 def read_video(
-    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None, total_pixels=0
+    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, total_pixels=0, folder_fps=None
 ):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
-    All packets are listed first, for the true time of every frame; then the wanted frames are
-    decoded. With a variable frame rate these are spread evenly in time, and indices are
-    milliseconds at 1000 fps. Raises MediaError, also where a file ends before its header says."""
+    All packets are listed first, for the true times; then the wanted frames are decoded. With a
+    variable frame rate they are spread evenly in time, and indices are milliseconds at 1000 fps.
+    Raises MediaError, also where a file ends before its header says."""
     try:
         if is_folder := os.path.isdir(path):
             names, rate = list_frame_folder(path), folder_fps or fps
@@ -450,47 +430,46 @@ def list_frame_folder(path):
 
 
 def open_video(path):
-    container = av.open(path, metadata_errors="ignore")
-    stream = container.streams.best("video")
+    file = av.open(path, metadata_errors="ignore")
+    stream = file.streams.best("video")
     if stream is None or stream.disposition & av.stream.Disposition.attached_pic:  # a cover
         raise ValueError("no video stream")
     stream.thread_type = "AUTO"
-    return container
+    return file
 
 
 def list_frames(path):
     """Seconds and time stamps, ascending (total,), of the frames that are shown, and the stamps of the
     key frames (keys,): none where stamps do not tell which frame is which."""
-    stamps, keys, reached, newest, last = [], [], 0, -math.inf, -math.inf
-    with open_video(path) as container:
-        stream, form = container.streams.best("video"), container.format.name
+    rows, reached = [], 0
+    with open_video(path) as file:
+        stream, form = file.streams.best("video"), file.format.name
         whole = form in ("matroska,webm", "flv")  # one length for all its streams
-        for packet in container.demux([*container.streams] if whole else stream):
+        for packet in file.demux([*file.streams] if whole else stream):
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:
                 continue
             reached = max(reached, (stamp + (packet.duration or 0)) * float(packet.time_base))
-            if not packet.size or packet.stream != stream or not (keys or packet.is_keyframe):
-                continue  # what comes before the first key frame cannot be decoded
-            place = stamp if packet.dts is None else packet.dts
-            if packet.is_keyframe and stamp <= newest or place < last and not whole:
-                raise ValueError("its time goes back, as of two files joined")
-            newest, last = max(newest, stamp), place
-            if packet.is_keyframe:
-                keys.append(stamp)
-            if not packet.is_discard:  # an edit list may hide frames that others need
-                stamps.append(stamp)
+            # What comes before the first key frame cannot be decoded.
+            if packet.size and packet.stream == stream and (rows or packet.is_keyframe):
+                place = stamp if packet.dts is None else packet.dts
+                rows.append((stamp, place, packet.is_keyframe, packet.is_discard))
+        stamps, places, is_key, is_hidden = np.array(rows, np.int64).reshape(-1, 4).T
+        back = is_key[1:] & (stamps[1:] <= np.maximum.accumulate(stamps)[:-1])
+        if back.any() or not whole and (np.diff(places) < 0).any():
+            raise ValueError("its time goes back, as of two files joined")
         ticks = stream.frames if form == "avi" else stream.frames and stream.duration
-        said = (container.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
+        said = (file.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
         if reached < 0.95 * said:  # other formats have no length in their header
             raise ValueError(f"ends after {reached:.1f} s of {said:.1f} s")
-        stamps = [stamp for stamp in stamps if stamp >= keys[0]]
-        if not stamps:
+        # An edit list hides frames that others need. None is shown before the first key frame.
+        shown = stamps[(is_hidden == 0) & (stamps >= stamps[:1])]
+        if not len(shown):
             raise ValueError("no key frame, or frames without a time stamp")
-        if stream.codec_context.has_b_frames and stamps == sorted(stamps):
-            keys = []  # stamps in decoding order, of frames that are shown in another one
-        pts = np.array(sorted({*stamps}))
-        return (pts - pts[0]) * float(stream.time_base), pts, np.array(keys)
+        keys, pts = stamps[is_key == 1], np.unique(shown)
+        if stream.codec_context.has_b_frames and (np.diff(shown) >= 0).all():
+            keys = []  # in decoding order stamps tell nothing
+        return (pts - pts[0]) * float(stream.time_base), pts, keys
 
 
 def decode_frames(path, pts, keys, wanted, bounds):
@@ -499,10 +478,10 @@ def decode_frames(path, pts, keys, wanted, bounds):
     all frames are decoded: the n-th one has the n-th stamp."""
     found, place, reached, end = {}, 0, -math.inf, -math.inf if len(keys) else math.inf
     groups = np.searchsorted(keys, wanted, side="right") - 1
-    last = {int(keys[i]): stamp for i, stamp in zip(groups, wanted)} if len(keys) else {}
-    with open_video(path) as container:
-        stream = container.streams.best("video")
-        for packet in container.demux(stream):
+    last = dict(zip(keys[groups], wanted)) if len(keys) else {}  # of each key frame's
+    with open_video(path) as file:
+        stream = file.streams.best("video")
+        for packet in file.demux(stream):
             if packet.is_keyframe:
                 end = max(end, last.get(packet.dts if packet.pts is None else packet.pts, end))
             for frame in packet.decode() if reached < end else ():
@@ -529,23 +508,21 @@ def decode_frames(path, pts, keys, wanted, bounds):
 
 
 def read_medium(medium, limits, folder_fps=None):
-    """The pixels of a record's medium within the limits: uint8 (H, W, 3), or a Video."""
+    """A record's medium within the limits as a Video: an image is one of two equal frames."""
     path = medium["path"]
     if not os.path.exists(path):
         raise MediaError("missing_media", f"no file {path[:200]}")
     if medium["type"] == "image":
-        return read_image(path, limits.image_min_pixels, limits.image_max_pixels)
-    bounds = limits.frame_min_pixels, limits.frame_max_pixels, folder_fps, limits.video_total_pixels
-    return read_video(path, limits.fps, limits.max_frames, *bounds)
+        image = read_image(path, *limits[:2])  # in the order of Limits
+        return Video(np.stack([image, image]), [0, 0], 1.0, 1)
+    return read_video(path, *limits[2:7], folder_fps)
 
 
 # ---- Model inputs.
 
 
 @dataclass
-class Prompt:
-    """One prompt, ready for the trainer and for vLLM."""
-
+class Prompt:  # ready for the trainer and for vLLM
     record: dict
     token_ids: list  # T ints, vision tokens expanded
     positions: np.ndarray  # int64 (3, T), mRoPE: time, height, width
@@ -598,17 +575,16 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     patches = [np.zeros((0, 3 * TEMPORAL * PATCH**2), np.uint8)]
     grids, expanded, vllm_media = [], [], {kind: [] for kind in kinds}
     for kind, medium in zip(kinds, record["media"]):
-        pixels = read_medium(medium, limits, record.get("fps"))
-        # An image is a video of two equal frames.
-        rows, grid = patchify(pixels.frames if kind == "video" else np.stack([pixels, pixels]))
+        video = read_medium(medium, limits, record.get("fps"))
+        rows, grid = patchify(video.frames)
         pads = f"<|{kind}_pad|>" * (grid[1] * grid[2] // MERGE**2)
         if kind == "image":
-            vllm_media[kind].append(Image.fromarray(pixels))
+            vllm_media[kind].append(Image.fromarray(video.frames[0]))
         else:
-            known = dict(fps=pixels.fps, frames_indices=pixels.indices, video_backend="pyav")
-            known |= dict(total_num_frames=pixels.total, do_sample_frames=False)
-            vllm_media[kind].append((pixels.frames.transpose(0, 3, 1, 2), known))
-            shown = np.array(pixels.indices) / pixels.fps  # seconds
+            known = dict(fps=video.fps, frames_indices=video.indices, video_backend="pyav")
+            known |= dict(total_num_frames=video.total, do_sample_frames=False)
+            vllm_media[kind].append((video.frames.transpose(0, 3, 1, 2), known))
+            shown = np.array(video.indices) / video.fps  # seconds
             # The mean in the library's own order: 3.15 would else be 3.1 here and 3.2 there.
             means = (shown[::2] + shown[1::2]) / 2
             frame = f"<|vision_start|>{pads}<|vision_end|>"
@@ -669,18 +645,17 @@ def prefetch(records, function, order, workers, seconds=600):
 
     def begin(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
-        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: ends with the script
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: end with the script
 
     def use(record):
         try:
             return function(record)
         except MediaError as error:
-            return Skipped(error.reason, f"{record['file']}: record {record['index']}: {error}")
+            return MediaError(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
     settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=begin)
-    if workers:  # by fork, which takes local functions along; more than cores only warns
-        settings |= dict(num_workers=min(workers, CORES), timeout=seconds)
-        settings |= dict(multiprocessing_context="fork")
+    if workers := min(workers, CORES):  # by fork, which takes local functions along
+        settings |= dict(num_workers=workers, timeout=seconds, multiprocessing_context="fork")
     return iter(torch.utils.data.DataLoader(records, **settings))
 
 
@@ -691,9 +666,9 @@ def next_items(stream, count, tally, max_bad_share):
     items = []
     for item in itertools.islice(stream, count):
         tally["records"] += 1
-        if isinstance(item, Skipped):
+        if isinstance(item, MediaError):
             tally[f"skipped/{item.reason}"] += 1
-            print(f"skipped: {item.message}")
+            print(f"skipped: {item}")
         else:
             items.append(item)
     bad = sum(count for name, count in tally.items() if name.startswith("skipped/"))
@@ -734,39 +709,37 @@ def marks_of(task, answer):
     return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, second)
 
 
-def draw(image, marks, second=0, colour="orange", mask=None, scale=1):
-    """An RGB copy of a PIL image with all that holds at this second (0: of an image): a span as its
-    border, a box from x1 to x2 - 1, positive points as discs, negative ones as crosses. What is
-    outside goes to the edge. mask: bool (H, W) in any size, a tint. scale: of lines and points."""
-    image = image.convert("RGB")
-    if mask is not None:
-        tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
-        image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
-    canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
+def draw(image, marks, second=0, masks=()):
+    """An RGB copy of a PIL image, a tiny one enlarged, with what {colour: Marks} have at this second
+    (0: of an image), the first ones widest: a span as border, a box from x1 to x2 - 1, positive
+    points as discs, negative ones as crosses, masks, bool (H, W) in any size, as a tint."""
+    factor = math.ceil(160 / max(image.size))
+    image = ImageOps.scale(image.convert("RGB"), factor, Image.Resampling.NEAREST)
     pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
-    if marks.span and marks.span[0] <= second < marks.span[1]:
-        edge = [0, 0, image.width - 1, image.height - 1]
-        canvas.rectangle(edge, outline=colour, width=2 * line)
-    seconds = sorted(marks.boxes)
-    if seconds and seconds[0] <= second < seconds[-1] + 1:
-        sides = zip(*(marks.boxes[each] for each in seconds))  # on a line between two seconds
-        box = [np.interp(second, seconds, side) for side in sides]
-        xs, ys = sorted(box[::2]), sorted(box[1::2])
-        (x1, y1), (x2, y2) = map(pixel, zip(xs, ys))
-        canvas.rectangle([x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)], outline=colour, width=line)
-    time, r = marks.time or 0, 2 * line
-    if time <= second < time + 1:
-        for x, y in map(pixel, marks.positive):
-            canvas.circle((x, y), r, fill=colour, outline="black")
-        for x, y in map(pixel, marks.negative):
-            canvas.line([x - r, y - r, x + r, y + r], colour, line)
-            canvas.line([x - r, y + r, x + r, y - r], colour, line)
+    for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
+        for mask in masks:
+            tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
+            image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
+        canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
+        if part.span and part.span[0] <= second < part.span[1]:
+            edge = [0, 0, image.width - 1, image.height - 1]
+            canvas.rectangle(edge, None, colour, 2 * line)
+        seconds = sorted(part.boxes)
+        if seconds and seconds[0] <= second < seconds[-1] + 1:
+            sides = zip(*(part.boxes[each] for each in seconds))  # on a line between two seconds
+            box = [np.interp(second, seconds, side) for side in sides]
+            xs, ys = sorted(box[::2]), sorted(box[1::2])
+            (x1, y1), (x2, y2) = map(pixel, zip(xs, ys))
+            sides = [x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)]
+            canvas.rectangle(sides, None, colour, line)
+        time, r = part.time or 0, 2 * line
+        if time <= second < time + 1:
+            for x, y in map(pixel, part.positive):
+                canvas.circle((x, y), r, colour, "black")
+            for x, y in map(pixel, part.negative):
+                canvas.line([x - r, y - r, x + r, y + r], colour, line)
+                canvas.line([x - r, y + r, x + r, y - r], colour, line)
     return image
-
-
-def enlarged(image, least=256):
-    """An image whose longer side has at least so many pixels, by a whole factor."""
-    return ImageOps.scale(image, math.ceil(least / max(image.size)), Image.Resampling.NEAREST)
 
 
 def captioned(image, text, size=14):
@@ -785,42 +758,34 @@ def nearest(seconds, second):
     return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
 
 
-def draw_medium(pixels, marks, masks=None):
-    """What `read_medium` returns with marks on it, {colour: Marks}, the first ones widest: an image, or
-    up to 8 frames side by side with their seconds below. They are those at whole seconds, which have
-    boxes, and at a segmentation's time. masks: bool (T, H, W), of an image (1, H, W)."""
-
-    def drawn(image, index, second):
-        mask = None if masks is None else masks[index]
-        for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
-            image = draw(image, part, second, colour, mask, scale)
-        return image
-
-    if not isinstance(pixels, Video):
-        return drawn(enlarged(Image.fromarray(pixels)), 0, 0)
-    cells, seconds = [], np.array(pixels.indices) / pixels.fps
+def draw_medium(video, marks, masks=()):
+    """A Video with {colour: Marks} on it: its one frame, or up to 8 side by side with their seconds
+    below. They are those at whole seconds, which have boxes, and at a segmentation's time.
+    masks: bool (T, H, W)."""
+    if video.total == 1:
+        return draw(Image.fromarray(video.frames[0]), marks, masks=masks[:1])
+    cells, seconds = [], np.array(video.indices) / video.fps
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     for second in sorted({*spread.tolist(), *times}):
-        index = nearest(seconds, second)
-        image = ImageOps.contain(Image.fromarray(pixels.frames[index]), (160, 160))
-        cell = captioned(drawn(image, index, second), f"{seconds[index]:.1f} s", 11)
+        i = nearest(seconds, second)
+        image = ImageOps.contain(Image.fromarray(video.frames[i]), (160, 160))
+        image = draw(image, marks, second, masks[i : i + 1])
+        cell = captioned(image, f"{seconds[i]:.1f} s", 11)
         cells.append(ImageOps.expand(cell, (0, 0, 2, 0), "white"))
     return Image.fromarray(np.hstack(cells))
 
 
-# ---- --peek: what training will see
-
-
 def main():
-    """Prints the media and the text of some prompts, their truth, and the text that SFT learns. Draws
-    what the model sees, with the truth in green: peek-<record>-<medium>.png."""
+    """What training will see: prints the media and the text of some prompts, their truth, and the
+    text that SFT learns. Draws what the model sees, the truth in green: peek-<record>-<medium>.png."""
     parser = new_parser(__doc__)
-    parser.add_argument("file", help="record file")
-    parser.add_argument("--model", required=True, help="folder or hub id")
-    parser.add_argument("--media-root", help="folder of the media (default: the file's)")
-    parser.add_argument("--prompts", help="JSON file of instructions, or clone of the release")
-    parser.add_argument("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
+    add = parser.add_argument
+    add("file", help="record file")
+    add("--model", required=True, help="folder or hub id")
+    add("--media-root", help="folder of the media (default: the file's)")
+    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     add_limits(parser)
     args = parser.parse_args()
     limits = limits_of(args)
@@ -833,7 +798,7 @@ def main():
     counts = Counter(record["problem_type"] or "SFT" for record in records)
     print(f"{args.file}: {len(records)} records: {dict(counts)}")
     for record in records[: args.peek]:
-        print(f"\n--- record {record['index']}, {record['problem_id']}, {record['problem_type']}")
+        print(f"\n--- record {record['index']}, {record['problem_type']}")
         try:
             prompt, shown = encode(record, processor, limits, prompts), demonstration(record)
             learned = target_ids(prompt, tokenizer) if shown else []
@@ -841,22 +806,18 @@ def main():
             print(f"skipped, {error.reason}: {error}")
             continue
         given = len(prompt.token_ids)
-        for medium, (t, h, w) in zip(record["media"], prompt.grids.tolist()):
+        truth = record["answer"] or rewards.find_answer(shown) or ""
+        marks = {"lime": marks_of(task_of(record), truth)}
+        for i, (medium, (t, h, w)) in enumerate(zip(record["media"], prompt.grids.tolist())):
             frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-            tokens = f"{t * h * w // MERGE**2} of {given} tokens"
-            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, {tokens}")
+            path = f"peek-{record['index']}-{i}.png"
+            image = draw_medium(read_medium(medium, limits, record.get("fps")), marks)
+            captioned(image, truth).save(path)
+            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, drawn: {path}")
         count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
         print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-        if shown:
-            print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
-        truth = record["answer"] or rewards.find_answer(shown) or ""
+        print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
         print(f"--- truth: {truth}")
-        marks = {"lime": marks_of(task_of(record), truth)}
-        for i, medium in enumerate(record["media"]):
-            image = draw_medium(read_medium(medium, limits, record.get("fps")), marks)
-            path = f"peek-{record['index']}-{i}.png"
-            captioned(image, truth).save(path)
-            print(f"--- drawn: {path}")
 
 
 if __name__ == "__main__":

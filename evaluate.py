@@ -162,10 +162,10 @@ def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark. `benchmark`: its name, `masked`: it has true masks."""
     stem, end = os.path.splitext(os.path.basename(path))
     benchmark = BENCHMARKS.get(stem, OWN)
+    records = None
     if end == ".tsv" or benchmark.media:
-        records = data.gradable(load_rows(path, benchmark, media_root, out))
-    else:
-        records = data.load_records(path, media_root)
+        media_root, records = "/", load_rows(path, benchmark, media_root, out)
+    records = data.load_records(path, media_root, raws=records)
     for record in records:
         record["benchmark"] = stem
         record["masked"] = "segmentation_rle" in record.get("segmentation_output", {})
@@ -173,8 +173,8 @@ def load_benchmark(path, media_root, out):
 
 
 def load_rows(path, benchmark, media_root, out):
-    """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> records. A cell of images is
-    base64, a list of base64, or the index of the row that has them; they go to `out`/media."""
+    """VLMEvalKit's TSV, or the JSON that its video TSVs are made of -> {index: raw record}. A cell of
+    images is base64, a list of it, or the index of the row that has them; they go to `out`/media."""
     if path.endswith(".tsv"):
         csv.field_size_limit(2**31 - 1)
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -182,17 +182,16 @@ def load_rows(path, benchmark, media_root, out):
     else:
         rows = data.read_values(path)
     cells = {row.get("index"): row.get("image") or "" for row in rows}
-    root = os.path.abspath(media_root or os.path.dirname(path))
-    out, records = os.path.abspath(f"{out}/media"), []
+    root = os.path.abspath(media_root or Path(path).parent)
+    out, records = os.path.abspath(f"{out}/media"), {}
     for i, row in enumerate(rows):
         if benchmark.split in ("", row.get("split")):
             try:
                 cell = cells.get(row.get("image"), row.get("image") or "")
                 images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
-                raw = record_of_row(row, i, benchmark, images)
+                records[i] = record_of_row(row, i, benchmark, root, images)
             except (ValueError, SyntaxError, LookupError, TypeError) as error:
                 raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
-            records.append(data.normalise(raw, path, i, out if images else root))
     if len(records) < len(rows) and data.FIRST_RANK:
         print(f"{path}: {len(rows) - len(records)} rows of other splits are no records")
     return records
@@ -204,17 +203,17 @@ def literal(cell):
 
 
 def save_image(code, folder):
-    """Base64 -> the name of a file with its content, which names it: ranks may all write it."""
+    """Base64 -> the path of a file with its content, which names it: ranks may all write it."""
     content = base64.b64decode(code, validate=True)
     path = Path(folder, hashlib.sha256(content).hexdigest()[:24])
     if not path.exists() or path.stat().st_size < len(content):  # a kill has torn it
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return path.name
+    return str(path)
 
 
-def record_of_row(row, i, benchmark, images):
-    """Row i of a TSV, and its images' names -> a record in the release's RL form. Options: columns
+def record_of_row(row, i, benchmark, root, images):
+    """Row i of a TSV, and its images' paths -> a record in the release's RL form. Options: columns
     A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
     the question. The task follows from options and answer."""
     row = {key if len(key) == 1 else key.lower(): value for key, value in row.items() if key}
@@ -248,7 +247,7 @@ def record_of_row(row, i, benchmark, images):
     raw["problem_id"] = row.get("index", i)
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
-        raw["videos"] = os.path.join(benchmark.media, name if "." in name else f"{name}.mp4")
+        raw["videos"] = os.path.join(root, benchmark.media, name if "." in name else name + ".mp4")
     return raw
 
 
@@ -331,7 +330,7 @@ def prompt_of(record, processor, limits, prompts, system):
 
 
 def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
-    """(record, data.Prompt or Skipped) -> yields (record, greedy response, what went wrong), in
+    """(record, data.Prompt or MediaError) -> yields (record, greedy response, what went wrong), in
     chunks of `most` prompts or most_tokens (of video: 1.6 GB of pixels)."""
     from rl_ema_grpo import generate, text_of
 
@@ -339,8 +338,8 @@ def answers(pairs, llm, tokenizer, max_tokens, most=256, most_tokens=2**18):
     while chunk:
         chunk, tokens = [], 0
         for record, prompt in pairs:
-            if isinstance(prompt, data.Skipped):
-                print(f"skipped, scores 0: {prompt.message}", file=sys.stderr)
+            if isinstance(prompt, data.MediaError):
+                print(f"skipped, scores 0: {prompt}", file=sys.stderr)
                 yield record, None, ["skipped", prompt.reason]
                 continue
             chunk.append(prompt)
@@ -687,8 +686,7 @@ def card(record, line):
     limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
     with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
         medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
-        pixels = data.read_medium(medium, limits, record.get("fps"))
-        drawn = data.draw_medium(pixels, marks)
+        drawn = data.draw_medium(data.read_medium(medium, limits, record.get("fps")), marks)
         image = f'<img loading="lazy" src="data:image/jpeg;base64,{in_base64(drawn, "jpeg")}">'
     said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
     said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]

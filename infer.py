@@ -80,31 +80,31 @@ def save_drawing(path, record, answer, limits, sam2=None):
     own size unless it is tiny. Text, and what cannot be read, is written below, and a time span."""
     task = data.task_of(record)
     marks = data.marks_of(task, answer)
+    drawing = {"orange": marks}
     has_marks = task not in rewards.TEXT_TYPES and rewards.readable(record, answer)
     caption = "" if has_marks else answer or "(no answer)"
     if marks.span:
         caption = "time {:.1f} to {:.1f} s".format(*marks.span)
     (medium,) = record["media"]
-    fps, masks = record.get("fps") or limits.fps, None
+    fps, masks = record.get("fps") or limits.fps, ()
     if medium["type"] == "image":
-        pixels = np.array(next(iter_frames(medium, fps))[1])
-        frames, seconds = pixels[None], [0.0]  # to SAM2 an image is a video of one frame
+        frames = np.array(next(iter_frames(medium, fps))[1])[None]
+        video = data.Video(frames, [0], 1.0, 1)
     else:
-        pixels = data.read_medium(medium, limits, fps)
-        frames, seconds = pixels.frames, [index / pixels.fps for index in pixels.indices]
+        video = data.read_medium(medium, limits, fps)
+    seconds = np.array(video.indices) / video.fps
     if sam2 and (marks.time is not None or medium["type"] == "image"):
-        masks = segment_video(sam2, frames, data.nearest(seconds, marks.time or 0), marks)
+        masks = segment_video(sam2, video.frames, data.nearest(seconds, marks.time or 0), marks)
     if path.endswith(".png"):
-        image = data.draw_medium(pixels, {"orange": marks}, masks)
-        return data.captioned(image, caption).save(path)
+        return data.captioned(data.draw_medium(video, drawing, masks), caption).save(path)
 
     def drawn(frames):
         for second, image in frames:
-            mask = None if masks is None else masks[data.nearest(seconds, second)]
-            image = data.draw(data.enlarged(image), marks, second, mask=mask)
+            i = data.nearest(seconds, second)
+            image = data.draw(image, drawing, second, masks[i : i + 1])
             yield second, data.captioned(image, caption)
 
-    length = pixels.total / pixels.fps
+    length = video.total / video.fps
     save_video(path, drawn(iter_frames(medium, fps)), length)
 
 
@@ -182,13 +182,13 @@ def request_of(record, model, limits, max_tokens, prompts):
     """A record -> the JSON of a chat request to a vLLM server, which takes the sampled frames of a
     video as "video/jpeg", whatever their format, with their times beside them."""
     kind, more = record["data_type"], {}
-    pixels = data.read_medium(record["media"][0], limits, record.get("fps"))
+    video = data.read_medium(record["media"][0], limits, record.get("fps"))
     if kind == "image":
-        url = f"data:image/png;base64,{in_base64(Image.fromarray(pixels))}"
+        url = f"data:image/png;base64,{in_base64(Image.fromarray(video.frames[0]))}"
     else:
-        frames = [in_base64(Image.fromarray(frame)) for frame in pixels.frames]
+        frames = [in_base64(Image.fromarray(frame)) for frame in video.frames]
         url = f"data:video/jpeg;base64,{','.join(frames)}"
-        times = dict(fps=pixels.fps, frames_indices=pixels.indices, total_num_frames=pixels.total)
+        times = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
         more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
         more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
     before, after = data.render_problem(record, prompts).split(f"<{kind}>", maxsplit=1)

@@ -494,6 +494,7 @@ def test_cases(tmp_path, case):
         (dict(images=[], path=["a.png"]), "path is .*, expected a text"),
         (dict(images=[], path=None), "data_type is 'image', expected 'text' by the media"),
         (dict(images=None, data_type=None, image_path="a.png"), "image_path is 'a.png', expected"),
+        (dict(BOX, images=None, data_type="text", problem="?"), "expected an image or a video"),
         (dict(data_type="video"), "data_type is 'video', expected 'image' by the media"),
         (dict(data_type="text"), "data_type is 'text', expected 'image' by the media"),
         (dict(data_type="sound"), "data_type is 'sound', expected 'image' by the media"),
