@@ -3,9 +3,8 @@
     python evaluate.py --list                # the paper's 31 benchmarks, its numbers, the downloads
     python evaluate.py --model runs/demo/rl --data runs/demo/toy/eval/*.json --out runs/demo/eval/rl \\
         --dtype float32 --workers 1 --max-prompt-tokens 400 --max-response-tokens 128         # laptop
-    torchrun --nproc-per-node 8 evaluate.py --model runs/rl --data eval/*.json eval/*.tsv \\
-        --out runs/eval/rl --sam2 facebook/sam2.1-hiera-large \\
-        --judge-url http://localhost:8000/v1 --judge-model NAME                          # 8 x 80 GB
+    torchrun --nproc-per-node 8 evaluate.py --model runs/rl --data eval/*.json --out runs/eval/rl \\
+        --sam2 facebook/sam2.1-hiera-large --judge-url http://localhost:8000/v1 --judge-model NAME
     python evaluate.py --regrade --data eval/*.json --out runs/eval/rl   # stored answers, no model
     python evaluate.py --compare runs/eval/base runs/eval/sft runs/eval/rl --names base SFT RL
 
@@ -19,7 +18,7 @@ captions, all else is graded as in training, by a more lenient reader of answers
     report.html         the numbers, and answers of each benchmark, from the worst to the best
 
 The same command goes on where it was, with any number of ranks; what would mix two models is
-refused. Answers that cannot be read count 0, and so do media, until the next run.
+refused. Answers that cannot be read count 0, and so do missing media, until the next run.
 
 Metrics: R@t is the share of answers with IoU >= t, mIoU the mean IoU, AO that of tracks, with and
 without the given box. tIoU is that of times, sIoU that of boxes over the seconds that both sides
@@ -55,7 +54,7 @@ from tqdm import tqdm
 
 import data
 import rewards
-from infer import ask_server, in_base64, iter_frames, load_sam2, segment_video
+from infer import PIXELS, ask_server, in_base64, iter_frames, load_sam2, segment_video
 from rewards import answer_of, readable
 
 # ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
@@ -80,17 +79,18 @@ need = lambda right, sentence: right or data.refuse(sentence)  # else the script
 
 
 class B(NamedTuple):  # a benchmark; the defaults are those of the release's files
-    name: str = ""  # the paper's; several files of one benchmark count as one in the mean
+    name: str = ""  # the paper's; its files count as one in the mean
     task: str = ""  # the task of its records, in a TSV of those with options
     paper: list = []  # numbers of OneThinker-8B, in the order of METRICS
-    qwen: list = []  # and of Qwen3-VL-8B, where the paper has them
-    source: str = HUB  # or another hub id, or URL (with a slash at its end: the file's folder)
+    qwen: list = []  # of Qwen3-VL-8B, if known
+    source: str = HUB  # or a hub id, or URL (of a folder, with a slash at its end)
     split: str = ""  # only these rows of a TSV
-    metric: str = ""  # its headline metric, where that is another than its task's
+    metric: str = ""  # its headline metric, if not its task's
     frames: int = 128  # most frames of a video
     media: str = ""  # folder of its videos, of each `frames` frames whatever the length
 
 
+splits = lambda stem, name, **of: {f"{stem}_{end}": B(name, SG, [n]) for end, n in of.items()}
 # fmt: off
 BENCHMARKS = {  # file name without its ending ->
     "MMMU_DEV_VAL": B("MMMU", MC, [70.6], [60.2], KIT, split="validation"),
@@ -114,14 +114,9 @@ BENCHMARKS = {  # file name without its ending ->
     "eval_charades": B("Charades-STA", TG, [59.9, 83.5, 68.3, 45.3], [36.7, 58.0, 33.5, 13.1]),
     "eval_activitynet": B("ActivityNet", TG, [45.9, 65.0, 43.6, 25.7], [29.1, 39.9, 26.1, 15.3]),
     "eval_anet_rtl": B("ANet-RTL", TG, [43.2, 62.0, 42.3, 22.7], [26.6, 36.2, 27.5, 18.3]),
-    "eval_refcoco_testA": B("RefCOCO", SG, [93.7]),
-    "eval_refcoco_testB": B("RefCOCO", SG, [88.9]),
-    "eval_refcoco_val": B("RefCOCO", SG, [92.0]),
-    "eval_refcocop_testA": B("RefCOCO+", SG, [91.4]),
-    "eval_refcocop_testB": B("RefCOCO+", SG, [82.7]),
-    "eval_refcocop_val": B("RefCOCO+", SG, [87.0]),
-    "eval_refcocog_test": B("RefCOCOg", SG, [88.8]),
-    "eval_refcocog_val": B("RefCOCOg", SG, [89.2]),
+    **splits("eval_refcoco", "RefCOCO", testA=93.7, testB=88.9, val=92.0),
+    **splits("eval_refcocop", "RefCOCO+", testA=91.4, testB=82.7, val=87.0),
+    **splits("eval_refcocog", "RefCOCOg", test=88.8, val=89.2),
     "eval_stvg": B("STVG", ST, [38.1, 39.5, 34.9, 36.7, 40.3], [19.5, 25.4, 24.4, 13.6, 11.6]),
     "eval_got10k": B("GOT-10k", TRACK, [73.0, 93.9, 84.4, 68.8], [33.7, 51.1, 28.9, 10.6], frames=32),
     "eval_seg_refcoco": B("RefCOCO (masks)", IMAGE, [75.8]),
@@ -144,14 +139,12 @@ def paper_numbers(stem):
 def print_list():
     """The table of benchmarks, each with where it comes from."""
     for stem, row in BENCHMARKS.items():
-        notes = [f"{m} {a}" + f" ({b})" * bool(b) for m, (a, b) in paper_numbers(stem).items()]
-        notes += [f"videos in {row.media}"] * bool(row.media)
+        notes = [f"{m} {a} ({b or '-'})" for m, (a, b) in paper_numbers(stem).items()]
         source = row.source + f"{stem}.tsv" * row.source.endswith("/")
         print(f"{row.name:17} {stem:32} {row.task}: {', '.join(notes)}\n{'':18}{source}")
     print("""
-Percent by the paper: OneThinker-8B, in brackets Qwen3-VL-8B. Open-ended answers need --judge-url
-(some of MMMU and MathVista, too). All but eval_* are asked with --system, like own files.
-Call each file by the second name:   curl -L -o eval/MMStar.tsv URL   or, of the hub:
+Percent: OneThinker-8B (Qwen3-VL-8B). Open-ended answers need --judge-url. All but eval_* are asked
+with --system. Name the files as here: curl -L -o eval/MMStar.tsv URL
 hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval    (unpack it there)""")
 
 
@@ -159,17 +152,13 @@ hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval    (un
 
 
 def load_benchmark(path, media_root, out):
-    """{position: record} of a benchmark. `benchmark`: its name, `masked`: it has true masks."""
+    """{position: record} of a benchmark; `benchmark` is its name."""
     stem, end = os.path.splitext(os.path.basename(path))
-    benchmark = BENCHMARKS.get(stem, OWN)
-    records = None
+    benchmark, raws = BENCHMARKS.get(stem, OWN), None
     if end == ".tsv" or benchmark.media:
-        media_root, records = "/", load_rows(path, benchmark, media_root, out)
-    records = data.load_records(path, media_root, raws=records)
-    for record in records:
-        record["benchmark"] = stem
-        record["masked"] = "segmentation_rle" in record.get("segmentation_output", {})
-    return {record["index"]: record for record in records}
+        media_root, raws = "/", load_rows(path, benchmark, media_root, out)
+    records = data.load_records(path, media_root, raws=raws)
+    return {record["index"]: record | dict(benchmark=stem) for record in records}
 
 
 def load_rows(path, benchmark, media_root, out):
@@ -189,7 +178,7 @@ def load_rows(path, benchmark, media_root, out):
             try:
                 cell = cells.get(row.get("image"), row.get("image") or "")
                 images = [save_image(code, out) for code in literal(cell) or [cell] * bool(cell)]
-                records[i] = record_of_row(row, i, benchmark, root, images)
+                records[i] = record_of_row(row, benchmark, root, images)
             except (ValueError, SyntaxError, LookupError, TypeError) as error:
                 raise ValueError(f"{path}: record {i}: cannot be read: {error!r}") from error
     if len(records) < len(rows) and data.FIRST_RANK:
@@ -212,10 +201,9 @@ def save_image(code, folder):
     return str(path)
 
 
-def record_of_row(row, i, benchmark, root, images):
-    """Row i of a TSV, and its images' paths -> a record in the release's RL form. Options: columns
-    A, B, .., a list in `choices`, `candidates` or `options`, or lines "A: .." below "Choices:" in
-    the question. The task follows from options and answer."""
+def record_of_row(row, benchmark, root, images):
+    """A row of a TSV, and its images' paths -> a record in the release's RL form. The task follows
+    from options (in columns, in one cell, or below "Choices:" in the question) and answer."""
     row = {key if len(key) == 1 else key.lower(): value for key, value in row.items() if key}
     question, answer = row["question"], row.get("answer") or row.get("caption") or ""
     asked, _, choices = question.partition("\nChoices:")
@@ -244,7 +232,7 @@ def record_of_row(row, i, benchmark, root, images):
         options = [re.sub(r"<image (\d+)>", r"image \1", option) for option in options]
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
     raw = dict(problem=question, problem_type=kind, options=options, answer=answer, images=images)
-    raw["problem_id"] = row.get("index", i)
+    raw["problem_id"] = row.get("index")
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
         raw["videos"] = os.path.join(root, benchmark.media, name if "." in name else name + ".mp4")
@@ -252,8 +240,7 @@ def record_of_row(row, i, benchmark, root, images):
 
 
 def check(args):
-    """Refuses wrong input before a model is loaded -> {benchmark: {position: record}}, the settings
-    of the answers, and, without --regrade, the arguments of prompt_of."""
+    """Refuses wrong input -> {benchmark: {position: record}}, settings, arguments of prompt_of."""
     benchmarks, settings, encode = {}, {}, {}
     need(args.data and args.out and (args.model or args.regrade), "needed: --model, --data, --out")
     need(not os.path.isdir(f"{args.out}/checkpoints"), f"--out {args.out}: a training run's folder")
@@ -272,11 +259,11 @@ def check(args):
             encode["processor"] = data.load_processor(args.model)
         for path in args.data:
             name = Path(path).stem
-            need(name not in benchmarks, f"--data: {path}: a second file of {name!r}: rename one")
+            need(name not in benchmarks, f"{path}: a second file of {name!r}: rename one")
             records = benchmarks[name] = load_benchmark(path, args.media_root, args.out)
             settings[f"{name} data"] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             graded = all(record["answer"] is not None for record in records.values())
-            need(graded, f"{path}: SFT records (messages), where answers are needed")
+            need(graded, f"{path}: SFT records, where answers are needed")
             media = [medium["path"] for record in records.values() for medium in record["media"]]
             found = args.regrade or not media or any(map(os.path.exists, media))
             need(found, f"{path}: no medium exists, see --media-root: {', '.join(media[:1])}")
@@ -294,11 +281,10 @@ def read_object(path):
 
 
 def read_lines(path, positions=()):
-    """{position: line} of a JSONL file, of those that are not there (yet) a line without response.
-    Later lines count, torn ones do not."""
+    """{position: line} of a JSONL file, the last of each; `positions` not there are unanswered."""
     lines = {p: dict(position=p, response=None, trouble=["unanswered"]) for p in positions}
     for text in Path(path).read_text("utf-8").split("\n") if os.path.exists(path) else ():
-        with suppress(json.JSONDecodeError):
+        with suppress(json.JSONDecodeError):  # torn by a kill
             line = json.loads(text)
             lines[line["position"]] = line
     return lines
@@ -406,10 +392,7 @@ Reply with one whole number from 0 to 10 and nothing else.
 
 
 def read_score(text):
-    """A judge's reply -> its whole number from 0 to 10 as a share; None if it says anything else.
-    >>> [read_score(text) for text in ("**8**", "8 out of 10", "\\\\boxed{8}", "Score: 8.0", "88")]
-    [0.8, 0.8, 0.8, 0.8, None]
-    """
+    """A judge's reply, such as "**8**", "Score: 8.0" or "8 out of 10" -> 0.8; any other: None."""
     lead, end = r"(?:.*\b(?:score|rating|grade)\b)?\W*(?:is\b|boxed)?\W*", r"\W*(?:out of\W+)?"
     number = rf"{lead}(?<![-.\d])(10|\d)(?:\.0+)?{end}(?:(?<=\W)10)?\W*"
     score = re.fullmatch(number, text.rpartition("</think>")[2], re.DOTALL | re.IGNORECASE)
@@ -430,9 +413,8 @@ def ask_judge(url, model, record, line, silence=120.0):
 
 
 def grade(records, lines, grader, judge=None):
-    """Grades the stored lines of a benchmark anew, both {position: ..}. Accuracy is None without an
-    answer of the model, or of a caption without the judge's verdict. Drops masks and verdicts of
-    another answer than is read now, and verdicts of another judge."""
+    """Grades stored lines {position: line} anew. Accuracy is None of what is unanswered, and of a
+    caption without a verdict. Drops masks and verdicts of another answer, or of another judge."""
     pairs = [(record, answer_of(record, lines[p]["response"])) for p, record in records.items()]
     for (record, answer), accuracy in zip(pairs, grader.accuracies(pairs)):
         line, task = lines[record["index"]], data.task_of(record)
@@ -485,9 +467,8 @@ def boundary(mask, davis):
 
 
 def boundary_f(p, y, davis):
-    """F, the F-measure of two masks' contours, bool (H, W): a contour pixel is right within a
-    tolerance of the other contour. DAVIS: ceil(0.008 * diagonal), a disk. The paper: a square of
-    round(0.0075 * diagonal), at least 1. F is 1 if neither has a contour, 0 if only one has."""
+    """F, the F-measure of two masks' contours, bool (H, W). A contour pixel is right near the other
+    contour: by DAVIS in a disk, by the paper in a square. 1 if neither has a contour, 0 if one."""
     diagonal, p, y = np.hypot(*p.shape), boundary(p, davis), boundary(y, davis)
     if not (p.any() and y.any()):
         return float(p.any() == y.any())
@@ -601,19 +582,17 @@ def percent(cell, form="5.1f"):
 
 
 def table_of(results):
-    """The results as lines, one per metric (*: the headline metric), without the troubles that
-    nobody had. Then the mean over benchmarks, and what is not in it and why."""
+    """The results as lines, one per metric (*: the headline metric), and the mean as the last."""
     form = "{:31}  {:24} {:>6}  {:>22}  {:>5}  {:>8}"
     head = form.format("benchmark", "metric", "n", "percent [95% interval]", "paper", "Qwen3-VL")
     table, values, said = [head], {}, []
     for name, metrics in results.items():
-        title, (headline, why) = name, headline_metric(name, metrics)
+        headline, why = headline_metric(name, metrics)
         for metric, cell in metrics.items():
             if cell["value"] or metric not in TROUBLES:
                 paper = paper_numbers(name).get(metric, ("", ""))
                 metric += "*" * (metric == headline)
-                table.append(form.format(title, metric, cell["n"], percent(cell), *paper))
-                title = ""
+                table.append(form.format(name, metric, cell["n"], percent(cell), *paper))
         if why:
             said.append(f"not in the mean: {name}: {why}")
         else:
@@ -628,10 +607,8 @@ def compare(args):
     the same draws of records. Returns {"mean": row, "benchmarks": {name: row}, "left_out": [name]}.
     A row: {"metric", "n", "models": {name: interval}, "differences": {name: interval}}."""
     names = args.names or [Path(out).name for out in args.compare]
-    need(len({*names}) == len(names) == len(args.compare), "--names: one per folder, all different")
-    results = [read_object(f"{out}/results.json") for out in args.compare]
-    for out, metrics in zip(args.compare, results):
-        need(metrics, f"--compare: {out} has no results.json")
+    need(len({*names}) == len(args.compare), "--names: one per folder, all different")
+    results = [json.loads(Path(out, "results.json").read_text()) for out in args.compare]
     rows, ratios, left_out = {}, {}, []
     for name in sorted({name for metrics in results for name in metrics}):
         headlines = [headline_metric(name, each[name]) for each in results if name in each]
@@ -648,16 +625,14 @@ def compare(args):
 
     mean = "mean over benchmarks"
     rows[mean], ratios[mean] = dict(metric="mean", n=len(rows)), mean_of(ratios)
-    form = "{:31}  {:18} {:>6}" + " {:>22}" * len(names)
-    print(form.format("benchmark", "metric", "n", *(f"{name[:20]} " for name in names)))
+    form = "{:31}  {:18} {:>6}" + "  {:21}" * len(names)
+    print(form.format("benchmark", "metric", "n", *names))
     for name, row in rows.items():
         row["models"] = dict(zip(names, map(interval, ratios[name].T)))
         row["differences"] = dict(zip(names[1:], map(interval, np.diff(ratios[name]).T)))
-        cells = []
-        for model, cell in row["models"].items():
-            gap = row["differences"].get(model, dict(low=0, high=0))  # none: the first model
-            mark = "+" if gap["low"] > 0 else "-" if gap["high"] < 0 else " "
-            cells.append(percent(cell) + mark)
+        cells = [percent(cell) for cell in row["models"].values()]
+        for i, gap in enumerate(row["differences"].values(), 1):  # 0: the first model has none
+            cells[i] += "+" * (gap["low"] > 0) + "-" * (gap["high"] < 0)
         print(form.format(name, row["metric"], row["n"], *cells))
     for before, (model, gap) in zip(names, rows[mean]["differences"].items()):
         print(f"{model} - {before}: {percent(gap, '+.1f')} points, paired over the records")
@@ -684,16 +659,16 @@ def card(record, line):
     marks = dict(lime=data.marks_of(task, record["answer"]))  # the truth shows beneath
     marks["orange"] = data.marks_of(task, line["answer"])
     limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
-    with suppress(data.MediaError, OSError, ValueError):  # no media, or they are gone
-        medium = max(record["media"], key=lambda medium: medium["type"])  # a video, if there is one
-        drawn = data.draw_medium(data.read_medium(medium, limits, record.get("fps")), marks)
-        image = f'<img loading="lazy" src="data:image/jpeg;base64,{in_base64(drawn, "jpeg")}">'
+    with suppress(data.MediaError, OSError, IndexError):  # no media, or gone
+        video = data.read_medium(record["media"][0], limits, record.get("fps"))
+        code = in_base64(data.draw_medium(video, marks), "jpeg")
+        image = f'<img loading="lazy" src="data:image/jpeg;base64,{code}">'
     said = [re.sub("<(image|video)>", "", record["problem"]).strip(), *record["options"], ""]
     said += [f"answer: {line['answer'] or '(none)'}", f"truth: {record['answer']}"]
     said += [f"accuracy: {line['accuracy']:.2f}", "; ".join(line["trouble"])]
     text = html.escape("\n".join(said)[:5000])
     response = html.escape((line["response"] or "")[:20000])
-    details = f"<details><summary>response {line['position']}</summary><p>{response}</p></details>"
+    details = f"<details><summary>record {line['position']}</summary><p>{response}</p></details>"
     return f"<article>{image}<p>{text}</p>{details}</article>"
 
 
@@ -717,18 +692,18 @@ def evaluate(args):
 
     # 1 What is to do? Also once more what lacks its media or masks.
     start_run(args)
+    has_masks = lambda record: "segmentation_rle" in record.get("segmentation_output", {})
     todo = []
     for name, records in benchmarks.items():
         for position, line in read_lines(f"{args.out}/{name}.jsonl", records).items():
-            lacks_masks = args.sam2 and records[position]["masked"] and "masks" not in line
-            if line["response"] is None or lacks_masks:
+            unmasked = args.sam2 and has_masks(records[position]) and "masks" not in line
+            if line["response"] is None or unmasked:
                 todo.append(records[position])
     dist.barrier(group=patient)  # before any rank adds lines
     mine = todo[rank::world]
     if rank == 0:
         write_whole(f"{args.out}/settings.json", json.dumps(settings, indent=1))
-        count = sum(map(len, benchmarks.values()))
-        print(f"{count} records, {len(todo)} to answer on {world} ranks", flush=True)
+        print(f"{len(todo)} records to answer on {world} ranks", flush=True)
 
     # 2 Each rank answers its share, and writes after each chunk.
     if todo:
@@ -739,11 +714,11 @@ def evaluate(args):
         sam2 = args.sam2 and load_sam2(args.sam2, device)
         ask = lambda record: prompt_of(record, **encode)
         stream = data.prefetch(mine, ask, range(len(mine)), args.workers)
-        asked = zip(tqdm(mine, disable=rank > 0, desc="rank 0's records"), stream)
+        asked = zip(tqdm(mine, disable=rank > 0, desc="rank 0"), stream)
         tokenizer = encode["processor"].tokenizer
         for record, text, trouble in answers(asked, llm, tokenizer, args.max_response_tokens):
             line = dict(position=record["index"], response=text, trouble=trouble)
-            if sam2 and record["masked"]:
+            if sam2 and has_masks(record):
                 line["masks"] = masks_of(record, answer_of(record, text), sam2)
             append(f"{args.out}/{record['benchmark']}.jsonl", line)
 
@@ -757,8 +732,8 @@ def evaluate(args):
 
 
 def sum_up(args, benchmarks, shown=9):
-    """Stored responses -> grades, verdicts, results.json and report.html, one file with the numbers
-    and `shown` answers per benchmark, from worst to best. Exit code 1: some are not answered."""
+    """Stored responses -> grades, verdicts, results.json, report.html with `shown` answers each.
+    Returns the exit code: 1 if records are unanswered."""
     stored = [name for name in benchmarks if os.path.exists(f"{args.out}/{name}.jsonl")]
     need(stored, f"{args.out} holds no answers to {', '.join(benchmarks)}")
     cards, results = [], {}
@@ -780,9 +755,7 @@ def sum_up(args, benchmarks, shown=9):
         print(f"{killed} answers took too long to grade and count 0")
     path, text = f"{args.out}/results.json", "\n".join(table_of(results))
     write_whole(path, json.dumps(read_object(path) | results, indent=1))
-    old = read_object(f"{args.out}/args.json")
-    about = ", ".join(f"{key} {old.get(key)}" for key in ("model", "dtype", "max_frames"))
-    about = html.escape(f"{datetime.now():%d %B %Y}, {about}\n{text}")
+    about = html.escape(f"{datetime.now():%d %B %Y}, {args.out}\n{text}")
     write_whole(f"{args.out}/report.html", "\n".join([PAGE, f"<pre>{about}</pre>", *cards]))
     print(f"\n{text}\nwritten to {args.out}: results.json, report.html")
     return int(any(metrics["unanswered"]["value"] for metrics in results.values()))
@@ -796,7 +769,7 @@ def parse_args():
     add("--data", nargs="+", help="record files, one per benchmark")
     add("--media-root", help="folder of media paths (default: the file's)")
     add("--prompts", help="JSON file of instructions, or clone of the release")
-    add("--system", help="file with a system prompt, see --list")
+    add("--system", help="file of a system prompt")
     add("--out", help="folder; with --compare a JSON file")
     add("--max-response-tokens", type=count(1), default=8192, help="(%(default)s)")
     add("--sam2", help="folder or hub id of a SAM2, for masks")
@@ -809,8 +782,7 @@ def parse_args():
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--workers", type=count(0), default=data.WORKERS, help="processes per rank")
     # 128 frames of 256 tokens per pair are 16,384 tokens; the release allows 24,576
-    pixels = dict(image_max_pixels=1024 * 1024, frame_max_pixels=256 * 1024)
-    data.add_limits(parser, **pixels, video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
+    data.add_limits(parser, **PIXELS, max_prompt_tokens=20480)
     return parser.parse_args()
 
 

@@ -5,10 +5,8 @@
     python infer.py --model runs/rl --video a.mp4                    # asks for questions
     python infer.py --base-url http://127.0.0.1:8000/v1 --image a.jpg "..."    # a `vllm serve`
 
-Prompts are those of training, decoding is greedy, answers are read as in evaluation. Exit code 1:
-the answer cannot be read, 2: the request cannot be used. A server gets the same pixels and times.
-It writes the prompt by its own chat template (transformers 5 puts one more pair of vision tokens
-around a whole video) and may answer with vision tokens. Videos need --trust-request-mm-kwargs.
+Prompts are those of training, decoding is greedy. Exit code 1: the answer cannot be read, 2: the
+request cannot be used. A server needs --trust-request-mm-kwargs for the times of videos.
 """
 
 import base64
@@ -33,10 +31,9 @@ import data
 import rewards
 from rewards import PROBLEM_TYPES
 
+PIXELS = dict(image_max_pixels=2**20, frame_max_pixels=2**18, video_total_pixels=24 * 2**20)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
-
-# ---- Drawing
 
 
 def iter_frames(medium, folder_fps):
@@ -60,7 +57,7 @@ def save_video(path, frames, length):
     """Writes (second, PIL image) pairs as MP4 or GIF. A GIF's last frame is shown until `length`."""
     if path.endswith(".gif"):
         seconds, images = zip(*frames)
-        times = 10 * np.round(100 * np.array([*seconds, length]))  # milliseconds, in steps of ten
+        times = 10 * np.round(100 * np.array([*seconds, length]))  # ms, in steps of ten
         settings = dict(duration=np.diff(times).tolist(), loop=0)
         return images[0].save(path, save_all=True, append_images=images[1:], **settings)
     with av.open(path, "w") as container:
@@ -77,12 +74,10 @@ def save_video(path, frames, length):
 
 def save_drawing(path, record, answer, limits, sam2=None):
     """Draws an answer on its record's image (PNG) or video (PNG: a few frames; MP4, GIF: all), in its
-    own size unless it is tiny. Text, and what cannot be read, is written below, and a time span."""
-    task = data.task_of(record)
-    marks = data.marks_of(task, answer)
+    own size unless it is tiny. A time span is written below, and an answer without any marks."""
+    marks = data.marks_of(data.task_of(record), answer)
     drawing = {"orange": marks}
-    has_marks = task not in rewards.TEXT_TYPES and rewards.readable(record, answer)
-    caption = "" if has_marks else answer or "(no answer)"
+    caption = "" if any(marks[:4]) else answer or "(no answer)"
     if marks.span:
         caption = "time {:.1f} to {:.1f} s".format(*marks.span)
     (medium,) = record["media"]
@@ -104,8 +99,7 @@ def save_drawing(path, record, answer, limits, sam2=None):
             image = data.draw(image, drawing, second, masks[i : i + 1])
             yield second, data.captioned(image, caption)
 
-    length = video.total / video.fps
-    save_video(path, drawn(iter_frames(medium, fps)), length)
+    save_video(path, drawn(iter_frames(medium, fps)), video.total / video.fps)
 
 
 def load_sam2(path, device):
@@ -146,18 +140,16 @@ def segment_video(sam2, frames, index, marks):
 @torch.no_grad()
 def stream_model(prompt, model, tokenizer, max_tokens):
     """A data.Prompt -> the stream of a model's greedy response, first what the prompt has opened."""
-    ends = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+    ends = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)}
     banned = tokenizer.convert_tokens_to_ids(data.BANNED)
     pixels, grids = prompt.patches.to(model.device) / 127.5 - 1, prompt.grids.to(model.device)
-    if prompt.record["data_type"] == "image":
-        media = dict(pixel_values=pixels, image_grid_thw=grids)
-    else:
+    media = dict(pixel_values=pixels, image_grid_thw=grids)
+    if prompt.record["data_type"] == "video":
         media = dict(pixel_values_videos=pixels, video_grid_thw=grids)
 
     yield prompt.opened, None
     ids, positions = torch.tensor([prompt.token_ids]), torch.tensor(prompt.positions)[:, None]
-    letters, past = DecodeStream(skip_special_tokens=False), None
+    letters, past = DecodeStream(), None
     for _ in range(max_tokens):
         inputs = dict(input_ids=ids.to(model.device), position_ids=positions.to(model.device))
         output = model(**inputs, **media, past_key_values=past, use_cache=True, logits_to_keep=1)
@@ -181,28 +173,24 @@ def in_base64(image, form="png"):
 def request_of(record, model, limits, max_tokens, prompts):
     """A record -> the JSON of a chat request to a vLLM server, which takes the sampled frames of a
     video as "video/jpeg", whatever their format, with their times beside them."""
-    kind, more = record["data_type"], {}
+    kind = record["data_type"]
     video = data.read_medium(record["media"][0], limits, record.get("fps"))
-    if kind == "image":
-        url = f"data:image/png;base64,{in_base64(Image.fromarray(video.frames[0]))}"
-    else:
-        frames = [in_base64(Image.fromarray(frame)) for frame in video.frames]
+    frames = [in_base64(Image.fromarray(frame)) for frame in video.frames]
+    url, more = f"data:image/png;base64,{frames[0]}", {}
+    if kind == "video":
         url = f"data:video/jpeg;base64,{','.join(frames)}"
         times = dict(fps=video.fps, frames_indices=video.indices, total_num_frames=video.total)
         more["media_io_kwargs"] = dict(video=times | dict(num_frames=-1))
         more["mm_processor_kwargs"] = dict(do_resize=False, do_sample_frames=False)
     before, after = data.render_problem(record, prompts).split(f"<{kind}>", maxsplit=1)
-    content = [{"type": f"{kind}_url", f"{kind}_url": dict(url=url)}, dict(type="text", text=after)]
-    if before:
-        content.insert(0, dict(type="text", text=before))
-    turn = dict(role="user", content=content)
-    settings = dict(stream=True, temperature=0.0, max_tokens=max_tokens, skip_special_tokens=False)
-    return dict(model=model, messages=[turn], **settings, **more)
+    medium = {"type": f"{kind}_url", f"{kind}_url": dict(url=url)}
+    content = [dict(type="text", text=before), medium, dict(type="text", text=after)]
+    settings = dict(stream=True, temperature=0, max_tokens=max_tokens, skip_special_tokens=False)
+    return dict(model=model, messages=[dict(role="user", content=content)], **settings, **more)
 
 
 def ask_server(url, request=None, silence=30):
-    """GETs a URL, or POSTs a request -> the lines of the reply, as they come. Raises OSError, also if
-    the server is silent for so many seconds."""
+    """GETs, or POSTs a request -> lines of a reply. Raises OSError, also after `silence` seconds."""
     body = json.dumps(request).encode() if request else None
     key = f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"
     headers = {"Content-Type": "application/json", "Authorization": key}
@@ -212,8 +200,7 @@ def ask_server(url, request=None, silence=30):
             yield from reply
     except (OSError, HTTPException) as error:
         reason = error.read(1000) if isinstance(error, urllib.error.HTTPError) else b""
-        hint = " (see --max-response-tokens)" if b"max_tokens" in reason else ""
-        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}{hint}") from error
+        raise OSError(f"{url}: {error} {reason.decode(errors='replace')}") from error
 
 
 def stream_server(request, url):
@@ -234,7 +221,7 @@ def parse_args():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("what")
     add = group.add_argument
-    add("question", nargs="?", help="without it: a prompt for questions")
+    add("question", nargs="?", help="without it: a prompt")
     medium = group.add_mutually_exclusive_group()
     medium.add_argument("--image", help="image file")
     medium.add_argument("--video", help="video file, or folder of images shown at --fps")
@@ -244,12 +231,11 @@ def parse_args():
     add("--json", action="store_true", help="print a JSON object")
     add = parser.add_argument_group("model").add_argument
     add("--model", help="folder or hub id; with --base-url its name there")
-    add("--base-url", help="vLLM server, .../v1; its key is in OPENAI_API_KEY")
+    add("--base-url", help="vLLM server, .../v1; key: OPENAI_API_KEY")
     add("--sam2", help="folder or hub id of a SAM2, for masks")
     add("--prompts", help="JSON file of instructions, or clone of the release")
     add("--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)")
-    pixels = dict(image_max_pixels=1024 * 1024, frame_max_pixels=256 * 1024)
-    data.add_limits(parser, **pixels, video_total_pixels=24576 * 1024, max_prompt_tokens=20480)
+    data.add_limits(parser, **PIXELS, max_prompt_tokens=20480)
     return parser.parse_args()
 
 
@@ -257,7 +243,7 @@ def record_of(question, kind, path, task, options):
     """A request as a record (see data.load_records). Raises ValueError if it makes no sense."""
     if not path:
         raise ValueError("--image or --video is needed")
-    if kind == "image" and task in ("temporal grounding", "spatial-temporal grounding", "tracking"):
+    if kind == "image" and ("temporal" in task or task == "tracking"):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
@@ -269,8 +255,7 @@ def record_of(question, kind, path, task, options):
 
 
 def print_stream(record, pieces, as_json=False):
-    """Prints a response as it comes, then the answer as it is read; or one JSON object. Returns the
-    answer (None: there is none) and whether it can be read for its task."""
+    """Prints a response as it comes, then its answer; or JSON -> answer or None, can it be read."""
     text, finished = "", False
     for piece, end in pieces:
         text, finished = text + piece, end == "stop"
@@ -294,17 +279,13 @@ def converse(ask, kind, path, task):
     """Asks for questions until Ctrl-D. What cannot be used is named; Ctrl-C stops an answer."""
     import readline  # noqa: F401  (gives input() its history and its arrow keys)
 
-    print("Ask (choices: Which? | cat | dog), or /image FILE, /video FILE, /task NAME; Ctrl-D ends")
+    print("Ask (Which? | cat | dog), or /image FILE, /video FILE, /task NAME; Ctrl-D ends")
     while True:
         try:
-            line = input(f"{os.path.basename(path or 'no image, no video')}, {task}> ").strip()
+            line = input(f"{os.path.basename(path or 'no file')}, {task}> ").strip()
             command, _, rest = line.partition(" ")
             rest = os.path.expanduser(rest.strip())
-            if command == "/image" and rest.lower().endswith((".mp4", ".mkv", ".webm", ".mov")):
-                print("that is a video: use /video")
-            elif command in ("/image", "/video") and not os.path.exists(rest):
-                print(f"no file {rest}")
-            elif command in ("/image", "/video"):
+            if command in ("/image", "/video"):
                 kind, path = command[1:], rest
             elif command == "/task" and rest in PROBLEM_TYPES:
                 task = rest
@@ -371,10 +352,9 @@ def main():
             print(f"drawn: {args.save}", file=sys.stderr)
         return readable
 
-    if not args.question:
-        converse(ask, kind, path, args.task)
-        return 0
-    return 0 if ask(record) else 1
+    if args.question:
+        return 0 if ask(record) else 1
+    return converse(ask, kind, path, args.task)
 
 
 if __name__ == "__main__":

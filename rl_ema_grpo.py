@@ -1,16 +1,14 @@
-"""EMA-GRPO: reinforcement learning on many tasks at once, each task's advantages divided by the moving
-std of its rewards.
+"""EMA-GRPO: RL on many tasks, the advantages of each divided by the moving std of its rewards.
 
-    bash demo.sh                            # a laptop: its third part is this script on 2 CPU ranks
+    bash demo.sh              # a laptop: its third part is this script on 2 CPU ranks
     torchrun --nproc-per-node 8 rl_ema_grpo.py --model runs/sft --data onethinker_rl_train.json \\
-        --out runs/rl                                                                # 8 x 80 GB
+        --out runs/rl         # 8 x 80 GB
 
 Every rank holds a shard of the trainer and a whole vLLM engine. A step, numbered as in main():
 
     1 sync        the engines get the trainer's weights
     2 roll out    each rank samples a group of n responses to each of its own prompts
-    3 grade       a reward per response; groups that are all right or all wrong are dropped; 2 and 3
-                  again until enough are kept
+    3 grade       rewards; 2 and 3 again until enough groups are neither all right nor all wrong
     4 advantages  (reward - mean of its group) / moving std of its task
     5 old logps   the trainer's log-probabilities before its weights move
     6 update      a few optimiser steps: tokens become likelier if A > 0, less likely if A < 0 (PPO)
@@ -19,11 +17,9 @@ Every rank holds a shard of the trainer and a whole vLLM engine. A step, numbere
 Where this departs from the paper (arXiv 2512.03043) and the release:
  1. Advantages are clipped at 5 as the paper says. The release divides a group with any |A| > 5 by
     its own std instead.
- 2. A task's first batch sets its moments (as released; the paper is silent). They survive a restart
-    (released: lost).
+ 2. A task's first batch sets its moments (as released). They survive a restart (released: lost).
  3. Clip range 0.2 / 0.3 and a mean over all response tokens (as released; the paper has a symmetric
-    clip and a mean over sequences). No KL term unless --kl-coef is set (the paper says 0.01, the
-    released configuration switches it off).
+    clip and a mean over sequences). No KL term without --kl-coef (paper: 0.01; released: off).
  4. Groups that dynamic sampling finds beyond --prompts-per-step are trained on, not thrown away.
 
 Letters of dimensions: n responses in a group, R response tokens at hand, and those of sft.py.
@@ -32,7 +28,6 @@ Letters of dimensions: n responses in a group, R response tokens at hand, and th
 import itertools
 import json
 import math
-import sys
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
@@ -44,7 +39,6 @@ import cpu_compat  # before transformers
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
 import sft
@@ -56,7 +50,7 @@ from sft import DUMMY, gather, microbatches, pack
 
 
 class EMAStd:
-    """Moving mean and second moment of the rewards of each task's kept groups, and their std (paper).
+    """Moving mean and second moment of each task's rewards in kept groups, and their std (paper).
 
     >>> ema = EMAStd()
     >>> ema.update("QA", [0.0, 1.0])        # the first batch of a task is taken as it is
@@ -137,8 +131,7 @@ def policy_loss(
     All tensors are (R,) float32. logps: the trainer's now, with a gradient. old_logps: the trainer's
     before this step's updates; in the first one logps.detach(): the ratio is 1, the gradient that of
     A * logps. rollout_logps: vLLM's, of the same weights as the old ones.
-    Returns losses (R,) and, for the log, a dict of (R,): clip_share; kl and capped_share where used.
-    """
+    Returns losses (R,) and, for the log, {name: (R,)}: clip_share, and kl, capped_share if used."""
     ratio = torch.exp(logps - old_logps)
     gain = ratio * advantages
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
@@ -163,10 +156,10 @@ def policy_loss(
 
 @dataclass
 class RolloutGroup:
-    """One prompt and its n rollouts, in parallel lists; of them sft.py reads prompt and responses."""
+    """One prompt and its n rollouts, in parallel lists. sft.py reads its prompt and responses."""
 
     prompt: Prompt
-    responses: list  # n lists of token ids, with the end-of-turn token where the model wrote one
+    responses: list  # n lists of token ids, with the end-of-turn token if there is one
     logps: list  # n lists of vLLM's log-probabilities of these tokens
     finished: list  # n bools: ended by itself
     scores: list = field(default_factory=list)  # n rewards.Score
@@ -180,7 +173,7 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
 
     cpu_compat.register_qwen3_vl()
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        _, memory = torch.cuda.mem_get_info()
         settings = dict(
             enable_sleep_mode=True,
             kv_cache_memory_bytes=min(24 << 30, memory // 3),
@@ -217,7 +210,7 @@ def sync_weights(llm, weights, compare=False):
     ones. All ranks call this. weights: iterator of (Hugging Face name, whole tensor). compare:
     RuntimeError unless the engines of all ranks then hold the same (10 to 40 s for an 8B)."""
     if torch.cuda.is_available():
-        llm.wake_up(tags=["kv_cache"])  # asleep but in the first step, see release_kv_cache
+        llm.wake_up(tags=["kv_cache"])  # asleep from the second step on
     llm.collective_rpc("reload_weights", kwargs=dict(weights_iterator=weights))
     if not llm.reset_prefix_cache():
         raise RuntimeError("vLLM did not drop its prefix cache: a request is still running")
@@ -246,23 +239,19 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
     Vision tokens are banned: a sampled <|image_pad|> would claim the prompt's pixels."""
     from vllm import SamplingParams
 
-    if not prompts:  # every record of this round was skipped
-        return []
     banned = dict.fromkeys(tokenizer.convert_tokens_to_ids(data.BANNED), -100.0)
     settings = dict(n=n, temperature=temperature, max_tokens=max_tokens, logit_bias=banned)
     settings |= dict(top_p=1.0, logprobs=0, detokenize=False)  # 0: of the sampled token alone
     params = [SamplingParams(seed=seed, **settings) for seed in seeds]
-    watched = dist.get_rank() == 0 and sys.stderr.isatty()
-    bar = partial(tqdm, leave=False) if watched else False
-    outputs = llm.generate([prompt.vllm for prompt in prompts], params, use_tqdm=bar)
+    outputs = llm.generate([prompt.vllm for prompt in prompts], params, use_tqdm=False)
     groups = []
     for prompt, output in zip(prompts, outputs, strict=True):
         assert list(output.prompt_token_ids) == prompt.token_ids, "vLLM reads another prompt"
         group = RolloutGroup(prompt, [], [], [])
         for sample in output.outputs:
-            tokens = list(sample.token_ids)
-            group.responses.append(tokens)
-            group.logps.append([row[token].logprob for row, token in zip(sample.logprobs, tokens)])
+            pairs = zip(sample.logprobs, sample.token_ids)
+            group.responses.append(list(sample.token_ids))
+            group.logps.append([row[token].logprob for row, token in pairs])
             group.finished.append(sample.finish_reason == "stop")
         groups.append(group)
     return groups
@@ -304,8 +293,8 @@ def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
     rank, world = dist.get_rank(), dist.get_world_size()
     kept, seen, rounds, all_kept, all_seen = [], [], 0, 0, 0
     while all_kept < args.prompts_per_step and rounds < args.max_rounds:
-        if rounds >= 3 and (not all_kept or stop.now()):
-            break  # three rounds kept nothing, or a stop was asked for: all ranks break together
+        if rounds >= 3 and (not all_kept or stop()):
+            break  # all ranks together: three rounds kept nothing, or a stop was asked for
         # As many prompts as are missing, by the share kept lately; at most two steps' worth.
         missing = (args.prompts_per_step - all_kept) / max(state["keep_rate"], 0.1)
         size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
@@ -340,17 +329,15 @@ def set_advantages(kept, ema, args):
     for i, group in enumerate(kept):
         key, task = (dist.get_rank(), i), task_of(group.prompt.record)
         own += [(score.reward, key, task) for score in group.scores]
-    everyone = gather(own)
-    if not any(everyone):
-        return {}
-    rewards, keys, tasks = zip(*itertools.chain(*everyone))
-    result = advantages(rewards, keys, tasks, ema, args.method, args.advantage_clip)
-    rest = iter(result[sum(map(len, everyone[: dist.get_rank()])) :])
-    for group in kept:
-        group.advantages = list(itertools.islice(rest, len(group.scores)))
-    result, tasks = np.array(result), np.array(tasks)
-    rms = lambda values: float(np.sqrt(np.mean(values**2)))
-    return {f"advantage/{task}": rms(result[tasks == task]) for task in sorted({*tasks})}
+    rows = list(itertools.chain(*gather(own)))
+    columns = zip(*rows) if rows else ([], [], [])
+    result = advantages(*columns, ema, args.method, args.advantage_clip)
+    squares = defaultdict(list)
+    for (_, (rank, i), task), advantage in zip(rows, result):
+        squares[task].append(advantage**2)
+        if rank == dist.get_rank():
+            kept[i].advantages.append(advantage)
+    return {f"advantage/{task}": math.sqrt(np.mean(squares[task])) for task in squares}
 
 
 def deal_minibatches(counts, rank, updates):
@@ -367,9 +354,8 @@ def deal_minibatches(counts, rank, updates):
 
 @torch.no_grad()
 def current_logps(model, groups, tokens_per_microbatch, device):
-    """Log-probabilities of all response tokens of the groups under the current weights: (R,) float32,
-    on the CPU. All ranks call this."""
-    result = torch.empty(sum(len(response) for group in groups for response in group.responses))
+    """log p of all response tokens by the model: (R,) float32, on the CPU. All ranks call this."""
+    result = torch.empty(sum(len(each) for group in groups for each in group.responses))
     for members, at in microbatches(groups, tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
         if members:
@@ -380,10 +366,8 @@ def current_logps(model, groups, tokens_per_microbatch, device):
 
 def update(model, optimizer, groups, old_logps, ref_logps, args, device):
     """One optimiser step on this rank's share of a mini-batch. All ranks call this.
-
     old_logps: (R,), or None: this forward's own, detached. ref_logps: (R,), or None without a KL.
-    Returns a dict of numbers that hold for all ranks together.
-    """
+    Returns numbers that hold for all ranks together."""
     tokens = []  # (advantage, vLLM's log-probability) of each response token
     for group in groups:
         for advantage, logps in zip(group.advantages, group.logps):
@@ -393,10 +377,9 @@ def update(model, optimizer, groups, old_logps, ref_logps, args, device):
     def loss_of(logps, at):  # at: their places among the R tokens
         old = logps.detach() if old_logps is None else old_logps[at].to(device)
         ref = None if ref_logps is None else ref_logps[at].to(device)
-        losses, numbers = policy_loss(
-            logps, old, advantage[at], args.clip_low, args.clip_high, args.dual_clip,
-            ref, args.kl_coef, sampled[at], args.tis_cap,
-        )  # fmt: skip
+        clips = args.clip_low, args.clip_high, args.dual_clip
+        others = ref, args.kl_coef, sampled[at], args.tis_cap
+        losses, numbers = policy_loss(logps, old, advantage[at], *clips, *others)
         return losses, numbers | dict(logp_gap=(old - sampled[at]).abs())
 
     numbers = sft.update(model, optimizer, groups, args, device, loss_of)
@@ -426,7 +409,7 @@ def parse_args():
     add("--updates-per-step", type=positive, default=4, help="optimiser steps (%(default)s)")
     add("--max-rounds", type=positive, default=20, help="of dynamic sampling (%(default)s)")
     add("--max-response-tokens", type=positive, default=4096, help="(%(default)s)")
-    add("--polar-url", help="vLLM server of POLAR, for open-ended answers (default: ROUGE)")
+    add("--polar-url", help="vLLM server of POLAR for open-ended answers (ROUGE)")
     add("--wandb", help="also log to this Weights & Biases project")
     data.add_limits(parser)
     return parser.parse_args()
@@ -434,40 +417,37 @@ def parse_args():
 
 @contextmanager
 def phase(row, name):
-    """Adds the seconds of a phase to the step's row."""
+    """Adds the seconds of a phase to the step's row, a defaultdict."""
     start = time.time()
     yield
-    row[f"seconds/{name}"] = row.get(f"seconds/{name}", 0.0) + time.time() - start
+    row[f"seconds/{name}"] += time.time() - start
 
 
 def summarise(seen, updates, ema, seconds):
-    """The numbers of one step over all ranks: means of all sampled responses, kept or not, and of the
-    updates. seen: this rank's graded groups. All ranks call this."""
+    """The numbers of a step: means over the responses that all ranks sampled, kept or not, and over
+    the updates. seen: this rank's graded groups. All ranks call this."""
     own = []
     for group in seen:
         task = task_of(group.prompt.record)
         for score, response, done in zip(group.scores, group.responses, group.finished):
-            own.append((task, score.reward, score.accuracy, len(response), done))
-    rows = list(itertools.chain(*gather(own)))
-    mean = lambda rows, column: float(np.mean([row[column] for row in rows])) if rows else 0.0
-    names = ("reward", "accuracy", "response_tokens", "finished_share")
-    result = {name: mean(rows, column) for column, name in enumerate(names, 1)}
-    result["tokens_per_second"] = sum(row[3] for row in rows) / seconds
-    for task in sorted({row[0] for row in rows}):
-        of_task = [row for row in rows if row[0] == task]
-        result |= {f"reward/{task}": mean(of_task, 1), f"accuracy/{task}": mean(of_task, 2)}
-    for name in updates[0] if updates else ():
-        result[name] = float(np.mean([numbers[name] for numbers in updates]))
+            row = dict(reward=score.reward, accuracy=score.accuracy)
+            row |= {f"{name}/{task}": value for name, value in row.items()}
+            own.append(row | dict(response_tokens=len(response), finished_share=done))
+    values = defaultdict(list)
+    for row in itertools.chain(*gather(own), updates):
+        for name, value in row.items():
+            values[name].append(value)
+    result = {name: float(np.mean(each)) for name, each in values.items()}
+    result["tokens_per_second"] = sum(values["response_tokens"]) / seconds
     return result | {f"std/{task}": ema.std(task) for task in sorted(ema.moments)}
 
 
 def report(args, row, seen, tokenizer):
     """Rank 0: a line on the screen, and a response of three groups in rollouts.jsonl."""
-    numbers = "reward {reward:.3f}  accuracy {accuracy:.3f}  kept {kept_share:.2f}"
-    numbers += "  tokens {response_tokens:.0f}  {seconds/step:.1f} s"
     left = timedelta(seconds=round(row["seconds/step"] * (args.steps - row["step"])))
-    number = f"step {row['step']}/{args.steps} "
-    print(number, numbers.format_map(row), f" {left} left", flush=True)
+    line = "step {step}/{steps}  reward {reward:.3f}  accuracy {accuracy:.3f}  "
+    line += "kept {kept_share:.2f}  tokens {response_tokens:.0f}  {seconds/step:.1f} s  {left} left"
+    print(line.format_map(row | dict(steps=args.steps, left=left)), flush=True)
     if row.get("logp_gap", 0) > 0.1:
         print(f"WARNING: logp_gap {row['logp_gap']:.2f}: other weights, pixels or positions?")
     with open(f"{args.out}/rollouts.jsonl", "a") as file:
@@ -488,10 +468,9 @@ def report(args, row, seen, tokenizer):
 
 def main():
     args = parse_args()
-    stop = sft.Stop(args.minutes)
+    stop = sft.watch_for_stop(args.minutes)
     rank, world, device = sft.init_distributed()
-    refusal = "an SFT record (messages), where answers are needed"
-    records, settings = sft.load_inputs(args, lambda record: record["answer"], refusal)
+    records, settings = sft.load_inputs(args, lambda r: r["answer"], "has messages, no answer")
     state = dict(cursor=0, keep_rate=1.0, moments={}) | sft.start_run(args)
     tokenizer, dtype = settings["processor"].tokenizer, getattr(torch, args.dtype)
 
@@ -520,7 +499,7 @@ def main():
         print(f"{len(records)} records; {work}; {updates} updates of {g // updates}; from {first}")
 
     for step in range(first + 1, args.steps + 1):
-        row, start = dict(step=step), time.time()
+        row, start = defaultdict(float, step=step), time.time()
 
         # 1 sync
         with phase(row, "sync"):
@@ -541,9 +520,7 @@ def main():
         where = args.tokens_per_microbatch, device
         with phase(row, "old_logps"):
             old_logps = [None, *(current_logps(model, each, *where) for each in minibatches[1:])]
-            ref_logps = [None] * len(minibatches)
-            if reference:
-                ref_logps = [current_logps(reference, each, *where) for each in minibatches]
+            ref_logps = [reference and current_logps(reference, x, *where) for x in minibatches]
 
         # 6 update
         with phase(row, "update"):
@@ -563,7 +540,7 @@ def main():
 
         # 8 save
         state |= dict(step=step, moments=ema.state_dict())
-        stopping = stop.now()
+        stopping = stop()
         if step % args.save_every == 0 or step == args.steps or stopping:
             sft.save_checkpoint(args, model, optimizer, state)
         if stopping:

@@ -1,16 +1,15 @@
 """Supervised cold start: one pass over chain-of-thought data, and the forward that RL shares.
 
-    bash demo.sh                          # a laptop: its second part is this script on 2 CPU ranks
+    bash demo.sh              # a laptop: its second part is this script on 2 CPU ranks
     torchrun --nproc-per-node 8 sft.py --model Qwen/Qwen3-VL-8B-Instruct \\
-        --data onethinker_sft_image.json onethinker_sft_video.json --out runs/sft       # 8 x 80 GB
+        --data onethinker_sft_image.json onethinker_sft_video.json --out runs/sft  # 8 x 80 GB
 
 A training sequence is a `Group`: one prompt and its n responses, packed as [prompt | R1 | ... | Rn].
 The prompt, with its thousands of vision tokens, is computed once. Response i attends to the prompt
 and to itself. SFT is n = 1, RL is n = 8; both take their log-probabilities from `response_logps`.
 
-Where this departs from the release:
- 1. A plain loop over FSDP2, no trainer.
- 2. The loss is the mean over all response tokens of the global batch, whatever their rank.
+Where this departs from the release: a plain loop over FSDP2, no trainer; the loss is the mean over
+all response tokens of the global batch, whatever their rank.
 
 Letters of dimensions: T packed tokens, R response tokens, P patches, M media (images and videos),
 V vocabulary, E width of the model, H attention heads, D width of a head.
@@ -23,11 +22,10 @@ import shutil
 import signal
 import time
 from argparse import BooleanOptionalAction
-from collections import Counter
+from collections import Counter, namedtuple
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import cpu_compat  # noqa: F401  (before transformers)
 import torch
@@ -47,12 +45,8 @@ import data
 
 # ---- The forward
 
-
-class Group(NamedTuple):
-    """One prompt and its responses: what is packed and trained together."""
-
-    prompt: data.Prompt
-    responses: list  # n lists of token ids, each with its end-of-turn token if it has one
+# A data.Prompt and its responses: lists of token ids, with the end-of-turn token if they have one.
+Group = namedtuple("Group", "prompt responses")
 
 
 def pack(groups, device):
@@ -124,7 +118,7 @@ def frame_attention(module, query, key, value, mask, scaling, cu_seq_lens_q, max
 
 
 AttentionInterface.register("shared_prefix", shared_prefix_attention)
-AttentionMaskInterface.register("shared_prefix", lambda *args, **kwargs: None)  # the plan says it
+AttentionMaskInterface.register("shared_prefix", lambda *_, **__: None)  # the plan says it
 AttentionInterface.register("flash_frames", frame_attention)  # "flash": all frames in one call
 
 
@@ -210,16 +204,16 @@ def init_distributed():
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        if local >= (count := torch.cuda.device_count()):
-            raise SystemExit(f"rank {rank} has no GPU, there are {count}: lower --nproc-per-node")
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"rank {rank} has no GPU of its own: lower --nproc-per-node")
         # Micro-batches differ in size: less fragmentation. vLLM's pool switches it off for itself.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-    timeout = timedelta(minutes=60)  # a rank may roll out long after the others are done
+    timeout = timedelta(minutes=60)  # ranks roll out for unequal times
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     # After a restart by torchrun the store still has the addresses of the ranks that died.
-    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return rank, world, device
 
@@ -277,20 +271,20 @@ def start_run(args):
     """Makes the run folder and writes args.json. Returns the newest checkpoint's state, or that of
     step 0. All ranks call this before a model is loaded. Changed settings need --force."""
     if os.path.realpath(args.out) == os.path.realpath(args.model):
-        data.refuse(f"--out {args.out} is the folder of --model: name another")
+        data.refuse(f"--out {args.out} is the folder of --model")
     saved = sorted(Path(args.out).glob("checkpoints/step-*[0-9]/state.json"))  # half saved: .tmp
     state = json.loads(saved[-1].read_text()) if saved else dict(step=0, counts={})
     old, new = state.get("args", {}), vars(args)
     changed = [name for name in new if old.get(name, new[name]) != new[name] and name != "force"]
     if changed and not args.force:
         said = [f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}" for name in changed]
-        data.refuse(f"{args.out}: {'; '.join(said)}; --force goes on with the new settings")
+        data.refuse(f"{args.out}: {'; '.join(said)}; --force takes the new ones")
     if dist.get_rank() == 0:
         try:
             os.makedirs(args.out, exist_ok=True)
             Path(args.out, "args.json").write_text(json.dumps(new, indent=1))
         except OSError as error:
-            data.refuse(f"--out {args.out} cannot be written: {error}")
+            data.refuse(f"--out cannot be written: {error}")
         for path in Path(args.out, "metrics.jsonl"), Path(args.out, "rollouts.jsonl"):
             if path.exists():  # steps after the checkpoint will be run, and logged, again
                 whole, _, torn = path.read_text().rpartition("\n")  # a kill may tear a line
@@ -342,13 +336,11 @@ def full_weights(model, dtype):
         yield name, shard.to(dtype).full_tensor()  # cast first: half the traffic
 
 
-# The last two are ours: RL starts from an SFT run.
-NOT_COPIED = ".safetensors .index.json .bin .pt .pth .jsonl args.json".split()
-
-
 def export_model(model, source, out):
     """Writes bfloat16 safetensors, and all other files of the folder or hub id `source` as they are:
     an older transformers cannot read what a newer one writes. All ranks call this."""
+    # Other weights, and our own logs: RL starts from an SFT run.
+    left_out = "*.safetensors *.index.json *.bin *.pt *.pth *.jsonl args.json".split()
     weights = {}
     for name, tensor in full_weights(model, torch.bfloat16):
         if dist.get_rank() == 0:
@@ -357,12 +349,12 @@ def export_model(model, source, out):
         if model.config.tie_word_embeddings:
             del weights["lm_head.weight"]
         if not os.path.isdir(source):
-            source = snapshot_download(source, ignore_patterns=["*" + end for end in NOT_COPIED])
+            source = snapshot_download(source, ignore_patterns=left_out)
         save_torch_state_dict(weights, out)
         for path in Path(source).iterdir():
-            if path.is_file() and not path.name.endswith(tuple(NOT_COPIED)):
+            if path.is_file() and not any(map(path.match, left_out)):
                 shutil.copyfile(path, Path(out, path.name))
-        print(f"model in {out}; python tests/curves.py {out} draws its curves", flush=True)
+        print(f"model in {out}; curves: python tests/curves.py {out}", flush=True)
     dist.barrier()
 
 
@@ -378,23 +370,20 @@ def log_metrics(out, row, pool=0.0):
             file.write(json.dumps(finite) + "\n")
 
 
-class Stop:
-    """Notices SIGTERM, Ctrl-C and the end of --minutes, which count from here."""
+def watch_for_stop(minutes=None):
+    """Notices SIGTERM, Ctrl-C and the end of --minutes, which count from here. Returns a function:
+    whether any rank was asked to stop. All ranks call that one; all get the same answer."""
+    deadline, signals = time.time() + 60 * (minutes or math.inf), []
 
-    def __init__(self, minutes=None):
-        self.deadline = time.time() + 60 * (minutes or math.inf)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.notice)
-
-    def notice(self, number, _):
-        self.deadline = 0
+    def notice(number, _):
+        signals.append(number)
         if number == signal.SIGINT:  # a second Ctrl-C ends at once; torchrun makes it a SIGTERM
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def now(self):
-        """Whether any rank was asked to stop. All ranks call this; all get the same answer."""
-        return any(gather(time.time() > self.deadline))
+    signal.signal(signal.SIGTERM, notice)
+    signal.signal(signal.SIGINT, notice)
+    return lambda: any(gather(bool(signals) or time.time() > deadline))
 
 
 # ---- Supervised fine-tuning
@@ -428,7 +417,7 @@ def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-l
     the log, each (R,). at: where these tokens stand among those of all `groups`. Default: SFT's.
     Returns a dict: the means over all response tokens of the global batch, tokens, and grad_norm
     before clipping. Where that or the loss is not finite nothing moves, and grad_norm is nan."""
-    tokens = sum(gather(sum(len(response) for group in groups for response in group.responses)))
+    tokens = sum(gather(sum(len(each) for group in groups for each in group.responses)))
     totals, means = Counter(), Counter(loss=0.0)
     for members, at in microbatches(groups, args.tokens_per_microbatch):
         logps = model.response_logps(pack(members or [DUMMY], device))
@@ -496,7 +485,7 @@ def load_inputs(args, needed, refusal):
     """The records of all files, and the settings of data.encode. Refuses what is wrong with them
     before a model is loaded: with the sentence `refusal` where needed(record) is None."""
     if args.shard_size and dist.get_world_size() % args.shard_size:
-        data.refuse(f"--shard-size {args.shard_size} does not divide {dist.get_world_size()} ranks")
+        data.refuse(f"--shard-size {args.shard_size} does not divide the number of ranks")
     try:
         records = []
         for path in args.data:
@@ -513,7 +502,7 @@ def load_inputs(args, needed, refusal):
 
 def main():
     args = parse_args()
-    stop = Stop(args.minutes)
+    stop = watch_for_stop(args.minutes)
     rank, world, device = init_distributed()
     records, settings = load_inputs(args, data.demonstration, "no messages or process to imitate")
     size = args.sequences_per_step
@@ -535,19 +524,19 @@ def main():
     tally = Counter(state["counts"] if rank == 0 else {})
     bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
     for step in bar:
-        begin = time.time()
+        row, start = dict(step=step), time.time()
         groups = data.next_items(stream, size // world, tally, args.max_bad_share)
-        waited = time.time() - begin
-        rate = learning_rate(step - 1, steps, args.lr, args.warmup_share)
-        optimizer.param_groups[0]["lr"] = rate
-        numbers = update(model, optimizer, groups, args, device)
-        tally["skipped_updates"] += math.isnan(numbers["grad_norm"]) and rank == 0
-        counts, seconds = sum(gather(tally), Counter()), time.time() - begin
-        row = dict(step=step, **numbers, lr=rate) | counts
-        row |= {"seconds/step": seconds, "seconds/data": waited}
-        log_metrics(args.out, row | dict(tokens_per_second=numbers["tokens"] / seconds))
-        bar.set_postfix(loss=numbers["loss"])
-        stopping = stop.now()
+        row["seconds/data"] = time.time() - start
+        row["lr"] = learning_rate(step - 1, steps, args.lr, args.warmup_share)
+        optimizer.param_groups[0]["lr"] = row["lr"]
+        row |= update(model, optimizer, groups, args, device)
+        tally["skipped_updates"] += math.isnan(row["grad_norm"]) and rank == 0
+        counts = sum(gather(tally), Counter())
+        row["seconds/step"] = time.time() - start
+        row["tokens_per_second"] = row["tokens"] / row["seconds/step"]
+        log_metrics(args.out, row | counts)
+        bar.set_postfix(loss=row["loss"])
+        stopping = stop()
         if step % args.save_every == 0 or step == steps or stopping:
             save_checkpoint(args, model, optimizer, dict(step=step, counts=counts))
         if stopping:

@@ -157,8 +157,9 @@ def test_the_mean_leaves_out_by_name_what_has_no_grade():
         "mean over 2 benchmarks (metrics with *): 50.0",
     ]
     rows = [line.split() for line in lines[:-4]]
-    assert ["unreadable", "40", "2.5", "[", "2.5,", "2.5]"] in rows and len(rows) == 8
-    assert ["mIoU*", "40", "60.0", "[", "60.0,", "60.0]", "59.9", "36.7"] in rows
+    unreadable = ["Video_MMLU_CAP", "unreadable", "40", "2.5", "[", "2.5,", "2.5]"]
+    assert unreadable in rows and len(rows) == 8
+    assert ["eval_charades", "mIoU*", "40", "60.0", "[", "60.0,", "60.0]", "59.9", "36.7"] in rows
 
 
 def test_circular_accuracy_wants_every_order_of_the_options():
@@ -697,9 +698,8 @@ def test_comparison_needs_the_same_records_and_names_what_it_leaves_out(tmp_path
     with pytest.raises(SystemExit):
         compared(tmp_path, a=a, b={})
     assert "x: the models have different records" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
+    with pytest.raises(OSError, match="lost/results.json"):
         compared(tmp_path, a=a, lost={})
-    assert "lost has no results.json" in capsys.readouterr().err
 
 
 def test_compare_command_prints_and_writes(tmp_path):
@@ -951,7 +951,7 @@ runs, common = json.loads(sys.argv[1]), sys.argv[2:]
 for out, die in runs:
     if not (child := os.fork()):
         stage, _, left = die.partition(":")
-        run(out, stage, int(left or 0))
+        sys.exit(run(out, stage, int(left or 0)))
     ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert ended == (130 if die.startswith("^C") else 9 if die else 0), (out, die, ended)
 """
@@ -1000,7 +1000,7 @@ def test_interrupted_four_times_the_result_is_the_same(runs):
     """A rerun that loses, repeats or mixes answers, masks or verdicts; a torn line that ends it."""
     whole, resumed = ((runs / f"{out}.txt").read_text() for out in ("whole", "cut"))
     assert outputs(runs / "whole") == outputs(runs / "cut")
-    assert ", 1 to answer on 2 ranks" in resumed
+    assert "\n1 records to answer on 2 ranks" in "\n" + resumed
     results = json.loads((runs / "whole" / "results.json").read_text())
     assert len(results) == 17 and "mean over 17 benchmarks" in whole and "not in the" not in whole
     assert results["eval_got10k"]["AO"]["n"] == 2 and "J&F (DAVIS)" in results["eval_seg_mevis"]
@@ -1049,7 +1049,7 @@ def test_nothing_in_the_report_is_code(runs):
     assert links and all(link.startswith("data:") for link in links) and "http" not in bare
     assert bare.count("<article") == bare.count("<details>") > 25
     assert bare.count("skipped; missing_media") == 1
-    assert re.search(r"<pre>\d+ \w+ 20\d\d, model .*/model, dtype float32, max_frames \d+\n", bare)
+    assert re.search(r"<pre>\d+ \w+ 20\d\d, /.*/whole\n", bare)
 
 
 def test_every_form_goes_through_with_a_real_engine(toy, forms, tmp_path):

@@ -338,7 +338,7 @@ def test_more_ranks_than_gpus_is_said_at_once(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(SystemExit, match="has no GPU, there are 1"):
+    with pytest.raises(SystemExit, match="has no GPU"):
         sft.init_distributed()
 
 

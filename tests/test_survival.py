@@ -36,10 +36,10 @@ def metrics(out):
     ]
 
 
-def start(script, deaths, settings, model, files, out, ranks=2, restarts=0, check=True):
+def start(script, deaths, settings, model, files, out, ranks=2, **more):
     return run(
         "tests/doomed.py", deaths, script, "--model", model, "--data", *files, "--out", out, *settings.split(),
-        ranks=ranks, restarts=restarts, check=check,
+        ranks=ranks, **more,
     )  # fmt: skip
 
 
@@ -111,7 +111,9 @@ def test_sft_killed_ranks_and_another_number_of_ranks(toy, tmp_path):
 def test_an_exception_of_one_rank_ends_all_with_its_traceback(toy, tmp_path):
     """Ranks that wait an hour in a collective for one that is gone; a traceback that nobody sees."""
     files, death = [toy / "sft_image.json"], "sft.update:1:raise1"
-    result = start("sft", death, SFT, toy / "model", files, tmp_path / "out", check=False)
+    result = start(
+        "sft", death, SFT, toy / "model", files, tmp_path / "out", check=False, torchrun=True
+    )
     assert result.returncode != 0
     assert "ArithmeticError: on purpose" in result.stderr
 
@@ -277,11 +279,11 @@ def test_signals_and_the_clock_stop_at_the_end_of_a_step(alone):
     """Ctrl-C in the middle of an update, ranks that stop at different steps, a second Ctrl-C that waits too."""
     old = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number in (signal.SIGTERM, signal.SIGINT):
-        stop = sft.Stop(minutes=60)
-        assert not stop.now()
+        stop = sft.watch_for_stop(minutes=60)
+        assert not stop()
         os.kill(os.getpid(), number)
-        assert stop.now()
+        assert stop()
         assert (signal.getsignal(signal.SIGINT) == signal.SIG_DFL) == (number == signal.SIGINT)
-    assert sft.Stop(minutes=1e-9).now() and not sft.Stop().now()
+    assert sft.watch_for_stop(minutes=1e-9)() and not sft.watch_for_stop()()
     for number, handler in zip((signal.SIGTERM, signal.SIGINT), old):
         signal.signal(number, handler)
