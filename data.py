@@ -499,7 +499,7 @@ def decode_frames(path, pts, keys, wanted, bounds):
                     pixels = frame.to_ndarray(**form)
                     found[int(stamp)] = np.rot90(pixels, round(frame.rotation / 90))
             if last and reached >= end:
-                stream.codec_context.flush_buffers()
+                stream.codec_context.flush_buffers()  # the next packets do not follow on
     if not last and place != len(pts):
         raise ValueError(f"{place} frames can be decoded of {len(pts)}")
     if not found.keys() >= {*wanted.tolist()}:

@@ -204,6 +204,39 @@ def test_no_frame_stands_in_for_another(tmp_path, monkeypatch):
     assert [read_clock(frame) for frame in video.frames] == video.indices
 
 
+@pytest.mark.parametrize("stamp", [None, 0])
+def test_frames_without_their_own_stamps_are_counted(tmp_path, monkeypatch, stamp):
+    """A decoder that gives no stamps, or one for all: such a video ended the run, or showed one frame."""
+    write_video(tmp_path / "a.mp4")
+    open_video = data.open_video
+
+    class Blind:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.inner.close()
+
+        def demux(self, stream):
+            return map(Blind, self.inner.demux(stream))
+
+        def decode(self):
+            frames = self.inner.decode()
+            for frame in frames:
+                frame.pts = stamp
+            return frames
+
+    monkeypatch.setattr(data, "open_video", lambda path: Blind(open_video(path)))
+    video = data.read_video(str(tmp_path / "a.mp4"))
+    assert [read_clock(frame) for frame in video.frames] == video.indices
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_no_more_frames_than_there_are(tmp_path, count):
     """20 frames at 1 frame/s gave 40, each of them twice; one frame gave four."""
