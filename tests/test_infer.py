@@ -149,6 +149,14 @@ def test_boxes_between_seconds():
     assert [place is not None for place in drawn] == [0, 1, 1, 0]
 
 
+def test_options_have_one_letter(tmp_path):
+    """ "A. A. dog" where the user has written the letters."""
+    record = lambda *options: infer.record_of(
+        "Which?", "image", "a.png", "multiple choice", options
+    )
+    assert record("dog", "cat")["options"] == record("A. dog", "B. cat")["options"]
+
+
 def save(path, medium, kind, task, answer, sam2=None, **more):
     record = dict(problem_type=task, data_type=kind, **more)
     record["media"] = [dict(type=kind, path=str(medium))]

@@ -192,6 +192,14 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(trainer, tmp_pa
     assert {path.name for path in folder.iterdir()} == {"step-000002", "step-000003"}
 
 
+def test_forced_settings_count(trainer, tmp_path):
+    """--force with another learning rate, and the one in the checkpoint is used."""
+    sft.save_checkpoint(settings_of(tmp_path), *trainer, dict(step=1))
+    args = settings_of(tmp_path, lr=5e-4, weight_decay=0.1)
+    group = sft.load_optimizer(args, trainer[0], 1).param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (5e-4, 0.1)
+
+
 def test_a_run_does_not_go_on_with_other_settings(alone, tmp_path, capsys):
     """Two halves of a run with different learning rates under one name."""
     folder = tmp_path / "checkpoints/step-000007"
