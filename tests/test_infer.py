@@ -149,12 +149,12 @@ def test_boxes_between_seconds():
     assert [place is not None for place in drawn] == [0, 1, 1, 0]
 
 
-def test_options_have_one_letter(tmp_path):
+def test_options_have_one_letter():
     """ "A. A. dog" where the user has written the letters."""
-    record = lambda *options: infer.record_of(
-        "Which?", "image", "a.png", "multiple choice", options
-    )
-    assert record("dog", "cat")["options"] == record("A. dog", "B. cat")["options"]
+    asked = ("Which?", "image", "a.png", "multiple choice")
+    plain, lettered = ["dog", "cat"], ["A. dog", "B. cat"]
+    assert infer.record_of(*asked, plain)["options"] == lettered
+    assert infer.record_of(*asked, lettered)["options"] == lettered
 
 
 def save(path, medium, kind, task, answer, sam2=None, **more):
