@@ -1,4 +1,5 @@
-"""vLLM's environment, and what a CPU-only installation needs. Import it before torch, transformers or vllm.
+"""vLLM's environment, what a CPU-only installation needs, and a faster patch embedding. Import it before
+torch, transformers or vllm.
 
 Outside PyTorch's own CPU index, torchvision, torchaudio and torchcodec come as CUDA builds that a CPU
 torch cannot load. Nothing here uses their compiled code, so the two audio packages are hidden when they
@@ -46,3 +47,11 @@ def register_qwen3_vl():
         from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Model
 
         ModelRegistry.register_model("Qwen3VLForConditionalGeneration", Model)
+
+
+def one_matrix_patch_embedding(visual):
+    """Makes the patch embedding of a vision tower one matrix product: it is a Conv3d whose kernel covers
+    each patch exactly once, which is slow and in some versions of cuDNN fails."""
+    conv, linear = visual.patch_embed.proj, torch.nn.functional.linear
+    rows = lambda: conv.weight.flatten(1)
+    visual.patch_embed.forward = lambda x: linear(x.to(conv.weight.dtype), rows(), conv.bias)

@@ -10,8 +10,6 @@ Where this departs from the release: frames have their true times (in its SFT th
 prompt that is too long is left out and counted, not cut; the wording of the instructions.
 """
 
-import argparse
-import ast
 import ctypes
 import itertools
 import json
@@ -21,24 +19,28 @@ import re
 import struct
 import sys
 import textwrap
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import av.stream
+import cpu_compat  # noqa: F401  (before transformers)
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from transformers import AutoConfig, Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 import rewards
 from rewards import JSON_TYPES, PROBLEM_TYPES
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
-# No answer may contain these: they stand for pixels.
-BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-CORES = len(os.sched_getaffinity(0))
-WORKERS = max(1, min(4, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per rank
+SIDE = PATCH * MERGE  # pixels per token side
+BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # in answers
+CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # per rank
+WORKERS = max(1, min(4, CORES))
 FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
@@ -55,8 +57,7 @@ def refuse(message):
 
 def new_parser(doc):
     """An argparse parser whose errors are one sentence, see `refuse`."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=raw)
+    parser = ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     parser.error = refuse
     return parser
 
@@ -65,26 +66,18 @@ def at_least(least, kind=int):
     """An argparse type: a finite number that is not below `least`."""
 
     def number(text):  # argparse says this name where `kind` refuses the text
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} on")
-        return value
+        if not least <= kind(text) < math.inf:
+            raise ArgumentTypeError(f"{text} is not a number from {least} on")
+        return kind(text)
 
     return number
 
 
-def check_path(path):
-    """Raises ValueError for what is no folder of a model and looks like no hub id."""
+def load_processor(path):
+    """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
     hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
     if not hub_id and not os.path.exists(f"{path}/config.json"):
         raise ValueError(f"{path}: no folder of a model, and no hub id of the form owner/name")
-
-
-def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
-    from transformers import AutoConfig, Qwen3VLProcessor
-
-    check_path(path)
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind != "qwen3_vl":
@@ -93,14 +86,6 @@ def load_processor(path):
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(f"{path} is no Qwen3-VL model: {reason}") from error
-
-
-def one_matrix_patch_embedding(visual):
-    """Makes the patch embedding of a vision tower one matrix product: it is a Conv3d whose kernel
-    covers each patch exactly once, which is slow and in some versions of cuDNN fails."""
-    conv, linear = visual.patch_embed.proj, torch.nn.functional.linear
-    rows = lambda: conv.weight.flatten(1)
-    visual.patch_embed.forward = lambda x: linear(x.to(conv.weight.dtype), rows(), conv.bias)
 
 
 # ---- Prompts: one instruction per task, coordinates 0-1000 of width and height, times in seconds
@@ -146,19 +131,8 @@ def render_problem(record, prompts=PROMPTS):
 
 
 def load_prompts(path):
-    """PROMPTS, or another wording: a JSON file {task: instruction}, or a clone of the release, of
-    which two tables are read and no code is run: QUESTION_TEMPLATE comes before TYPE_TEMPLATE."""
-    if not path:
-        return PROMPTS
-    prompts = {} if os.path.isdir(path) else json.loads(Path(path).read_text("utf-8"))
-    for source in sorted(Path(path).rglob("*.py")):
-        text = source.read_text("utf-8")
-        if "QUESTION_TEMPLATE = " in text and "TYPE_TEMPLATE = " in text:
-            nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-            tables = {ast.unparse(node.targets[0]): node.value for node in nodes}
-            start = ast.literal_eval(tables["QUESTION_TEMPLATE"]).format(Question="").lstrip("\n")
-            ends = ast.literal_eval(tables["TYPE_TEMPLATE"])
-            prompts = {task.replace("_", "-"): start + end for task, end in ends.items()}
+    """PROMPTS, or another wording of them: a JSON file {task: instruction}."""
+    prompts = json.loads(Path(path).read_text("utf-8")) if path else PROMPTS
     if lacking := [task for task in PROMPTS if task not in prompts]:
         raise ValueError(f"{path}: expected an instruction for {lacking[0]!r}")
     return prompts
@@ -213,8 +187,8 @@ def read_values(path):
                 values += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
-    if not values:
-        raise ValueError(f"{path}: holds no records")
+    if not values or not all(isinstance(value, dict) for value in values):
+        raise ValueError(f"{path}: holds no records, or other values than objects")
     return values
 
 
@@ -226,12 +200,9 @@ def normalise(raw, file, index, root):
             found = "missing" if record.get(field) is None else repr(str(record[field])[:100])
             raise ValueError(f"{file}: record {index}: {field} is {found}, expected {expected}")
 
-    record = raw if isinstance(raw, dict) else {"record": raw}
-    need(record is raw, "record", "an object")
     record = dict(problem_type=None, problem_id=index, options=[])
     record |= {field: value for field, value in raw.items() if value is not None}
-    for field in ("process", "path", "additional_path"):
-        need(is_text(record.get(field) or ""), field, "a text")
+    need(is_text(record.get("process") or ""), "process", "a text")
     need(isinstance(record["options"] or [], list), "options", "a list")
     fps = record.get("fps") or 1
     need(rewards.is_number(fps) and fps > 0, "fps", "a number above 0")
@@ -251,11 +222,8 @@ def normalise(raw, file, index, root):
             need(inside, field, f"a list of paths of files below the media folder {root}")
             media[kind].append(path)
     found = "-".join(filter(media.get, media)) or "text"
-    hints = list(filter(re.compile("image|img|video|media|frames").search, record))
-    if hints and found == "text" and "data_type" not in record:
-        need(False, hints[0], "media in images, videos, path, or data_type 'text'")
-    matches = record.setdefault("data_type", found) == found
-    need(matches, "data_type", f"{found!r} by the media")
+    matches = record.setdefault("data_type", found if found != "text" else None) == found
+    need(matches, "data_type", f"{found!r} by the media in images, videos or path")
 
     if "messages" in record:
         field, turns, record["answer"] = "messages", record["messages"], None
@@ -314,48 +282,30 @@ Video = namedtuple("Video", "frames indices fps total")
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
 
+VIDEO_PIXELS = 24 * 2**20  # of all frames of a video, as Qwen3-VL's own video processor has it
 LIMITS = {  # how large media may be: default, least, meaning
-    "image_min_pixels": (65536, 0, "pixels per image, smaller ones are enlarged"),
+    "image_min_pixels": (65536, 1, "pixels per image, smaller ones are enlarged"),
     "image_max_pixels": (1024 * 1024, 1024, "pixels per image, larger ones are shrunk"),
     "fps": (2.0, 0.001, "video frames per second"),
     "max_frames": (128, 2, "frames per video"),
-    "frame_min_pixels": (4 * 32 * 32, 0, "pixels per video frame"),
+    "frame_min_pixels": (4 * 32 * 32, 1, "pixels per video frame"),
     "frame_max_pixels": (64 * 32 * 32, 1024, "pixels per video frame"),
-    "video_total_pixels": (0, 0, "pixels of all frames of a video, 0: no bound"),
     "max_prompt_tokens": (16384, 1, "longer prompts are left out and counted"),
 }
-Limits = namedtuple("Limits", LIMITS, defaults=[row[0] for row in LIMITS.values()])
+Limits = namedtuple("Limits", LIMITS, defaults=[default for default, *_ in LIMITS.values()])
 limits_of = lambda args: Limits(*(getattr(args, name) for name in Limits._fields))
 
 
 def add_limits(parser, **defaults):
     """The argparse group whose flags `limits_of` reads back; each script names its own defaults."""
-    group = parser.add_argument_group("media")
-    for name, value in Limits(**defaults)._asdict().items():
-        _, least, meaning = LIMITS[name]
-        kind, help = at_least(least, type(value)), f"{meaning} (%(default)s)"
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=value, help=help)
+    add = parser.add_argument_group("media").add_argument
+    for name, (default, least, meaning) in LIMITS.items():
+        values = dict(type=at_least(least, type(default)), default=defaults.get(name, default))
+        add(f"--{name.replace('_', '-')}", help=meaning + " (%(default)s)", **values)
 
 
-def fit(height, width, min_pixels, max_pixels, share=math.inf):
-    """The size that Qwen3-VL gives an image: the nearest multiples of 32 within the pixel bounds,
-    and once more within `share`, a video frame's part of video_total_pixels.
-    >>> fit(480, 640, 3136, 1024 * 1024), fit(2000, 1000, 3136, 102400), fit(20, 20, 4096, 65536)
-    ((480, 640), (448, 224), (64, 64))
-    """
-    sides = height, width
-    fitted = [max(32, round(side / 32) * 32) for side in sides]
-    if math.prod(fitted) > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        fitted = [max(32, math.floor(side / shrink / 32) * 32) for side in sides]
-    elif math.prod(fitted) < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        fitted = [math.ceil(side * grow / 32) * 32 for side in sides]
-    return fit(*fitted, 0, share) if math.prod(fitted) > share else tuple(fitted)
-
-
-def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
-    """An image file as RGB, upright by its EXIF rotation, resized by `fit`: uint8 (H, W, 3).
+def read_image(path, min_pixels=65536, max_pixels=1024 * 1024):
+    """An image file as RGB, upright by its EXIF rotation, resized: uint8 (H, W, 3).
     Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError."""
     try:
         with Image.open(path) as file:
@@ -367,7 +317,7 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024, share=math.inf):
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        height, width = fit(image.height, image.width, min_pixels, max_pixels, share)
+        height, width = smart_resize(image.height, image.width, SIDE, min_pixels, max_pixels)
         image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
@@ -386,9 +336,7 @@ def sample_positions(total, duration, fps, max_frames):
     return np.linspace(0, total - 1, count).round().astype(int)
 
 
-def read_video(
-    path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, total_pixels=0, folder_fps=None
-):
+def read_video(path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
     All packets are listed first, for the true times; then the wanted frames are decoded. With a
     variable frame rate they are spread evenly in time, and indices are milliseconds at 1000 fps.
@@ -408,13 +356,11 @@ def read_video(
                 positions = [nearest(seconds, time) for time in times]
             indices = (seconds[positions] * 1000).round().astype(int)
             rate, total = 1000, round(duration * 1000)
-        bounds = min_pixels, max_pixels, (total_pixels or math.inf) / len(positions)
+        bounds = min_pixels, min(max_pixels, VIDEO_PIXELS / len(positions))
         if is_folder:
             frames = [read_image(names[i], *bounds) for i in positions]
         else:
             frames = decode_frames(path, pts, keys, pts[positions], bounds)
-        if len({frame.shape for frame in frames}) > 1:
-            raise ValueError("frames of different sizes")
         return Video(np.stack(frames), indices.tolist(), float(rate), total)
     except (av.FFmpegError, OSError, ValueError, KeyError) as error:
         raise MediaError("unreadable_video", f"{path}: {error}") from error
@@ -425,8 +371,7 @@ def list_frame_folder(path):
     paths = [p for p in Path(path).glob("[!.]*") if p.suffix.lower() in IMAGE_ENDINGS]
     if not paths:
         raise ValueError("no frames in this folder")
-    numbers = lambda p: [int(number) for number in re.findall(r"\d+", p.name)]
-    return sorted(paths, key=lambda p: (numbers(p), p.name))
+    return sorted(paths, key=lambda p: ([*map(int, re.findall(r"\d+", p.name))], p.name))
 
 
 def open_video(path):
@@ -441,26 +386,24 @@ def open_video(path):
 def list_frames(path):
     """Seconds and time stamps, ascending (total,), of the frames that are shown, and the stamps of the
     key frames (keys,): none where stamps do not tell which frame is which."""
-    rows, reached = [], 0
+    rows, reached, before = [], 0, -math.inf
     with open_video(path) as file:
-        stream, form = file.streams.best("video"), file.format.name
-        whole = form in ("matroska,webm", "flv")  # one length for all its streams
-        for packet in file.demux([*file.streams] if whole else stream):
+        stream = file.streams.best("video")
+        for packet in file.demux():
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:
                 continue
             reached = max(reached, (stamp + (packet.duration or 0)) * float(packet.time_base))
             # What comes before the first key frame cannot be decoded.
             if packet.size and packet.stream == stream and (rows or packet.is_keyframe):
-                place = stamp if packet.dts is None else packet.dts
-                rows.append((stamp, place, packet.is_keyframe, packet.is_discard))
-        stamps, places, is_key, is_hidden = np.array(rows, np.int64).reshape(-1, 4).T
-        back = is_key[1:] & (stamps[1:] <= np.maximum.accumulate(stamps)[:-1])
-        if back.any() or not whole and (np.diff(places) < 0).any():
-            raise ValueError("its time goes back, as of two files joined")
-        ticks = stream.frames if form == "avi" else stream.frames and stream.duration
-        said = (file.duration or 0) / 1e6 if whole else float((ticks or 0) * stream.time_base)
-        if reached < 0.95 * said:  # other formats have no length in their header
+                rows.append((stamp, packet.is_keyframe, packet.is_discard))
+                if packet.dts is not None:
+                    if packet.dts < before:
+                        raise ValueError("its time goes back, as of two files joined")
+                    before = packet.dts
+        stamps, is_key, is_hidden = np.array(rows, np.int64).reshape(-1, 3).T
+        said = max((file.duration or 0) / 1e6, float(stream.frames * stream.time_base))
+        if reached < 0.95 * said:
             raise ValueError(f"ends after {reached:.1f} s of {said:.1f} s")
         # An edit list hides frames that others need. None is shown before the first key frame.
         shown = stamps[(is_hidden == 0) & (stamps >= stamps[:1])]
@@ -473,7 +416,7 @@ def list_frames(path):
 
 
 def decode_frames(path, pts, keys, wanted, bounds):
-    """The pixels of the wanted of all time stamps `pts`, within the bounds of `fit`: decoded from the
+    """The pixels of the wanted of all time stamps `pts`, resized within the bounds: decoded from the
     key frame before each. Where decoded frames have other stamps than listed, or no keys are known,
     all frames are decoded: the n-th one has the n-th stamp."""
     found, place, reached, end = {}, 0, -math.inf, -math.inf if len(keys) else math.inf
@@ -494,7 +437,7 @@ def decode_frames(path, pts, keys, wanted, bounds):
                 if stamp in wanted:
                     if frame.is_corrupt:
                         raise ValueError("a wanted frame is damaged")
-                    h, w = fit(frame.height, frame.width, *bounds)
+                    h, w = smart_resize(frame.height, frame.width, SIDE, *bounds)
                     form = dict(format="rgb24", width=w, height=h, interpolation="BICUBIC")
                     pixels = frame.to_ndarray(**form)
                     found[int(stamp)] = np.rot90(pixels, round(frame.rotation / 90))
@@ -515,7 +458,7 @@ def read_medium(medium, limits, folder_fps=None):
     if medium["type"] == "image":
         image = read_image(path, *limits[:2])  # in the order of Limits
         return Video(np.stack([image, image]), [0, 0], 1.0, 1)
-    return read_video(path, *limits[2:7], folder_fps)
+    return read_video(path, *limits[2:6], folder_fps)
 
 
 # ---- Model inputs.
@@ -563,11 +506,10 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     For every two frames of a video there is `<1.5 seconds><|vision_start|>...<|vision_end|>`, as in
     transformers 4.57. transformers 5 puts one more pair of vision tokens around them all."""
     tokenizer, limits = processor.tokenizer, limits or Limits()
-    turns = [{"role": "system", "content": system}] * bool(system)
-    if "messages" in record:
-        turns += record["messages"][:-1]
-    else:
-        turns.append({"role": "user", "content": render_problem(record, prompts)})
+    turns = [dict(role="system", content=system)] * bool(system)
+    turns += record.get("messages", [])[:-1]
+    if "messages" not in record:
+        turns.append(dict(role="user", content=render_problem(record, prompts)))
     said = "\n".join([*(turn["content"] for turn in turns), demonstration(record) or ""])
     if wrong := re.search(r"<\|\w+\|>|[\ud800-\udfff]", said):
         raise MediaError("control_token", f"control token or half a letter: {wrong[0]!r}")
@@ -602,9 +544,8 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     full = re.sub(r"<\|(image|video)_pad\|>", lambda _: expanded.pop(0), text)
     token_ids = tokenizer(full, add_special_tokens=False)["input_ids"]
-    count, most = len(token_ids), limits.max_prompt_tokens
-    if count > most:
-        raise MediaError("too_long", f"{count} prompt tokens, the limit is {most}")
+    if len(token_ids) > limits.max_prompt_tokens:
+        raise MediaError("too_long", f"{len(token_ids)} tokens, limit {limits.max_prompt_tokens}")
     vision_ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>"])
     positions = mrope_positions(token_ids, vision_ids, grids)
     patches = torch.from_numpy(np.concatenate(patches))
@@ -617,10 +558,10 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
 
 def target_ids(prompt, tokenizer):
     """What SFT learns: the demonstration less what the prompt has opened, and the end."""
-    text, opened = demonstration(prompt.record), prompt.opened.strip()
-    if opened and not text.lstrip().startswith(opened):
+    text, opened = demonstration(prompt.record).lstrip(), prompt.opened.strip()
+    if not text.startswith(opened):
         raise MediaError("opened", f"the response does not begin with {opened!r}")
-    text = text.lstrip().removeprefix(opened).lstrip() if opened else text
+    text = text.removeprefix(opened).lstrip()
     return tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
 
 
@@ -654,27 +595,9 @@ def prefetch(records, function, order, workers, seconds=600):
             return MediaError(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
     settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=begin)
-    if workers := min(workers, CORES):  # by fork, which takes local functions along
+    if workers:  # by fork, which takes local functions along
         settings |= dict(num_workers=workers, timeout=seconds, multiprocessing_context="fork")
     return iter(torch.utils.data.DataLoader(records, **settings))
-
-
-def next_items(stream, count, tally, max_bad_share):
-    """The next `count` items less the unusable ones, which are printed and counted in `tally`, a
-    Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more than
-    `max_bad_share` of all records so far (and of at least 200)."""
-    items = []
-    for item in itertools.islice(stream, count):
-        tally["records"] += 1
-        if isinstance(item, MediaError):
-            tally[f"skipped/{item.reason}"] += 1
-            print(f"skipped: {item}")
-        else:
-            items.append(item)
-    bad = sum(count for name, count in tally.items() if name.startswith("skipped/"))
-    if bad > max_bad_share * max(tally["records"], 200):
-        raise RuntimeError(f"too many bad records (see --max-bad-share): {dict(tally)}")
-    return items
 
 
 # ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
@@ -691,54 +614,44 @@ def marks_of(task, answer):
     {0.0: [0, 0, 500, 500]}
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
-    time, boxes = said.get("time"), said.get("boxes")
-    second = time if task == "segmentation-video" else None
-    if task == "segmentation-video" and not rewards.is_number(time):
+    time, boxes, is_prompt = said.get("time"), said.get("boxes"), task == "segmentation-video"
+    if is_prompt and not rewards.is_number(time):
         return Marks()  # of which frame?
-    first = {"spatial-temporal grounding": 0, "tracking": 1}.get(task)  # the key of second 0
-    if first is None:
-        boxes = {second or 0: boxes}
-    else:
-        boxes = boxes if isinstance(boxes, dict) else {}
-        keys = [key for key in boxes if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
-        boxes = {float(key) - first: boxes[key] for key in keys}
-    boxes = {second: box for second, box in boxes.items() if rewards.are_numbers(box, 4)}
+    second = time if is_prompt else None
+    first = int(task == "tracking")  # the key of second 0
+    boxes = boxes if isinstance(boxes, dict) else {str(first + (second or 0)): boxes}
+    keys = [key for key in boxes if re.fullmatch(r"\d{1,9}(\.\d+)?", key) and float(key) >= first]
+    boxes = {float(k) - first: boxes[k] for k in keys if rewards.are_numbers(boxes[k], 4)}
     points = [said.get("positive_points"), said.get("negative_points")]
     points = [part if isinstance(part, list) else [] for part in points]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
     return Marks(tuple(time) if rewards.are_numbers(time, 2) else None, boxes, *points, second)
 
 
-def draw(image, marks, second=0, masks=()):
+def draw(image, marks, second=0):
     """An RGB copy of a PIL image, a tiny one enlarged, with what {colour: Marks} have at this second
-    (0: of an image), the first ones widest: a span as border, a box from x1 to x2 - 1, positive
-    points as discs, negative ones as crosses, masks, bool (H, W) in any size, as a tint."""
+    (0: of an image), the first ones widest: a span as border, a box, positive points as discs in
+    the colour, negative ones as black discs with a rim in it."""
     factor = math.ceil(160 / max(image.size))
     image = ImageOps.scale(image.convert("RGB"), factor, Image.Resampling.NEAREST)
-    pixel = lambda xy: [round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, image.size)]
+    last = image.width - 1, image.height - 1
+    pixel = lambda xy: tuple(round(min(max(v, 0), 1000) * n / 1000) for v, n in zip(xy, last))
     for scale, (colour, part) in zip(range(len(marks), 0, -1), marks.items()):
-        for mask in masks:
-            tint = Image.blend(image, Image.new("RGB", image.size, colour), 0.5)
-            image.paste(tint, mask=Image.fromarray(mask).resize(image.size))
         canvas, line = ImageDraw.Draw(image), scale * max(2, min(image.size) // 150)
         if part.span and part.span[0] <= second < part.span[1]:
-            edge = [0, 0, image.width - 1, image.height - 1]
-            canvas.rectangle(edge, None, colour, 2 * line)
+            canvas.rectangle([(0, 0), last], None, colour, 2 * line)
         seconds = sorted(part.boxes)
         if seconds and seconds[0] <= second < seconds[-1] + 1:
             sides = zip(*(part.boxes[each] for each in seconds))  # on a line between two seconds
             box = [np.interp(second, seconds, side) for side in sides]
-            xs, ys = sorted(box[::2]), sorted(box[1::2])
-            (x1, y1), (x2, y2) = map(pixel, zip(xs, ys))
-            sides = [x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)]
-            canvas.rectangle(sides, None, colour, line)
-        time, r = part.time or 0, 2 * line
+            corners = map(pixel, zip(sorted(box[::2]), sorted(box[1::2])))
+            canvas.rectangle([*corners], None, colour, line)
+        time = part.time or 0
         if time <= second < time + 1:
-            for x, y in map(pixel, part.positive):
-                canvas.circle((x, y), r, colour, "black")
-            for x, y in map(pixel, part.negative):
-                canvas.line([x - r, y - r, x + r, y + r], colour, line)
-                canvas.line([x - r, y + r, x + r, y - r], colour, line)
+            for xy in map(pixel, part.positive):
+                canvas.circle(xy, 2 * line, colour, "black", line)
+            for xy in map(pixel, part.negative):
+                canvas.circle(xy, 2 * line, "black", colour, line)
     return image
 
 
@@ -758,20 +671,18 @@ def nearest(seconds, second):
     return int(np.abs(np.subtract(seconds, second) - 1e-6).argmin())
 
 
-def draw_medium(video, marks, masks=()):
+def draw_medium(video, marks):
     """A Video with {colour: Marks} on it: its one frame, or up to 8 side by side with their seconds
-    below. They are those at whole seconds, which have boxes, and at a segmentation's time.
-    masks: bool (T, H, W)."""
+    below. They are those at whole seconds, which have boxes, and at a segmentation's time."""
     if video.total == 1:
-        return draw(Image.fromarray(video.frames[0]), marks, masks=masks[:1])
+        return draw(Image.fromarray(video.frames[0]), marks)
     cells, seconds = [], np.array(video.indices) / video.fps
     times = {part.time for part in marks.values() if part.time is not None}
     spread = np.floor(np.linspace(seconds[0], seconds[-1], 8 - len(times)))
     for second in sorted({*spread.tolist(), *times}):
         i = nearest(seconds, second)
         image = ImageOps.contain(Image.fromarray(video.frames[i]), (160, 160))
-        image = draw(image, marks, second, masks[i : i + 1])
-        cell = captioned(image, f"{seconds[i]:.1f} s", 11)
+        cell = captioned(draw(image, marks, second), f"{seconds[i]:.1f} s", 11)
         cells.append(ImageOps.expand(cell, (0, 0, 2, 0), "white"))
     return Image.fromarray(np.hstack(cells))
 
@@ -784,7 +695,7 @@ def main():
     add("file", help="record file")
     add("--model", required=True, help="folder or hub id")
     add("--media-root", help="folder of the media (default: the file's)")
-    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--prompts", help="JSON file of instructions (default: PROMPTS)")
     add("--peek", type=at_least(1), default=3, help="records to show (%(default)s)")
     add_limits(parser)
     args = parser.parse_args()
@@ -795,8 +706,7 @@ def main():
     except (OSError, ValueError) as error:
         refuse(error)
     tokenizer = processor.tokenizer
-    counts = Counter(record["problem_type"] or "SFT" for record in records)
-    print(f"{args.file}: {len(records)} records: {dict(counts)}")
+    print(f"{args.file}:", Counter(record["problem_type"] or "SFT" for record in records))
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_type']}")
         try:
@@ -805,22 +715,17 @@ def main():
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
             continue
-        given = len(prompt.token_ids)
         truth = record["answer"] or rewards.find_answer(shown) or ""
         marks = {"lime": marks_of(task_of(record), truth)}
-        for i, (medium, (t, h, w)) in enumerate(zip(record["media"], prompt.grids.tolist())):
-            frames = f"{TEMPORAL * t} frames of " if medium["type"] == "video" else ""
-            path = f"peek-{record['index']}-{i}.png"
-            image = draw_medium(read_medium(medium, limits, record.get("fps")), marks)
-            captioned(image, truth).save(path)
-            print(f"{medium['type']}: {frames}{PATCH * w} x {PATCH * h} pixels, drawn: {path}")
+        for i, medium in enumerate(record["media"]):
+            video, path = read_medium(medium, limits, record.get("fps")), f"{record['index']}-{i}"
+            captioned(draw_medium(video, marks), truth).save(f"peek-{path}.png")
+            print(f"{medium['type']} in peek-{path}.png, height and width {video.frames.shape[1:3]}")
         count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
         print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
-        print(f"--- {given} tokens given, {len(learned)} learned:\n{tokenizer.decode(learned)}")
-        print(f"--- truth: {truth}")
+        print(f"--- {len(prompt.token_ids)} tokens given, {len(learned)} learned:")
+        print(f"{tokenizer.decode(learned)}\n--- truth: {truth}")
 
 
 if __name__ == "__main__":
-    import cpu_compat  # noqa: F401  (before transformers)
-
     main()

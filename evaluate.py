@@ -51,6 +51,7 @@ import torch.distributed as dist
 from numpy.lib.stride_tricks import sliding_window_view
 from pycocotools import mask as coco
 from tqdm import tqdm
+from transformers import AutoConfig
 
 import data
 import rewards
@@ -247,7 +248,7 @@ def check(args):
     need(bool(args.judge_url) == bool(args.judge_model), "--judge-url goes with --judge-model")
     try:
         if args.sam2:
-            data.check_path(args.sam2)
+            AutoConfig.from_pretrained(args.sam2)  # is there a model?
             settings["sam2"] = args.sam2
         if not args.regrade:
             encode = dict(prompts=data.load_prompts(args.prompts), limits=data.limits_of(args))
@@ -768,7 +769,7 @@ def parse_args():
     add("--model", help="Hugging Face folder or hub id of a Qwen3-VL")
     add("--data", nargs="+", help="record files, one per benchmark")
     add("--media-root", help="folder of media paths (default: the file's)")
-    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--prompts", help="JSON file of instructions (default: data.PROMPTS)")
     add("--system", help="file of a system prompt")
     add("--out", help="folder; with --compare a JSON file")
     add("--max-response-tokens", type=count(1), default=8192, help="(%(default)s)")

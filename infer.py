@@ -26,12 +26,12 @@ import torch
 from PIL import Image, ImageOps
 from tokenizers.decoders import DecodeStream
 
-import cpu_compat  # noqa: F401  (before transformers)
+import cpu_compat  # before transformers
 import data
 import rewards
 from rewards import PROBLEM_TYPES
 
-PIXELS = dict(image_max_pixels=2**20, frame_max_pixels=2**18, video_total_pixels=24 * 2**20)
+PIXELS = dict(image_max_pixels=2**20, frame_max_pixels=2**18)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 UNUSABLE = (OSError, ValueError, data.MediaError)
 
@@ -72,6 +72,12 @@ def save_video(path, frames, length):
         container.mux(stream.encode())
 
 
+def tint(image, mask):
+    """A PIL image, half orange where a mask, bool (H, W) of any size, is."""
+    orange = Image.blend(image, Image.new("RGB", image.size, "orange"), 0.5)
+    return Image.composite(orange, image, Image.fromarray(mask).resize(image.size))
+
+
 def save_drawing(path, record, answer, limits, sam2=None):
     """Draws an answer on its record's image (PNG) or video (PNG: a few frames; MP4, GIF: all), in its
     own size unless it is tiny. A time span is written below, and an answer without any marks."""
@@ -81,7 +87,7 @@ def save_drawing(path, record, answer, limits, sam2=None):
     if marks.span:
         caption = "time {:.1f} to {:.1f} s".format(*marks.span)
     (medium,) = record["media"]
-    fps, masks = record.get("fps") or limits.fps, ()
+    fps, masks = record.get("fps") or limits.fps, None
     if medium["type"] == "image":
         frames = np.array(next(iter_frames(medium, fps))[1])[None]
         video = data.Video(frames, [0], 1.0, 1)
@@ -90,14 +96,16 @@ def save_drawing(path, record, answer, limits, sam2=None):
     seconds = np.array(video.indices) / video.fps
     if sam2 and (marks.time is not None or medium["type"] == "image"):
         masks = segment_video(sam2, video.frames, data.nearest(seconds, marks.time or 0), marks)
+        images = map(tint, map(Image.fromarray, video.frames), masks)
+        video = video._replace(frames=np.stack([*images]))
     if path.endswith(".png"):
-        return data.captioned(data.draw_medium(video, drawing, masks), caption).save(path)
+        return data.captioned(data.draw_medium(video, drawing), caption).save(path)
 
     def drawn(frames):
         for second, image in frames:
-            i = data.nearest(seconds, second)
-            image = data.draw(image, drawing, second, masks[i : i + 1])
-            yield second, data.captioned(image, caption)
+            if masks is not None:
+                image = tint(image, masks[data.nearest(seconds, second)])
+            yield second, data.captioned(data.draw(image, drawing, second), caption)
 
     save_video(path, drawn(iter_frames(medium, fps)), video.total / video.fps)
 
@@ -106,7 +114,6 @@ def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
-    data.check_path(path)
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
 
@@ -233,7 +240,7 @@ def parse_args():
     add("--model", help="folder or hub id; with --base-url its name there")
     add("--base-url", help="vLLM server, .../v1; key: OPENAI_API_KEY")
     add("--sam2", help="folder or hub id of a SAM2, for masks")
-    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--prompts", help="JSON file of instructions (default: data.PROMPTS)")
     add("--max-response-tokens", type=data.at_least(1), default=8192, help="(%(default)s)")
     data.add_limits(parser, **PIXELS, max_prompt_tokens=20480)
     return parser.parse_args()
@@ -308,7 +315,7 @@ def load_model(path):
 
     dtype = "bfloat16" if DEVICE == "cuda" else "float32"
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    data.one_matrix_patch_embedding(model.model.visual)
+    cpu_compat.one_matrix_patch_embedding(model.model.visual)
     return model.to(DEVICE).eval()
 
 

@@ -42,9 +42,9 @@ import torch.distributed as dist
 
 import data
 import sft
-from data import Prompt, encode, next_items, task_of
+from data import Prompt, encode, task_of
 from rewards import Grader
-from sft import DUMMY, gather, microbatches, pack
+from sft import DUMMY, gather, microbatches, next_items, pack
 
 # ---- The method
 

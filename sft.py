@@ -15,6 +15,7 @@ Letters of dimensions: T packed tokens, R response tokens, P patches, M media (i
 V vocabulary, E width of the model, H attention heads, D width of a head.
 """
 
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-import cpu_compat  # noqa: F401  (before transformers)
+import cpu_compat  # before transformers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -237,7 +238,7 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
         weights = Qwen3VL.from_pretrained(path, dtype=master, use_safetensors=True).state_dict()
     with torch.device("meta"):
         model = Qwen3VL(AutoConfig.from_pretrained(path)).to(master)
-    data.one_matrix_patch_embedding(model.model.visual)
+    cpu_compat.one_matrix_patch_embedding(model.model.visual)
     vision = "flash_frames" if device.type == "cuda" and dtype == torch.bfloat16 else "sdpa"
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision})
     model.requires_grad_(trainable)
@@ -411,6 +412,24 @@ def learning_rate(step, steps, peak, warmup_share):
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
+def next_items(stream, count, tally, max_bad_share):
+    """The next `count` items less the unusable ones, which are printed and counted in `tally`, a
+    Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more than
+    `max_bad_share` of all records so far (and of at least 200)."""
+    items = []
+    for item in itertools.islice(stream, count):
+        tally["records"] += 1
+        if isinstance(item, data.MediaError):
+            tally[f"skipped/{item.reason}"] += 1
+            print(f"skipped: {item}")
+        else:
+            items.append(item)
+    bad = sum(count for name, count in tally.items() if name.startswith("skipped/"))
+    if bad > max_bad_share * max(tally["records"], 200):
+        raise RuntimeError(f"too many bad records (see --max-bad-share): {dict(tally)}")
+    return items
+
+
 def update(model, optimizer, groups, args, device, loss_of=lambda logps, at: (-logps, {})):
     """One optimiser step on this rank's groups. All ranks call this.
     loss_of(logps (R,), at (R,)) -> losses (R,) of a micro-batch's response tokens, and numbers for
@@ -448,7 +467,7 @@ def new_parser(doc, lr, weight_decay, save_every):
     add("--model", required=True, help="folder or hub id of a Qwen3-VL")
     add("--data", nargs="+", required=True, help="record files (JSON or JSONL)")
     add("--media-root", help="folder of the media paths (default: the file's)")
-    add("--prompts", help="JSON file of instructions, or clone of the release")
+    add("--prompts", help="JSON file of instructions (default: data.PROMPTS)")
     add("--out", required=True, help="run folder; the same command resumes from it")
     add("--minutes", type=data.at_least(0.001, float), help="stop and save after this time")
     add("--save-every", type=positive, default=save_every, help="steps (%(default)s)")
@@ -525,7 +544,7 @@ def main():
     bar = tqdm(range(step + 1, steps + 1), initial=step, total=steps, disable=rank > 0)
     for step in bar:
         row, start = dict(step=step), time.time()
-        groups = data.next_items(stream, size // world, tally, args.max_bad_share)
+        groups = next_items(stream, size // world, tally, args.max_bad_share)
         row["seconds/data"] = time.time() - start
         row["lr"] = learning_rate(step - 1, steps, args.lr, args.warmup_share)
         optimizer.param_groups[0]["lr"] = row["lr"]
