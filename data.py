@@ -39,8 +39,7 @@ from rewards import JSON_TYPES, PROBLEM_TYPES
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
 SIDE = PATCH * MERGE  # pixels per token side
 BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # in answers
-CORES = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # per rank
-WORKERS = max(1, min(4, CORES))
+WORKERS = min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
 
@@ -73,11 +72,16 @@ def at_least(least, kind=int):
     return number
 
 
-def load_processor(path):
-    """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
+def check_path(path):
+    """Raises ValueError for what is no folder of a model and looks like no hub id."""
     hub_id = path.count("/") == 1 and not os.path.isdir(os.path.dirname(path))
     if not hub_id and not os.path.exists(f"{path}/config.json"):
         raise ValueError(f"{path}: no folder of a model, and no hub id of the form owner/name")
+
+
+def load_processor(path):
+    """The processor of a Qwen3-VL folder or hub id. Else it raises ValueError, one sentence."""
+    check_path(path)
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind != "qwen3_vl":
@@ -89,7 +93,6 @@ def load_processor(path):
 
 
 # ---- Prompts: one instruction per task, coordinates 0-1000 of width and height, times in seconds
-
 THINK = "Think first, between <think> and </think>. "
 THINK += "Then write only the final answer between <answer> and </answer>: "
 MARKS = '"boxes": [120, 250, 480, 700], "positive_points": [[200, 300], [300, 400], [400, 600]], '
@@ -139,7 +142,6 @@ def load_prompts(path):
 
 
 # ---- Records: three forms, as a JSON list or JSONL, become one.
-
 FORMS = "one of three forms: problem and answer, problem and solution, or messages"
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 is_text = lambda x: isinstance(x, str)
@@ -148,13 +150,13 @@ TURNS = "a list of turns with a role and a content: one of the user, a last turn
 
 
 def load_records(path, media_root=None, max_bad_share=0.0, raws=None):
-    """Reads a JSON list or JSONL file of records into plain dicts of one form: their own fields and
-    problem_id (text), problem (with one placeholder per medium), problem_type (None where an SFT
-    record does not say), data_type, options (list), answer (text without tags, None for SFT), media
-    ([{"type", "path"}], absolute paths), file, index (where it stood). Paths are relative to
-    media_root, by default the file's folder, and must stay below it. Raises ValueError naming file,
-    record, field and value, also when more than max_bad_share of the truths cannot be graded; fewer
-    are printed and left out. raws: {index: raw record}, in place of what the file holds."""
+    """Reads a JSON list or JSONL file into records, plain dicts of one form: their own fields and
+    problem_id (text), problem (with one placeholder per medium), problem_type (None where messages
+    do not say), data_type, options (list), answer (text without tags; None with messages),
+    demonstration (the response that SFT learns, or None), media ([{"type", "path"}]), file, index.
+    Paths are relative to media_root, by default the file's folder, and must stay below it. Raises
+    ValueError naming file, record, field and value, also when more than max_bad_share of the truths
+    cannot be graded; fewer are printed and left out. raws: {index: raw record} in the file's place."""
     root = os.path.abspath(media_root or Path(path).parent)
     raws = dict(enumerate(read_values(path))) if raws is None else raws
     records, bad = [], []
@@ -187,8 +189,8 @@ def read_values(path):
                 values += [json.loads(line)] if line.strip() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON in UTF-8: {error}") from error
-    if not values or not all(isinstance(value, dict) for value in values):
-        raise ValueError(f"{path}: holds no records, or other values than objects")
+    if not values:
+        raise ValueError(f"{path}: holds no records")
     return values
 
 
@@ -200,9 +202,11 @@ def normalise(raw, file, index, root):
             found = "missing" if record.get(field) is None else repr(str(record[field])[:100])
             raise ValueError(f"{file}: record {index}: {field} is {found}, expected {expected}")
 
+    record = raw if isinstance(raw, dict) else {"record": raw}
+    need(record is raw, "record", "an object")
     record = dict(problem_type=None, problem_id=index, options=[])
     record |= {field: value for field, value in raw.items() if value is not None}
-    need(is_text(record.get("process") or ""), "process", "a text")
+    need(is_text(record.get("process", "")), "process", "a text")
     need(isinstance(record["options"] or [], list), "options", "a list")
     fps = record.get("fps") or 1
     need(rewards.is_number(fps) and fps > 0, "fps", "a number above 0")
@@ -230,6 +234,7 @@ def normalise(raw, file, index, root):
         right = isinstance(turns, list) and all(map(is_turn, turns))
         asked = [turn for turn in turns if turn["role"] == "user"] if right else []
         need(asked and turns[-1]["role"] == "assistant", field, TURNS)
+        response = turns[-1]["content"]
     else:
         field, text, kind = "problem", record.get("problem"), record["problem_type"]
         need(is_text(text), field, "a text" if field in record else FORMS)
@@ -237,13 +242,15 @@ def normalise(raw, file, index, root):
         need(found != "text" or kind not in JSON_TYPES, "images", "an image or a video")
         said = "answer" if "answer" in record or "solution" not in record else "solution"
         answer, truth = record.get(said), rewards.truth_of(record)
-        is_json = isinstance(answer, (dict, list))
-        need(kind in JSON_TYPES or not is_json, said, "a text or a number")
+        right = kind in JSON_TYPES or not isinstance(answer, (dict, list))
+        need(right, said, "a text or a number")
         truth = "" if answer != answer else truth  # NaN
         need(truth or record.get("segmentation_output"), said, "the true answer")
         letter = kind == "multiple choice" and rewards.read_choice(truth, record["options"])
         record["answer"] = letter or truth  # of a choice its letter
-        asked = [dict(content=text)]
+        thinking = re.sub("^<think>|</think>$", "", record.get("process", "").strip()).strip()
+        response = f"<think>{thinking}</think><answer>{record['answer']}</answer>"
+        response, asked = response if thinking else None, [dict(content=text)]
     for kind, paths in media.items():  # in any turn of the user
         missing = len(paths) - sum(turn["content"].count(f"<{kind}>") for turn in asked)
         need(missing >= 0, field, f"{len(paths)} <{kind}> placeholders, one per {kind}")
@@ -253,22 +260,11 @@ def normalise(raw, file, index, root):
     order = re.findall("<(image|video)>", record["problem"])  # that of their pixels
     record["media"] = [dict(type=kind, path=media[kind].pop(0)) for kind in order]
     record["options"] = [str(option) for option in record["options"]]
-    return record | dict(problem_id=str(record["problem_id"]), file=file, index=index)
-
-
-def demonstration(record):
-    """The response that SFT learns: the last turn, or thinking (`process`) and answer, or None."""
-    if "messages" in record:
-        return record["messages"][-1]["content"]
-    if not record.get("process"):
-        return None
-    thinking = record["process"].strip().removeprefix("<think>").removesuffix("</think>").strip()
-    return f"<think>{thinking}</think><answer>{record['answer']}</answer>"
+    record |= dict(problem_id=str(record["problem_id"]), demonstration=response)
+    return record | dict(file=file, index=index)
 
 
 # ---- Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
-
-
 class MediaError(Exception):
     """MediaError(reason, message): a record that cannot be used. reason: a word for the counts."""
 
@@ -281,7 +277,6 @@ Video = namedtuple("Video", "frames indices fps total")
 # What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
 IMAGE_ERRORS += (ArithmeticError, LookupError, struct.error, Image.DecompressionBombError)
-
 VIDEO_PIXELS = 24 * 2**20  # of all frames of a video, as Qwen3-VL's own video processor has it
 LIMITS = {  # how large media may be: default, least, meaning
     "image_min_pixels": (65536, 1, "pixels per image, smaller ones are enlarged"),
@@ -438,8 +433,7 @@ def decode_frames(path, pts, keys, wanted, bounds):
                     if frame.is_corrupt:
                         raise ValueError("a wanted frame is damaged")
                     h, w = smart_resize(frame.height, frame.width, SIDE, *bounds)
-                    form = dict(format="rgb24", width=w, height=h, interpolation="BICUBIC")
-                    pixels = frame.to_ndarray(**form)
+                    pixels = frame.reformat(w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
                     found[int(stamp)] = np.rot90(pixels, round(frame.rotation / 90))
             if last and reached >= end:
                 stream.codec_context.flush_buffers()  # the next packets do not follow on
@@ -462,8 +456,6 @@ def read_medium(medium, limits, folder_fps=None):
 
 
 # ---- Model inputs.
-
-
 @dataclass
 class Prompt:  # ready for the trainer and for vLLM
     record: dict
@@ -510,7 +502,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
     turns += record.get("messages", [])[:-1]
     if "messages" not in record:
         turns.append(dict(role="user", content=render_problem(record, prompts)))
-    said = "\n".join([*(turn["content"] for turn in turns), demonstration(record) or ""])
+    said = "\n".join([*(turn["content"] for turn in turns), record.get("demonstration") or ""])
     if wrong := re.search(r"<\|\w+\|>|[\ud800-\udfff]", said):
         raise MediaError("control_token", f"control token or half a letter: {wrong[0]!r}")
     kinds = [medium["type"] for medium in record["media"]]
@@ -558,7 +550,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
 
 def target_ids(prompt, tokenizer):
     """What SFT learns: the demonstration less what the prompt has opened, and the end."""
-    text, opened = demonstration(prompt.record).lstrip(), prompt.opened.strip()
+    text, opened = prompt.record["demonstration"].lstrip(), prompt.opened.strip()
     if not text.startswith(opened):
         raise MediaError("opened", f"the response does not begin with {opened!r}")
     text = text.removeprefix(opened).lstrip()
@@ -566,8 +558,6 @@ def target_ids(prompt, tokenizer):
 
 
 # ---- Feeding: which record next, decoded ahead of time.
-
-
 def data_order(count, seed, cursor=0, rank=0, world=1):
     """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The
     order over all ranks depends on the seed alone. cursor: how many records they have taken.
@@ -601,7 +591,6 @@ def prefetch(records, function, order, workers, seconds=600):
 
 
 # ---- Drawing: what an answer says on its media, for --peek, infer.py and evaluate.py
-
 # What an answer says: span (start, end), boxes {second: [x1, y1, x2, y2]} (0: of an image),
 # points [[x, y], ...] on and beside an object, and their time in a video. Coordinates are 0-1000.
 Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None, {}, [], [], None))
@@ -710,7 +699,7 @@ def main():
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_type']}")
         try:
-            prompt, shown = encode(record, processor, limits, prompts), demonstration(record)
+            prompt, shown = encode(record, processor, limits, prompts), record["demonstration"]
             learned = target_ids(prompt, tokenizer) if shown else []
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
@@ -720,7 +709,7 @@ def main():
         for i, medium in enumerate(record["media"]):
             video, path = read_medium(medium, limits, record.get("fps")), f"{record['index']}-{i}"
             captioned(draw_medium(video, marks), truth).save(f"peek-{path}.png")
-            print(f"{medium['type']} in peek-{path}.png, height and width {video.frames.shape[1:3]}")
+            print(f"{medium['type']} of height, width {video.frames.shape[1:3]}: peek-{path}.png")
         count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
         print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
         print(f"--- {len(prompt.token_ids)} tokens given, {len(learned)} learned:")

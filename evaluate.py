@@ -51,7 +51,6 @@ import torch.distributed as dist
 from numpy.lib.stride_tricks import sliding_window_view
 from pycocotools import mask as coco
 from tqdm import tqdm
-from transformers import AutoConfig
 
 import data
 import rewards
@@ -59,7 +58,6 @@ from infer import PIXELS, ask_server, in_base64, iter_frames, load_sam2, segment
 from rewards import answer_of, readable
 
 # ---- The paper's benchmarks (arXiv 2512.03043), and its numbers in percent
-
 MC, TEXT, TRACK = "multiple choice", "open-ended", "tracking"
 TG, SG, ST = "temporal grounding", "spatial grounding", "spatial-temporal grounding"
 IMAGE, VIDEO = "segmentation-image", "segmentation-video"
@@ -150,8 +148,6 @@ hf download OneThink/OneThinker-eval --repo-type dataset --local-dir eval    (un
 
 
 # ---- Reading records, settings and stored outputs
-
-
 def load_benchmark(path, media_root, out):
     """{position: record} of a benchmark; `benchmark` is its name."""
     stem, end = os.path.splitext(os.path.basename(path))
@@ -248,7 +244,7 @@ def check(args):
     need(bool(args.judge_url) == bool(args.judge_model), "--judge-url goes with --judge-model")
     try:
         if args.sam2:
-            AutoConfig.from_pretrained(args.sam2)  # is there a model?
+            data.check_path(args.sam2)
             settings["sam2"] = args.sam2
         if not args.regrade:
             encode = dict(prompts=data.load_prompts(args.prompts), limits=data.limits_of(args))
@@ -304,8 +300,6 @@ def write_whole(path, text):
 
 
 # ---- Answers, masks, verdicts and grades
-
-
 def prompt_of(record, processor, limits, prompts, system):
     """A benchmark's record -> data.Prompt, without what only a trainer needs."""
     row = BENCHMARKS.get(record["benchmark"], OWN)
@@ -453,8 +447,6 @@ def judge_answers(records, lines, path, url, model):
 
 
 # ---- Metrics: each is the ratio of two sums over records. Intervals, tables, comparison, report
-
-
 def boundary(mask, davis):
     """The contour of a mask, bool (H, W). DAVIS: pixels that differ from the one to the right or
     below or both. The paper: mask pixels with one of 8 neighbours outside the mask or the image.
@@ -659,7 +651,7 @@ def card(record, line):
     task, image = data.task_of(record), ""
     marks = dict(lime=data.marks_of(task, record["answer"]))  # the truth shows beneath
     marks["orange"] = data.marks_of(task, line["answer"])
-    limits = data.Limits(image_min_pixels=0, image_max_pixels=480 * 480, max_frames=64)
+    limits = data.Limits(image_min_pixels=1, image_max_pixels=480 * 480, max_frames=64)
     with suppress(data.MediaError, OSError, IndexError):  # no media, or gone
         video = data.read_medium(record["media"][0], limits, record.get("fps"))
         code = in_base64(data.draw_medium(video, marks), "jpeg")
@@ -674,8 +666,6 @@ def card(record, line):
 
 
 # ---- Running
-
-
 def evaluate(args):
     """A run with a model: answers, masks, and all that sum_up does."""
 

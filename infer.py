@@ -114,6 +114,7 @@ def load_sam2(path, device):
     """SAM2 from a folder or hub id, such as facebook/sam2.1-hiera-large: what is used below."""
     from transformers import Sam2VideoModel, Sam2VideoProcessor
 
+    data.check_path(path)
     model = Sam2VideoModel.from_pretrained(path, use_safetensors=True).to(device).eval()
     return model, Sam2VideoProcessor.from_pretrained(path)
 
@@ -142,8 +143,6 @@ def segment_video(sam2, frames, index, marks):
 
 
 # ---- Responses, as streams of (piece of text, None or at the end "stop" or "length")
-
-
 @torch.no_grad()
 def stream_model(prompt, model, tokenizer, max_tokens):
     """A data.Prompt -> the stream of a model's greedy response, first what the prompt has opened."""
@@ -222,8 +221,6 @@ def stream_server(request, url):
 
 
 # ---- The script
-
-
 def parse_args():
     parser = data.new_parser(__doc__)
     group = parser.add_argument_group("what")

@@ -46,9 +46,8 @@ from data import Prompt, encode, task_of
 from rewards import Grader
 from sft import DUMMY, gather, microbatches, next_items, pack
 
+
 # ---- The method
-
-
 class EMAStd:
     """Moving mean and second moment of each task's rewards in kept groups, and their std (paper).
 
@@ -152,8 +151,6 @@ def policy_loss(
 
 
 # ---- The vLLM engine in every rank
-
-
 @dataclass
 class RolloutGroup:
     """One prompt and its n rollouts, in parallel lists. sft.py reads its prompt and responses."""
@@ -276,8 +273,6 @@ def grade(groups, grader, tokenizer):
 
 
 # ---- The parts of a step
-
-
 def has_signal(group):
     """Dynamic sampling (DAPO) drops a group whose answers are all right or all wrong, though their
     format may differ. Bounds: the paper's. With partial credit, as in grounding, few groups go."""
@@ -388,8 +383,6 @@ def update(model, optimizer, groups, old_logps, ref_logps, args, device):
 
 
 # ---- The run
-
-
 def parse_args():
     parser = sft.new_parser(__doc__, lr=2e-6, weight_decay=1e-2, save_every=20)
     positive, number = data.at_least(1), data.at_least(0, float)

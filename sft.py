@@ -196,8 +196,6 @@ def microbatches(groups, limit):
 
 
 # ---- Distributed: one process per device, FSDP2
-
-
 def init_distributed():
     """Joins torchrun's process group, or makes a group of one. Returns rank, world size, device."""
     alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -266,8 +264,6 @@ def load_model(path, device, dtype, trainable=True, shard_size=None, recompute=F
 
 
 # ---- Run folder: the Hugging Face model at its root, checkpoints/step-*/, metrics.jsonl, args.json
-
-
 def start_run(args):
     """Makes the run folder and writes args.json. Returns the newest checkpoint's state, or that of
     step 0. All ranks call this before a model is loaded. Changed settings need --force."""
@@ -388,8 +384,6 @@ def watch_for_stop(minutes=None):
 
 
 # ---- Supervised fine-tuning
-
-
 def training_pair(record, processor, limits, prompts=data.PROMPTS):
     """A record -> Group of its prompt and one response: its demonstration and the end of the turn."""
     prompt = data.encode(record, processor, limits, prompts)
@@ -413,9 +407,9 @@ def learning_rate(step, steps, peak, warmup_share):
 
 
 def next_items(stream, count, tally, max_bad_share):
-    """The next `count` items less the unusable ones, which are printed and counted in `tally`, a
-    Counter of "records" and "skipped/<reason>". Raises RuntimeError when they are more than
-    `max_bad_share` of all records so far (and of at least 200)."""
+    """The next `count` items less the unusable ones, which are printed and counted in `tally`
+    ("records", "skipped/<reason>"). Raises RuntimeError when they are over `max_bad_share` of all
+    records so far (and of at least 200)."""
     items = []
     for item in itertools.islice(stream, count):
         tally["records"] += 1
@@ -506,11 +500,9 @@ def load_inputs(args, needed, refusal):
     if args.shard_size and dist.get_world_size() % args.shard_size:
         data.refuse(f"--shard-size {args.shard_size} does not divide the number of ranks")
     try:
-        records = []
-        for path in args.data:
-            records += data.load_records(path, args.media_root, args.max_bad_share)
-        prompts = data.load_prompts(args.prompts)
-        processor = data.load_processor(args.model)
+        load = lambda path: data.load_records(path, args.media_root, args.max_bad_share)
+        records = sum(map(load, args.data), [])
+        prompts, processor = data.load_prompts(args.prompts), data.load_processor(args.model)
     except (OSError, ValueError) as error:
         data.refuse(error)
     for record in records:
@@ -523,7 +515,7 @@ def main():
     args = parse_args()
     stop = watch_for_stop(args.minutes)
     rank, world, device = init_distributed()
-    records, settings = load_inputs(args, data.demonstration, "no messages or process to imitate")
+    records, settings = load_inputs(args, lambda r: r["demonstration"], "no messages or process")
     size = args.sequences_per_step
     if size % world:
         data.refuse(f"--sequences-per-step {size} does not divide among {world} ranks")

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import cpu_compat  # noqa: F401  (before transformers)
+import cpu_compat  # before transformers
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import Qwen3VLConfig
@@ -242,7 +242,7 @@ def patches():
 
     for side in ("Conv3d", "one matrix"):
         if side == "one matrix":
-            data.one_matrix_patch_embedding(visual)
+            cpu_compat.one_matrix_patch_embedding(visual)
         results.append(work())
         times.append(1000 * seconds_of(work))
     errors = [distance([a], [b]) for a, b in zip(*results)]
@@ -271,7 +271,7 @@ def layers():
     vision = "flash_frames" if CUDA else "sdpa"
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": vision})
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    data.one_matrix_patch_embedding(model.model.visual)
+    cpu_compat.one_matrix_patch_embedding(model.model.visual)
     device = torch.cuda.get_device_name() if CUDA else "CPU"
     peak = next((peak for name, peak in bench.PEAK_TFLOPS.items() if name in device), None)
     for label, kind, grids in cases:

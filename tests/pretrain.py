@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cpu_compat  # noqa: F401  (before transformers)
+import cpu_compat  # before transformers
 import torch
 import toy
 from safetensors.torch import save_file
@@ -188,7 +188,7 @@ def main():
     toy.write_model(args.folder / "model", args.seed, base=None)
     tokenizer = AutoTokenizer.from_pretrained(args.folder / "model")
     model = sft.Qwen3VL.from_pretrained(args.folder / "model", dtype=torch.float32)
-    data.one_matrix_patch_embedding(model.model.visual)
+    cpu_compat.one_matrix_patch_embedding(model.model.visual)
     model.set_attn_implementation({"text_config": "shared_prefix", "vision_config": "sdpa"})
 
     named = dict(model.named_parameters())

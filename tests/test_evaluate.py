@@ -855,7 +855,7 @@ def test_wrong_input_is_refused_in_one_sentence(request_of, tmp_path, capsys):
     ]
     assert "a second file of 'math'" in said(data=twice)
     turns = [dict(role="user", content="?"), dict(role="assistant", content="!")]
-    assert "SFT records" in said(data=[file("sft.json", [dict(messages=turns)])])
+    assert "SFT records" in said(data=[file("sft.json", [dict(messages=turns, data_type="text")])])
     assert "math.json: no medium exists, " in said(media_root=str(tmp_path / "elsewhere"))
     assert "goes with" in said(judge_url="http://x/v1")
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)  # whose args.json would be overwritten

@@ -1,12 +1,12 @@
 """tests/gpu.py on a CPU: its checks pass on small shapes, and see what they are there to see."""
 
 import bench
+import cpu_compat
 import gpu
 import pytest
 import torch
 from conftest import ROOT, run
 
-import data
 import sft
 
 HIDE = """
@@ -73,14 +73,14 @@ def test_a_patch_in_another_order_fails(monkeypatch):
     """A matrix product that is fast and wrong."""
     monkeypatch.setattr(gpu, "seconds_of", lambda work: 1.0)
     assert next(gpu.patches())[1]
-    right = data.one_matrix_patch_embedding
+    right = cpu_compat.one_matrix_patch_embedding
 
     def turned(visual):
         right(visual)
         forward = visual.patch_embed.forward
         visual.patch_embed.forward = lambda pixels: forward(pixels.flip(1))
 
-    monkeypatch.setattr(data, "one_matrix_patch_embedding", turned)
+    monkeypatch.setattr(cpu_compat, "one_matrix_patch_embedding", turned)
     assert not next(gpu.patches())[1]
 
 
