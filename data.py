@@ -38,7 +38,7 @@ from rewards import JSON_TYPES, PROBLEM_TYPES
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
 SIDE = PATCH * MERGE  # pixels per token side
-BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # in answers
+BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # never sampled
 WORKERS = min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 FIRST_RANK = os.environ.get("RANK", "0") == "0"
 
@@ -597,17 +597,18 @@ Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None,
 
 
 def marks_of(task, answer):
-    """The marks in an answer's text (or None), without what is malformed. task: of task_of. Key k
-    is the frame at k seconds, of tracking the one at k - 1.
+    """The marks in an answer's text (or None), without what is malformed. task: of task_of; where
+    messages do not say it (None) the fields do. Key k is the frame at k seconds, of tracking k - 1.
     >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
     {0.0: [0, 0, 500, 500]}
     """
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
-    time, boxes, is_prompt = said.get("time"), said.get("boxes"), task == "segmentation-video"
+    time, boxes = said.get("time"), said.get("boxes")
+    is_prompt = task == "segmentation-video" or not task and rewards.is_number(time)
     if is_prompt and not rewards.is_number(time):
         return Marks()  # of which frame?
     second = time if is_prompt else None
-    first = int(task == "tracking")  # the key of second 0
+    first = int(task == "tracking" or not task and time is None)  # the key of second 0
     boxes = boxes if isinstance(boxes, dict) else {str(first + (second or 0)): boxes}
     keys = [key for key in boxes if re.fullmatch(r"\d{1,9}(\.\d+)?", key) and float(key) >= first]
     boxes = {float(k) - first: boxes[k] for k in keys if rewards.are_numbers(boxes[k], 4)}
@@ -635,8 +636,7 @@ def draw(image, marks, second=0):
             box = [np.interp(second, seconds, side) for side in sides]
             corners = map(pixel, zip(sorted(box[::2]), sorted(box[1::2])))
             canvas.rectangle([*corners], None, colour, line)
-        time = part.time or 0
-        if time <= second < time + 1:
+        if (part.time or 0) <= second < (part.time or 0) + 1:
             for xy in map(pixel, part.positive):
                 canvas.circle(xy, 2 * line, colour, "black", line)
             for xy in map(pixel, part.negative):
@@ -697,7 +697,7 @@ def main():
     tokenizer = processor.tokenizer
     print(f"{args.file}:", Counter(record["problem_type"] or "SFT" for record in records))
     for record in records[: args.peek]:
-        print(f"\n--- record {record['index']}, {record['problem_type']}")
+        print(f"\n--- record {record['index']}, {record['problem_type'] or 'SFT'}")
         try:
             prompt, shown = encode(record, processor, limits, prompts), record["demonstration"]
             learned = target_ids(prompt, tokenizer) if shown else []
