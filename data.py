@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import av
-import av.stream
 import cpu_compat  # noqa: F401  (before transformers)
 import numpy as np
 import torch
@@ -37,14 +36,14 @@ import rewards
 from rewards import JSON_TYPES, PROBLEM_TYPES
 
 PATCH, MERGE, TEMPORAL = 16, 2, 2  # pixels per patch, patches per token side, frames per patch
-SIDE = PATCH * MERGE  # pixels per token side
 BANNED = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # never sampled
-WORKERS = min(4, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-FIRST_RANK = os.environ.get("RANK", "0") == "0"
+CORES = len(os.sched_getaffinity(0))
+WORKERS = max(1, min(4, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))  # per rank
+FIRST_RANK = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine
 
 
 def refuse(message):
-    """Ends the script before anything heavy has started: one sentence, one rank, exit code 2."""
+    """Ends the script before anything heavy has started: one sentence a machine, exit code 2."""
     text = f"{os.path.basename(sys.argv[0])}: {' '.join(str(message).split())}"
     if FIRST_RANK:
         print(text, file=sys.stderr)
@@ -64,7 +63,7 @@ def new_parser(doc):
 def at_least(least, kind=int):
     """An argparse type: a finite number that is not below `least`."""
 
-    def number(text):  # argparse says this name where `kind` refuses the text
+    def number(text):  # where `kind` refuses the text argparse says "invalid number value"
         if not least <= kind(text) < math.inf:
             raise ArgumentTypeError(f"{text} is not a number from {least} on")
         return kind(text)
@@ -135,8 +134,8 @@ def render_problem(record, prompts=PROMPTS):
 
 def load_prompts(path):
     """PROMPTS, or another wording of them: a JSON file {task: instruction}."""
-    prompts = json.loads(Path(path).read_text("utf-8")) if path else PROMPTS
-    if lacking := [task for task in PROMPTS if task not in prompts]:
+    prompts = rewards.read_json(Path(path).read_text("utf-8")) if path else PROMPTS
+    if lacking := [task for task in PROMPTS if not is_text(prompts.get(task))]:
         raise ValueError(f"{path}: expected an instruction for {lacking[0]!r}")
     return prompts
 
@@ -146,7 +145,6 @@ FORMS = "one of three forms: problem and answer, problem and solution, or messag
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 is_text = lambda x: isinstance(x, str)
 is_turn = lambda x: isinstance(x, dict) and is_text(x.get("role")) and is_text(x.get("content"))
-TURNS = "a list of turns with a role and a content: one of the user, a last turn of the assistant"
 
 
 def load_records(path, media_root=None, max_bad_share=0.0, raws=None):
@@ -156,12 +154,12 @@ def load_records(path, media_root=None, max_bad_share=0.0, raws=None):
     demonstration (the response that SFT learns, or None), media ([{"type", "path"}]), file, index.
     Paths are relative to media_root, by default the file's folder, and must stay below it. Raises
     ValueError naming file, record, field and value, also when more than max_bad_share of the truths
-    cannot be graded; fewer are printed and left out. raws: {index: raw record} in the file's place."""
+    cannot be graded; a smaller share is left out. raws: {index: raw record} in the file's place."""
     root = os.path.abspath(media_root or Path(path).parent)
     raws = dict(enumerate(read_values(path))) if raws is None else raws
     records, bad = [], []
     for i, raw in raws.items():
-        record = normalise(raw, str(path), i, root)
+        record = normalise(raw, str(path), i, root) | dict(file=str(path), index=i)
         if reason := record["answer"] and rewards.gradable(record):
             field, truth = "solution" if "solution" in record else "answer", record["answer"][:100]
             expected = PROMPTS[task_of(record)].removeprefix(THINK).rstrip(".")
@@ -207,14 +205,14 @@ def normalise(raw, file, index, root):
     record = dict(problem_type=None, problem_id=index, options=[])
     record |= {field: value for field, value in raw.items() if value is not None}
     need(is_text(record.get("process", "")), "process", "a text")
-    need(isinstance(record["options"] or [], list), "options", "a list")
+    need(isinstance(record["options"], list), "options", "a list")
     fps = record.get("fps") or 1
     need(rewards.is_number(fps) and fps > 0, "fps", "a number above 0")
 
     fields = dict(images="image", image="image", videos="video", video="video")
-    media = {"video": [], "image": []}
+    media = {"video": [], "image": []}  # in the order of data_type "video-image"
     if not any(map(record.get, fields)):  # the evaluation form
-        by_name = str(record.get("path")).lower().endswith(IMAGE_ENDINGS)
+        by_name = str(record.get("path")).lower().rstrip("']").endswith(IMAGE_ENDINGS)
         kind = "image" if by_name or record.get("data_type") == "image" else "video"
         fields = dict(path=kind, additional_path="image")
     for field, kind in fields.items():
@@ -226,15 +224,13 @@ def normalise(raw, file, index, root):
             need(inside, field, f"a list of paths of files below the media folder {root}")
             media[kind].append(path)
     found = "-".join(filter(media.get, media)) or "text"
-    matches = record.setdefault("data_type", found if found != "text" else None) == found
-    need(matches, "data_type", f"{found!r} by the media in images, videos or path")
 
     if "messages" in record:
         field, turns, record["answer"] = "messages", record["messages"], None
         right = isinstance(turns, list) and all(map(is_turn, turns))
         asked = [turn for turn in turns if turn["role"] == "user"] if right else []
-        need(asked and turns[-1]["role"] == "assistant", field, TURNS)
-        response = turns[-1]["content"]
+        response = turns[-1]["content"] if asked and turns[-1]["role"] == "assistant" else ""
+        need(response.strip(), field, "turns with role and content, the last the assistant's")
     else:
         field, text, kind = "problem", record.get("problem"), record["problem_type"]
         need(is_text(text), field, "a text" if field in record else FORMS)
@@ -250,18 +246,25 @@ def normalise(raw, file, index, root):
         record["answer"] = letter or truth  # of a choice its letter
         thinking = re.sub("^<think>|</think>$", "", record.get("process", "").strip()).strip()
         response = f"<think>{thinking}</think><answer>{record['answer']}</answer>"
-        response, asked = response if thinking else None, [dict(content=text)]
+        response = response if record["answer"] and record.get("process") else None
+        need(not response or rewards.parse_response(response), "process", "no tags inside")
+        asked = [dict(content=text)]
+    # "text" must be said: a media field that is spelled otherwise would pass unseen.
+    matches = record.setdefault("data_type", found if found != "text" else None) == found
+    need(matches, "data_type", f"{found!r} by the media in images, videos or path")
     for kind, paths in media.items():  # in any turn of the user
         missing = len(paths) - sum(turn["content"].count(f"<{kind}>") for turn in asked)
         need(missing >= 0, field, f"{len(paths)} <{kind}> placeholders, one per {kind}")
         asked[0]["content"] = f"<{kind}>" * missing + asked[0]["content"]
 
     record["problem"] = "\n".join(turn["content"] for turn in asked)
-    order = re.findall("<(image|video)>", record["problem"])  # that of their pixels
+    order = re.findall("<(image|video)>", record["problem"])  # that of the placeholders
     record["media"] = [dict(type=kind, path=media[kind].pop(0)) for kind in order]
-    record["options"] = [str(option) for option in record["options"]]
-    record |= dict(problem_id=str(record["problem_id"]), demonstration=response)
-    return record | dict(file=file, index=index)
+    options = [str(option) for option in record["options"]]
+    if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
+        options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
+    more = dict(problem_id=str(record["problem_id"]), options=options, demonstration=response)
+    return record | more
 
 
 # ---- Media: images as uint8 (H, W, 3), videos as sampled frames with their times.
@@ -272,7 +275,7 @@ class MediaError(Exception):
     __str__ = lambda self: self.args[1]
 
 
-# frames: uint8 (T, H, W, 3), T even. Each was one of `total`, shown at its index / fps seconds.
+# frames: uint8 (T, H, W, 3), T even, of `total` (1: an image). One is shown at index / fps seconds.
 Video = namedtuple("Video", "frames indices fps total")
 # What Pillow raises on damaged bytes, found by feeding it such, and for a decompression bomb.
 IMAGE_ERRORS = (OSError, EOFError, SyntaxError, ValueError, TypeError, RuntimeError)
@@ -312,8 +315,9 @@ def read_image(path, min_pixels=65536, max_pixels=1024 * 1024):
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        height, width = smart_resize(image.height, image.width, SIDE, min_pixels, max_pixels)
-        image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        bounds = min(min_pixels, max_pixels), max_pixels
+        h, w = smart_resize(image.height, image.width, PATCH * MERGE, *bounds)
+        image = image.convert("RGB").resize((w, h), Image.Resampling.BICUBIC)
     except IMAGE_ERRORS as error:
         raise MediaError("unreadable_image", f"{path}: {error}") from error
     return np.asarray(image)
@@ -333,9 +337,8 @@ def sample_positions(total, duration, fps, max_frames):
 
 def read_video(path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, folder_fps=None):
     """Frames of a video file, or of a folder of numbered images that play at `folder_fps` (`fps`).
-    All packets are listed first, for the true times; then the wanted frames are decoded. With a
-    variable frame rate they are spread evenly in time, and indices are milliseconds at 1000 fps.
-    Raises MediaError, also where a file ends before its header says."""
+    Packets are listed first, for the true times; then the wanted frames are decoded. With a variable
+    frame rate they are spread evenly in time, and indices are ms, fps 1000. Raises MediaError."""
     try:
         if is_folder := os.path.isdir(path):
             names, rate = list_frame_folder(path), folder_fps or fps
@@ -351,7 +354,8 @@ def read_video(path, fps=2, max_frames=128, min_pixels=4096, max_pixels=65536, f
                 positions = [nearest(seconds, time) for time in times]
             indices = (seconds[positions] * 1000).round().astype(int)
             rate, total = 1000, round(duration * 1000)
-        bounds = min_pixels, min(max_pixels, VIDEO_PIXELS / len(positions))
+        most = min(max_pixels, VIDEO_PIXELS / len(positions))
+        bounds = min(min_pixels, most), most
         if is_folder:
             frames = [read_image(names[i], *bounds) for i in positions]
         else:
@@ -380,10 +384,10 @@ def open_video(path):
 
 def list_frames(path):
     """Seconds and time stamps, ascending (total,), of the frames that are shown, and the stamps of the
-    key frames (keys,): none where stamps do not tell which frame is which."""
+    key frames (keys,), empty where stamps do not tell which frame is which."""
     rows, reached, before = [], 0, -math.inf
     with open_video(path) as file:
-        stream = file.streams.best("video")
+        stream, no_dts = file.streams.best("video"), file.format.name == "matroska,webm"
         for packet in file.demux():
             stamp = packet.dts if packet.pts is None else packet.pts
             if stamp is None:
@@ -392,31 +396,32 @@ def list_frames(path):
             # What comes before the first key frame cannot be decoded.
             if packet.size and packet.stream == stream and (rows or packet.is_keyframe):
                 rows.append((stamp, packet.is_keyframe, packet.is_discard))
-                if packet.dts is not None:
-                    if packet.dts < before:
-                        raise ValueError("its time goes back, as of two files joined")
-                    before = packet.dts
+                place = stamp if no_dts else before if packet.dts is None else packet.dts
+                if place < before and (packet.is_keyframe or not no_dts):
+                    raise ValueError("its time goes back, as of two files joined")
+                before = max(before, place)
         stamps, is_key, is_hidden = np.array(rows, np.int64).reshape(-1, 3).T
-        said = max((file.duration or 0) / 1e6, float(stream.frames * stream.time_base))
-        if reached < 0.95 * said:
-            raise ValueError(f"ends after {reached:.1f} s of {said:.1f} s")
+        # An AVI's header counts its frames, one tick each. A clock may begin below 0.
+        length = max((file.duration or 0) / 1e6, float(stream.frames * stream.time_base))
+        if reached - min(file.start_time or 0, 0) / 1e6 < 0.95 * length:
+            raise ValueError(f"ends after {reached:.1f} s of {length:.1f} s")
         # An edit list hides frames that others need. None is shown before the first key frame.
         shown = stamps[(is_hidden == 0) & (stamps >= stamps[:1])]
         if not len(shown):
             raise ValueError("no key frame, or frames without a time stamp")
         keys, pts = stamps[is_key == 1], np.unique(shown)
         if stream.codec_context.has_b_frames and (np.diff(shown) >= 0).all():
-            keys = []  # in decoding order stamps tell nothing
+            keys = []  # stamps that never go back although there are B-frames are no times
         return (pts - pts[0]) * float(stream.time_base), pts, keys
 
 
 def decode_frames(path, pts, keys, wanted, bounds):
-    """The pixels of the wanted of all time stamps `pts`, resized within the bounds: decoded from the
-    key frame before each. Where decoded frames have other stamps than listed, or no keys are known,
-    all frames are decoded: the n-th one has the n-th stamp."""
+    """The pixels of the frames with the stamps `wanted`, some of `pts`, resized within the bounds:
+    decoded from the key frame before each. Where decoded frames have other stamps than listed, or no
+    keys are known, all frames are decoded: the n-th one has the n-th stamp."""
     found, place, reached, end = {}, 0, -math.inf, -math.inf if len(keys) else math.inf
     groups = np.searchsorted(keys, wanted, side="right") - 1
-    last = dict(zip(keys[groups], wanted)) if len(keys) else {}  # of each key frame's
+    last = dict(zip(keys[groups], wanted)) if len(keys) else {}  # key -> last wanted one after it
     with open_video(path) as file:
         stream = file.streams.best("video")
         for packet in file.demux(stream):
@@ -432,7 +437,7 @@ def decode_frames(path, pts, keys, wanted, bounds):
                 if stamp in wanted:
                     if frame.is_corrupt:
                         raise ValueError("a wanted frame is damaged")
-                    h, w = smart_resize(frame.height, frame.width, SIDE, *bounds)
+                    h, w = smart_resize(frame.height, frame.width, PATCH * MERGE, *bounds)
                     pixels = frame.reformat(w, h, "rgb24", interpolation="BICUBIC").to_ndarray()
                     found[int(stamp)] = np.rot90(pixels, round(frame.rotation / 90))
             if last and reached >= end:
@@ -445,7 +450,7 @@ def decode_frames(path, pts, keys, wanted, bounds):
 
 
 def read_medium(medium, limits, folder_fps=None):
-    """A record's medium within the limits as a Video: an image is one of two equal frames."""
+    """A record's medium within the limits as a Video: an image becomes two equal frames."""
     path = medium["path"]
     if not os.path.exists(path):
         raise MediaError("missing_media", f"no file {path[:200]}")
@@ -485,8 +490,7 @@ def mrope_positions(token_ids, vision_ids, grids):
     is_vision = np.isin(token_ids, vision_ids)
     runs = np.flatnonzero(np.diff(is_vision, prepend=False, append=False)).reshape(-1, 2)
     frames = [(h // MERGE, w // MERGE) for time, h, w in grids for _ in range(time)]
-    inside = np.zeros((3, len(token_ids)), np.int64)
-    advance = np.ones(len(token_ids), np.int64)
+    inside, advance = np.zeros((3, len(token_ids)), int), np.ones(len(token_ids), int)
     for (start, end), (height, width) in zip(runs, frames, strict=True):
         inside[1:, start:end] = np.divmod(np.arange(height * width), width)  # time stays
         advance[start:end], advance[end - 1] = 0, max(height, width)
@@ -494,9 +498,8 @@ def mrope_positions(token_ids, vision_ids, grids):
 
 
 def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
-    """A record -> Prompt. Raises MediaError when a medium cannot be read or the prompt is too long.
-    For every two frames of a video there is `<1.5 seconds><|vision_start|>...<|vision_end|>`, as in
-    transformers 4.57. transformers 5 puts one more pair of vision tokens around them all."""
+    """A record -> Prompt. Raises MediaError if a medium cannot be read or the prompt is too long. Two
+    frames of a video are `<1.5 seconds><|vision_start|>...<|vision_end|>`, as in transformers 4.57."""
     tokenizer, limits = processor.tokenizer, limits or Limits()
     turns = [dict(role="system", content=system)] * bool(system)
     turns += record.get("messages", [])[:-1]
@@ -527,7 +530,7 @@ def encode(record, processor, limits=None, prompts=PROMPTS, system=None):
         grids.append(grid)
         expanded.append(pads)
 
-    def placed(text):  # media come first: an <image> in an option or an answer stays text
+    def placed(text):  # the problem comes first: an <image> in an option or an answer stays text
         image = "<|vision_start|><|image_pad|><|vision_end|>"
         text = text.replace("<image>", image, kinds.count("image"))
         return text.replace("<video>", "<|video_pad|>", kinds.count("video"))
@@ -560,7 +563,7 @@ def target_ids(prompt, tokenizer):
 # ---- Feeding: which record next, decoded ahead of time.
 def data_order(count, seed, cursor=0, rank=0, world=1):
     """Endless record indices of one rank: a new permutation every epoch, dealt like cards. The
-    order over all ranks depends on the seed alone. cursor: how many records they have taken.
+    order over all ranks depends on the seed alone. cursor: records that all ranks have taken.
     >>> [list(itertools.islice(data_order(6, 0, rank=rank, world=2), 3)) for rank in (0, 1)]
     [[3, 5, 0], [2, 4, 1]]
     """
@@ -571,8 +574,8 @@ def data_order(count, seed, cursor=0, rank=0, world=1):
 
 
 def prefetch(records, function, order, workers, seconds=600):
-    """Yields function(records[i]) for i in `order`, computed ahead by worker processes (0: here).
-    Raises RuntimeError if a record takes longer than `seconds`, as on a file system that hangs."""
+    """Yields function(records[i]), or the MediaError that it raises, for i in `order`, computed ahead
+    by worker processes (0: here). Raises RuntimeError if a record takes longer than `seconds`."""
 
     def begin(_):
         os.setsid()  # Ctrl-C and SIGTERM are for the script, which stops after its step
@@ -584,8 +587,9 @@ def prefetch(records, function, order, workers, seconds=600):
         except MediaError as error:
             return MediaError(error.reason, f"{record['file']}: record {record['index']}: {error}")
 
+    # Without batches DataLoader calls collate_fn on each record.
     settings = dict(sampler=order, batch_size=None, collate_fn=use, worker_init_fn=begin)
-    if workers:  # by fork, which takes local functions along
+    if workers := min(workers, CORES):  # by fork, which takes local functions along
         settings |= dict(num_workers=workers, timeout=seconds, multiprocessing_context="fork")
     return iter(torch.utils.data.DataLoader(records, **settings))
 
@@ -598,10 +602,7 @@ Marks = namedtuple("Marks", "span boxes positive negative time", defaults=(None,
 
 def marks_of(task, answer):
     """The marks in an answer's text (or None), without what is malformed. task: of task_of; where
-    messages do not say it (None) the fields do. Key k is the frame at k seconds, of tracking k - 1.
-    >>> marks_of("tracking", '{"boxes": {"1": [0, 0, 500, 500], "2": [0, 0, 9]}}').boxes
-    {0.0: [0, 0, 500, 500]}
-    """
+    messages do not say it (None) the fields do. Key k is the frame at k seconds, of tracking k - 1."""
     said = rewards.read_json(answer) if answer and task not in rewards.TEXT_TYPES else {}
     time, boxes = said.get("time"), said.get("boxes")
     is_prompt = task == "segmentation-video" or not task and rewards.is_number(time)
@@ -609,9 +610,10 @@ def marks_of(task, answer):
         return Marks()  # of which frame?
     second = time if is_prompt else None
     first = int(task == "tracking" or not task and time is None)  # the key of second 0
-    boxes = boxes if isinstance(boxes, dict) else {str(first + (second or 0)): boxes}
-    keys = [key for key in boxes if re.fullmatch(r"\d{1,9}(\.\d+)?", key) and float(key) >= first]
-    boxes = {float(k) - first: boxes[k] for k in keys if rewards.are_numbers(boxes[k], 4)}
+    keyed = boxes if isinstance(boxes, dict) and "segmentation" not in str(task) else {}
+    keys = [key for key in keyed if re.fullmatch("[0-9]{1,9}", key) and int(key) >= first]
+    boxes = {float(key) - first: boxes[key] for key in keys} or {second or 0: boxes}
+    boxes = {at: box for at, box in boxes.items() if rewards.are_numbers(box, 4)}
     points = [said.get("positive_points"), said.get("negative_points")]
     points = [part if isinstance(part, list) else [] for part in points]
     points = [[xy for xy in part if rewards.are_numbers(xy, 2)] for part in points]
@@ -677,8 +679,7 @@ def draw_medium(video, marks):
 
 
 def main():
-    """What training will see: prints the media and the text of some prompts, their truth, and the
-    text that SFT learns. Draws what the model sees, the truth in green: peek-<record>-<medium>.png."""
+    """Prints some prompts, their truth and what SFT learns; draws the truth: peek-<record>-<i>.png."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("file", help="record file")
@@ -694,13 +695,12 @@ def main():
         records = load_records(args.file, args.media_root)
     except (OSError, ValueError) as error:
         refuse(error)
-    tokenizer = processor.tokenizer
     print(f"{args.file}:", Counter(record["problem_type"] or "SFT" for record in records))
     for record in records[: args.peek]:
         print(f"\n--- record {record['index']}, {record['problem_type'] or 'SFT'}")
         try:
             prompt, shown = encode(record, processor, limits, prompts), record["demonstration"]
-            learned = target_ids(prompt, tokenizer) if shown else []
+            learned = target_ids(prompt, processor.tokenizer) if shown else []
         except MediaError as error:
             print(f"skipped, {error.reason}: {error}")
             continue
@@ -710,10 +710,10 @@ def main():
             video, path = read_medium(medium, limits, record.get("fps")), f"{record['index']}-{i}"
             captioned(draw_medium(video, marks), truth).save(f"peek-{path}.png")
             print(f"{medium['type']} of height, width {video.frames.shape[1:3]}: peek-{path}.png")
-        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"
-        print(re.sub(r"(<\|\w+_pad\|>)+", count, tokenizer.decode(prompt.token_ids)))
+        count = lambda run: f"{run[1]}x{len(run[0]) // len(run[1])}"  # run[1]: one of them
+        print(re.sub(r"(<\|\w+_pad\|>)+", count, processor.decode(prompt.token_ids)))
         print(f"--- {len(prompt.token_ids)} tokens given, {len(learned)} learned:")
-        print(f"{tokenizer.decode(learned)}\n--- truth: {truth}")
+        print(f"{processor.decode(learned)}\n--- truth: {truth}")
 
 
 if __name__ == "__main__":

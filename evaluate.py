@@ -651,7 +651,7 @@ def card(record, line):
     task, image = data.task_of(record), ""
     marks = dict(lime=data.marks_of(task, record["answer"]))  # the truth shows beneath
     marks["orange"] = data.marks_of(task, line["answer"])
-    limits = data.Limits(image_min_pixels=1, image_max_pixels=480 * 480, max_frames=64)
+    limits = data.Limits(image_min_pixels=4096, image_max_pixels=480 * 480, max_frames=64)
     with suppress(data.MediaError, OSError, IndexError):  # no media, or gone
         video = data.read_medium(record["media"][0], limits, record.get("fps"))
         code = in_base64(data.draw_medium(video, marks), "jpeg")

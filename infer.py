@@ -13,7 +13,6 @@ import base64
 import io
 import json
 import os
-import re
 import sys
 import urllib.request
 from fractions import Fraction
@@ -251,8 +250,6 @@ def record_of(question, kind, path, task, options):
         raise ValueError(f"--task {task!r} does not go with --image")
     if (task == "multiple choice") != bool(options):
         raise ValueError("--options are needed for a multiple choice, and only there")
-    if not all(re.match(r"\(?[A-Z][).:]", option) for option in options):
-        options = [f"{chr(ord('A') + i)}. {option}" for i, option in enumerate(options)]
     raw = dict(problem=question, problem_type=task, options=options, answer="{}")
     raw |= dict(data_type=kind, path=os.path.abspath(path))
     return data.normalise(raw, "this question", index=0, root="/")
