@@ -228,8 +228,8 @@ def record_of_row(row, benchmark, root, images):
         question = re.sub(r"<image (\d+)>", r"image \1", question)
         options = [re.sub(r"<image (\d+)>", r"image \1", option) for option in options]
     question = f"Hint: {row['hint']}\n{question}" if row.get("hint") else question
-    raw = dict(problem=question, problem_type=kind, options=options, answer=answer, images=images)
-    raw["problem_id"] = row.get("index")
+    raw = dict(problem=question, problem_type=kind, answer=answer, images=images)
+    raw |= dict(options=options or [], problem_id=row.get("index"))
     if video := row.get("video_path") or row.get("video") or row.get("video id"):
         name = os.path.basename(video)
         raw["videos"] = os.path.join(root, benchmark.media, name if "." in name else name + ".mp4")
