@@ -383,7 +383,8 @@ def test_frames_share_a_total_of_pixels(tmp_path, monkeypatch):
     for path, frames in ((tmp_path / "a.mp4", 40), (tmp_path, 1)):
         Image.fromarray(clock(0)).save(tmp_path / "a.png")
         monkeypatch.setattr(data, "VIDEO_PIXELS", 64 * 128 * max(frames, 2))
-        assert data.read_video(str(path), fps=25).frames.shape[1:3] == (64, 128)
+        video = data.read_video(str(path), fps=25, min_pixels=256 * 128, max_pixels=256 * 256)
+        assert video.frames.shape[1:3] == (64, 128)
 
 
 # --- images ------------------------------------------------------------------------------------------
