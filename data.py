@@ -640,7 +640,7 @@ def draw(image, marks, second=0):
             canvas.rectangle([*corners], None, colour, line)
         if (part.time or 0) <= second < (part.time or 0) + 1:
             for xy in map(pixel, part.positive):
-                canvas.circle(xy, 2 * line, colour, "black", line)
+                canvas.circle(xy, 2 * line, colour, "black")
             for xy in map(pixel, part.negative):
                 canvas.circle(xy, 2 * line, "black", colour, line)
     return image

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on a CPU, from nothing: toy data -> SFT -> EMA-GRPO -> evaluation. Ends with a table and a plot.
-#   bash demo.sh             about 12 minutes on 2 quiet cores, install included, under runs/demo/
+#   bash demo.sh             6 to 12 minutes on 2 cores, install included, under runs/demo/
 #   bash demo.sh --quick     a few steps of everything, to see that it runs; nothing is learned. Under runs/demo-quick/
 # Stopped half way, the same command goes on where it was; remove the folder to begin anew.
 set -euo pipefail
