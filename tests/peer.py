@@ -96,7 +96,8 @@ def make_update(folder, setting, count):
         if kind == "video":
             media, mark = dict(videos=[f"{i}.mp4"]), "<video>"
         question = dict(role="user", content=mark + "".join(text))
-        record = dict(messages=[question, dict(role="assistant", content="")], **media)
+        turns = [question, dict(role="assistant", content="-")]
+        record = dict(messages=turns, **media or dict(data_type="text"))
         responses = [rng.choices(range(10, len(tokenizer)), k=n) for n in lengths]
         prompt = dict(record=record, images=[str(folder / name) for name in names])
         prompt |= dict(responses=responses, rewards=[rng.random() for _ in lengths])
