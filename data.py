@@ -150,7 +150,7 @@ is_turn = lambda x: isinstance(x, dict) and is_text(x.get("role")) and is_text(x
 def load_records(path, media_root=None, max_bad_share=0.0, raws=None):
     """Reads a JSON list or JSONL file into records, plain dicts of one form: their own fields and
     problem_id (text), problem (with one placeholder per medium), problem_type (None where messages
-    do not say), data_type, options (list), answer (text without tags; None with messages),
+    do not say), data_type, options (lettered), answer (text without tags; None with messages),
     demonstration (the response that SFT learns, or None), media ([{"type", "path"}]), file, index.
     Paths are relative to media_root, by default the file's folder, and must stay below it. Raises
     ValueError naming file, record, field and value, also when more than max_bad_share of the truths
