@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # EMA-GRPO, GRPO and Dr.GRPO on three tasks, from one SFT checkpoint, five seeds each, on a CPU.
-#   bash tests/ablation.sh             about 45 minutes on 2 cores, under runs/ablation/; writes assets/ablation.json, .png
+#   bash tests/ablation.sh             15 to 45 minutes on 2 cores, under runs/ablation/; writes assets/ablation.json, .png
 #   SEEDS="0" LR=5e-5 bash tests/ablation.sh        other seeds, another learning rate
 # Two runs at a time, one rank each. Stopped half way, the same command goes on where it was.
 set -euo pipefail
