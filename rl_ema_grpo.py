@@ -1,4 +1,4 @@
-"""EMA-GRPO: RL on many tasks, the advantages of each divided by the moving std of its rewards.
+"""EMA-GRPO: RL on many tasks; a task's advantages are divided by the moving std of its rewards.
 
     bash demo.sh              # a laptop: its third part is this script on 2 CPU ranks
     torchrun --nproc-per-node 8 rl_ema_grpo.py --model runs/sft --data onethinker_rl_train.json \\
@@ -9,20 +9,23 @@ Every rank holds a shard of the trainer and a whole vLLM engine. A step, numbere
     1 sync        the engines get the trainer's weights
     2 roll out    each rank samples a group of n responses to each of its own prompts
     3 grade       rewards; 2 and 3 again until enough groups are neither all right nor all wrong
-    4 advantages  (reward - mean of its group) / moving std of its task
+    4 advantages  A = (reward - mean of its group) / moving std of its task
     5 old logps   the trainer's log-probabilities before its weights move
     6 update      a few optimiser steps: tokens become likelier if A > 0, less likely if A < 0 (PPO)
     7 log, 8 save
 
-Where this departs from the paper (arXiv 2512.03043) and the release:
- 1. Advantages are clipped at 5 as the paper says. The release divides a group with any |A| > 5 by
-    its own std instead.
+Where the paper (arXiv 2512.03043) and its authors' code, the release, differ, or this from both:
+ 1. Advantages are clipped at 5 as the paper says. In the release a group with any |A| > 5 falls
+    back to its own std, as in GRPO.
  2. A task's first batch sets its moments (as released). They survive a restart (released: lost).
  3. Clip range 0.2 / 0.3 and a mean over all response tokens (as released; the paper has a symmetric
     clip and a mean over sequences). No KL term without --kl-coef (paper: 0.01; released: off).
  4. Groups that dynamic sampling finds beyond --prompts-per-step are trained on, not thrown away.
+As in both the vision tower is trained, unlike in SFT, and the learning rate is constant. A response
+that was cut off is graded like any other: its tags are wrong.
 
-Letters of dimensions: n responses in a group, R response tokens at hand, and those of sft.py.
+Letters of dimensions: n responses in a group, R response tokens (of the groups that a function gets,
+of a micro-batch in `policy_loss`), and those of sft.py.
 """
 
 import itertools
@@ -91,7 +94,7 @@ def advantages(rewards, groups, tasks, ema, method="ema_grpo", clip=5.0):
     rewards, groups, tasks: parallel lists, one entry per response in any order: reward, key of its
     group, task. The moments in `ema` take in this batch first. The scale is
         ema_grpo  the task's moving std: one divisor for a task, so tasks get advantages of like size
-        grpo      the group's own std (unbiased) + 1e-6: inflates groups whose rewards hardly differ
+        grpo      the group's own std (ddof 1) + 1e-6: inflates groups whose rewards hardly differ
         dr_grpo   1: tasks with small rewards have small advantages
 
     >>> result = advantages([1, 0, 0, 0], ["p"] * 4, ["QA"] * 4, EMAStd())  # std 0.433
@@ -128,14 +131,14 @@ def policy_loss(
     """The loss of each response token, to be averaged over all response tokens of the mini-batch.
 
     All tensors are (R,) float32. logps: the trainer's now, with a gradient. old_logps: the trainer's
-    before this step's updates; in the first one logps.detach(): the ratio is 1, the gradient that of
-    A * logps. rollout_logps: vLLM's, of the same weights as the old ones.
+    before this step's updates; in the first update logps.detach(): the ratio is 1, the gradient that
+    of A * logps. rollout_logps: vLLM's, of the same weights as the old ones.
     Returns losses (R,) and, for the log, {name: (R,)}: clip_share, and kl, capped_share if used."""
     ratio = torch.exp(logps - old_logps)
     gain = ratio * advantages
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     surrogate = torch.min(gain, bounded)  # PPO: beyond the clip range gains have no gradient
-    # Dual clip: where A < 0 a growing ratio has a loss without bound; at most dual_clip * |A|.
+    # Dual clip: where A < 0 the loss grows with the ratio; here to dual_clip * |A| at most.
     dual = torch.max(surrogate, dual_clip * advantages)
     losses = -torch.where(advantages < 0, dual, surrogate)
     numbers = dict(clip_share=bounded < gain)
@@ -143,7 +146,7 @@ def policy_loss(
         weight = torch.exp(old_logps - rollout_logps)
         losses = losses * weight.clamp(max=tis_cap).detach()
         numbers["capped_share"] = weight > tis_cap
-    if kl_coef > 0:  # k3 estimator of KL(policy || reference): unbiased, never negative
+    if kl_coef > 0:  # k3 estimator of KL(policy || reference, the frozen --model): never negative
         difference = ref_logps - logps
         numbers["kl"] = torch.exp(difference) - difference - 1
         losses = losses + kl_coef * numbers["kl"]
@@ -174,18 +177,18 @@ def make_engine(path, dtype, max_model_len, media_per_prompt, seed):
         settings = dict(
             enable_sleep_mode=True,
             kv_cache_memory_bytes=min(24 << 30, memory // 3),
-            gpu_memory_utilization=0.25,  # must be free at the start; the line above sizes the pool
+            gpu_memory_utilization=0.25,  # what must be free at the start; the pool is sized above
         )
         graphs = dict(cudagraph_mode="FULL_DECODE_ONLY", max_cudagraph_capture_size=256)
         settings["compilation_config"] = graphs
     else:
-        # No chunks: after half a prompt vLLM winds a seeded generator back, which a CPU cannot do.
+        # No chunks of a prompt: vLLM would rewind its seeded generator, which a CPU's cannot do.
         settings = dict(enforce_eager=True, enable_chunked_prefill=False)
         settings["max_num_batched_tokens"] = max(max_model_len, 8192)
     precision = torch.get_float32_matmul_precision()
     llm = LLM(
         path,
-        load_format="safetensors",  # nothing is unpickled; "dummy" would spoil the normalisation
+        load_format="safetensors",  # "dummy" would leave a random mean and std of pixels
         distributed_executor_backend="external_launcher",
         seed=seed,
         dtype=dtype,
@@ -255,8 +258,8 @@ def generate(llm, prompts, seeds, n, max_tokens, tokenizer, temperature=1.0):
 
 
 def text_of(group, i, tokenizer):
-    """Response i as text, with what the prompt has opened of it and without its end-of-turn token.
-    Other special tokens stay visible: they break the format."""
+    """Response i as text, after what the chat template wrote of it (such as <think>), without its
+    end-of-turn token. Other special tokens stay visible: they break the format."""
     tokens = group.responses[i][: -1 if group.finished[i] else None]
     return group.prompt.opened + tokenizer.decode(tokens)
 
@@ -274,28 +277,28 @@ def grade(groups, grader, tokenizer):
 
 # ---- The parts of a step
 def has_signal(group):
-    """Dynamic sampling (DAPO) drops a group whose answers are all right or all wrong, though their
-    format may differ. Bounds: the paper's. With partial credit, as in grounding, few groups go."""
+    """Dynamic sampling (DAPO) drops a group whose answers are all right or all wrong, even if their
+    formats differ. Bounds: the paper's. With partial credit, as in grounding, few groups go."""
     accuracies = [score.accuracy for score in group.scores]
     return 0.01 < sum(accuracies) / len(accuracies) < 0.99
 
 
 def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop):
     """Dynamic sampling: draws prompts, rolls them out and grades them, until all ranks together
-    have kept enough groups. All ranks call this. Returns the kept groups of this rank, and all that
-    it has seen. Moves state["cursor"] (records drawn by all ranks) and state["keep_rate"]; fills in
+    have kept enough groups, or --max-rounds are over: a step may train on fewer, or on none. All
+    ranks call this. Returns the kept groups of this rank, and all that it has seen. Moves state["cursor"] (records drawn by all ranks) and state["keep_rate"]; fills in
     `row`, the line of the log, and `tally`, the counts of skipped records."""
     rank, world = dist.get_rank(), dist.get_world_size()
     kept, seen, rounds, all_kept, all_seen = [], [], 0, 0, 0
     while all_kept < args.prompts_per_step and rounds < args.max_rounds:
         if rounds >= 3 and (not all_kept or stop()):
             break  # all ranks together: three rounds kept nothing, or a stop was asked for
-        # As many prompts as are missing, by the share kept lately; at most two steps' worth.
+        # Missing groups by the share kept lately are prompts to draw; at most two steps' worth.
         missing = (args.prompts_per_step - all_kept) / max(state["keep_rate"], 0.1)
         size = math.ceil(min(missing, 2 * args.prompts_per_step) / world)
         with phase(row, "data"):
             prompts = next_items(stream, size, tally, args.max_bad_share)
-        # vLLM gives response j of a prompt seed + j.
+        # vLLM seeds response j with seed + j: the seeds of prompts lie n apart.
         n, place = args.rollouts_per_prompt, state["cursor"] + rank
         seeds = [args.seed + (place + i * world) * n for i in range(len(prompts))]
         state["cursor"] += size * world
@@ -319,7 +322,7 @@ def sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
 
 def set_advantages(kept, ema, args):
     """Fills in the advantages of the kept groups. All ranks call this and see all rewards (few kB),
-    so that all hold the same moments. Returns the root mean square of each task's, for the log."""
+    so that all hold the same moments. Returns each task's root mean square advantage, for the log."""
     own = []
     for i, group in enumerate(kept):
         key, task = (dist.get_rank(), i), task_of(group.prompt.record)
@@ -336,8 +339,8 @@ def set_advantages(kept, ema, args):
 
 
 def deal_minibatches(counts, rank, updates):
-    """Deals the groups of all ranks like cards to min(updates, groups) mini-batches. counts: groups
-    of each rank, where they stay. Returns, for `rank`, its group indices in each mini-batch.
+    """Deals the groups of all ranks like cards to min(updates, groups) mini-batches. counts: how many
+    groups each rank holds; none changes rank. Returns the indices of `rank`'s in each mini-batch.
 
     >>> deal_minibatches([3, 1], rank=0, updates=2), deal_minibatches([3, 1], rank=1, updates=2)
     ([[0, 2], [1]], [[], [0]])
@@ -373,12 +376,13 @@ def update(model, optimizer, groups, old_logps, ref_logps, args, device):
         old = logps.detach() if old_logps is None else old_logps[at].to(device)
         ref = None if ref_logps is None else ref_logps[at].to(device)
         clips = args.clip_low, args.clip_high, args.dual_clip
-        others = ref, args.kl_coef, sampled[at], args.tis_cap
-        losses, numbers = policy_loss(logps, old, advantage[at], *clips, *others)
+        options = dict(ref_logps=ref, kl_coef=args.kl_coef)
+        options |= dict(rollout_logps=sampled[at], tis_cap=args.tis_cap)
+        losses, numbers = policy_loss(logps, old, advantage[at], *clips, **options)
         return losses, numbers | dict(logp_gap=(old - sampled[at]).abs())
 
     numbers = sft.update(model, optimizer, groups, args, device, loss_of)
-    del numbers["loss"], numbers["tokens"]  # the loss says little: advantages sum to about 0
+    del numbers["loss"], numbers["tokens"]  # the loss says little: a group's advantages sum to 0
     return numbers
 
 
@@ -436,7 +440,7 @@ def summarise(seen, updates, ema, seconds):
 
 
 def report(args, row, seen, tokenizer):
-    """Rank 0: a line on the screen, and a response of three groups in rollouts.jsonl."""
+    """Rank 0: a line on the screen, and the first response of three groups in rollouts.jsonl."""
     left = timedelta(seconds=round(row["seconds/step"] * (args.steps - row["step"])))
     line = "step {step}/{steps}  reward {reward:.3f}  accuracy {accuracy:.3f}  "
     line += "kept {kept_share:.2f}  tokens {response_tokens:.0f}  {seconds/step:.1f} s  {left} left"
@@ -489,7 +493,7 @@ def main():
     if rank == 0:
         g, n = args.prompts_per_step, args.rollouts_per_prompt
         work = f"{g} prompts x {n} rollouts = {g * n} responses a step on {world} ranks"
-        print(f"{len(records)} records; {work}; {updates} updates of {g // updates}; from {first}")
+        print(f"{len(records)} records; {work}; {updates} updates; from {first}")
 
     for step in range(first + 1, args.steps + 1):
         row, start = defaultdict(float, step=step), time.time()
@@ -501,7 +505,7 @@ def main():
 
         # 2 roll out and 3 grade, until all ranks together have kept enough groups
         kept, seen = sample_groups(llm, stream, grader, tokenizer, args, state, tally, row, stop)
-        pool = release_kv_cache(llm)
+        pool_gb = release_kv_cache(llm)
 
         # 4 advantages
         row |= set_advantages(kept, ema, args)
@@ -510,10 +514,11 @@ def main():
         # sampled, and update() uses its own forward. The others meet weights that have moved.
         dealt = deal_minibatches(gather(len(kept)), rank, updates)
         minibatches = [[kept[i] for i in indices] for indices in dealt]
-        where = args.tokens_per_microbatch, device
+        limits, ref_logps = (args.tokens_per_microbatch, device), [None] * len(minibatches)
         with phase(row, "old_logps"):
-            old_logps = [None, *(current_logps(model, each, *where) for each in minibatches[1:])]
-            ref_logps = [reference and current_logps(reference, x, *where) for x in minibatches]
+            old_logps = [None, *(current_logps(model, each, *limits) for each in minibatches[1:])]
+            if reference:
+                ref_logps = [current_logps(reference, each, *limits) for each in minibatches]
 
         # 6 update
         with phase(row, "update"):
@@ -527,7 +532,7 @@ def main():
         graded = Counter({f"grader/{what}": count for what, count in grader.counts.items()})
         state["counts"] = sum(gather(tally + graded), Counter())
         row |= state["counts"]
-        sft.log_metrics(args.out, row, pool)
+        sft.log_metrics(args.out, row, pool_gb)
         if rank == 0:
             report(args, row, seen, tokenizer)
 
