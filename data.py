@@ -303,7 +303,7 @@ def add_limits(parser, **defaults):
 
 
 def read_image(path, min_pixels=65536, max_pixels=1024 * 1024):
-    """An image file as RGB, upright by its EXIF rotation, resized: uint8 (H, W, 3).
+    """An image file as RGB, upright by its EXIF rotation, in multiples of 32: uint8 (H, W, 3).
     Transparent pixels show white, as in Qwen's own loader and in vLLM. Raises MediaError."""
     try:
         with Image.open(path) as file:

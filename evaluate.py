@@ -772,7 +772,7 @@ def parse_args():
     add = parser.add_argument_group("machine").add_argument
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     add("--workers", type=count(0), default=data.WORKERS, help="processes per rank")
-    # 128 frames of 256 tokens per pair are 16,384 tokens; the release allows 24,576
+    # a video has 12,288 vision tokens at most (data.VIDEO_PIXELS), and time stamps
     data.add_limits(parser, **PIXELS, max_prompt_tokens=20480)
     return parser.parse_args()
 

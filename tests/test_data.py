@@ -230,28 +230,32 @@ def test_no_frame_stands_in_for_another(tmp_path, monkeypatch):
     assert [read_clock(frame) for frame in video.frames] == video.indices
 
 
+class Wrapped:
+    """A container or a packet; what it demuxes is wrapped likewise."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.inner.close()
+
+    def demux(self, *streams):
+        return map(type(self), self.inner.demux(*streams))
+
+
 @pytest.mark.parametrize("stamp", [None, 0])
 def test_frames_without_their_own_stamps_are_counted(tmp_path, monkeypatch, stamp):
     """A decoder that gives no stamps, or one for all: such a video ended the run, or showed one frame."""
     write_video(tmp_path / "a.mp4")
     open_video = data.open_video
 
-    class Blind:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.inner.close()
-
-        def demux(self, *streams):
-            return map(Blind, self.inner.demux(*streams))
-
+    class Blind(Wrapped):
         def decode(self):
             frames = self.inner.decode()
             for frame in frames:
@@ -329,24 +333,7 @@ def test_two_hours_are_not_decoded(tmp_path, monkeypatch):
     resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     decoded, memory, open_video = [], [resident()], data.open_video
 
-    class Counted:
-        """A container or a packet: counts the frames that are decoded."""
-
-        def __init__(self, inner):
-            self.inner = inner
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.inner.close()
-
-        def demux(self, *streams):
-            return map(Counted, self.inner.demux(*streams))
-
+    class Counted(Wrapped):
         def decode(self):
             memory.append(resident())
             frames = self.inner.decode()
