@@ -2,6 +2,7 @@
 
 import argparse
 import doctest
+import math
 import random
 
 import numpy as np
@@ -290,6 +291,15 @@ def test_first_on_policy_step(alone, toy, groups, seeded):
     old = rl_ema_grpo.current_logps(model, rollouts, 300, torch.device("cpu"))
     again = rl_ema_grpo.update(model, optimizer, rollouts, old, None, settings, torch.device("cpu"))
     assert again == pytest.approx(result, abs=1e-5)
+    # --kl-coef and --tis-cap each compare with their own log-probabilities, not with one another's.
+    settings.kl_coef, settings.tis_cap = 0.1, 2.0
+    for rollout in rollouts:
+        rollout.logps = [[logp - 1 for logp in each] for each in rollout.logps]  # e > 2: capped
+    numbers = rl_ema_grpo.update(
+        model, optimizer, rollouts, old, old - 0.1, settings, torch.device("cpu")
+    )
+    assert numbers["capped_share"] == 1 and numbers["logp_gap"] == pytest.approx(1, abs=1e-4)
+    assert numbers["kl"] == pytest.approx(math.exp(-0.1) + 0.1 - 1, abs=1e-4)
 
 
 def test_bfloat16_stays_near_float32(alone, toy, groups):
