@@ -11,6 +11,7 @@ ROWS = 151_936  # of Qwen3-VL's embedding
 WEIGHT = "model.language_model.embed_tokens.weight"
 FLAGS = "--dtype float32 --workers 1 --image-min-pixels 4096 --max-prompt-tokens 400 --steps 1"
 FLAGS += " --prompts-per-step 2 --rollouts-per-prompt 2 --max-response-tokens 8"
+FLAGS += " --kl-coef 0.01 --tis-cap 2"  # the paper's KL: a second model
 
 
 def with_more_words(source, target):
@@ -37,6 +38,7 @@ def test_a_vocabulary_of_qwens_size(toy, tmp_path, seeded):
     run(*command, ranks=1)
     row = json.loads((tmp_path / "rl/metrics.jsonl").read_text())
     assert row["logp_gap"] < 1e-4 and row["grad_norm"] > 0
+    assert abs(row["kl"]) < 1e-4 and row["capped_share"] == 0  # to the model that it began with
     assert "word1" in (tmp_path / "rl/rollouts.jsonl").read_text()  # sampled from all of its range
     before, after = (load_file(tmp_path / out / "model.safetensors") for out in ("model", "rl"))
     assert before[WEIGHT].shape == after[WEIGHT].shape == (ROWS, 128)
